@@ -1,0 +1,5 @@
+"""tiue: one-pass text-to-image. Distil, export, generate, measure."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
