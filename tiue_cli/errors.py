@@ -1,0 +1,84 @@
+"""What can go wrong, as a tree.
+
+    TiueError                     exit 1
+    ├── UsageError                exit 2: the command line or a call asks for something impossible
+    ├── ModelFolderError          a model folder or hub id that cannot be used
+    ├── ManifestError             a manifest (tiue.json, manifest.json, engine.json) that cannot be read
+    ├── SchedulerError            a scheduler config that the one-pass formula does not cover
+    ├── PromptError               a prompt or a prompt file that cannot be used
+    ├── OutputError               something cannot be written
+    ├── DeviceError               a device or precision that this machine does not have
+    ├── MissingDependencyError    an optional package is not installed
+    ├── ProfileError              a request outside an engine's range
+    └── ParityError               an exported graph that does not equal its source
+
+Every error says what is wrong and where (``message``) and what to do next (``hint``).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class TiueError(Exception):
+    """A failure that the user can understand and act on; everything else is a bug of ours."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message} ({self.hint})"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The default rebuilds from args alone, which a keyword-only hint does not survive (worker processes).
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(type_: type[TiueError], message: str, hint: str | None) -> TiueError:
+    return type_(message, hint=hint)
+
+
+class UsageError(TiueError):
+    """The command line or a call asks for something impossible; nothing was tried."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class ModelFolderError(TiueError):
+    """A model folder or hub id cannot be used."""
+
+
+class ManifestError(TiueError):
+    """A manifest is missing, malformed, or of another format version."""
+
+
+class SchedulerError(TiueError):
+    """A scheduler config that the one-pass formula does not cover."""
+
+
+class PromptError(TiueError):
+    """A prompt or a prompt file cannot be used."""
+
+
+class OutputError(TiueError):
+    """A file or folder cannot be written."""
+
+
+class DeviceError(TiueError):
+    """A device or precision that this machine does not have."""
+
+
+class MissingDependencyError(TiueError):
+    """An optional package is not installed."""
+
+
+class ProfileError(TiueError):
+    """A request lies outside the range an engine was built for."""
+
+
+class ParityError(TiueError):
+    """An exported graph does not compute what its source computes."""
