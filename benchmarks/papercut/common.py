@@ -1,0 +1,128 @@
+"""What the training scripts of papercut share: scenes on disk, a log, resumable checkpoints.
+
+Everything is written below `benchmarks/papercut/work/` (ignored by git); `package.py` moves finished weights into the
+package. The same scripts run on a CPU and, with `--device cuda`, on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tiue_cli.papercut.captions import SceneSpec, random_specs
+from tiue_cli.papercut.scenes import SIZE, render
+
+WORK = Path(__file__).parent / "work"
+RENDER_CHUNK = 4096
+
+
+def scenes(count: int, seed: int, *, pair_share: float = 0.6) -> tuple[list[SceneSpec], np.ndarray]:
+    """Specs and their renders (N, 64, 64, 3) uint8, cached on disk as a memory-mapped array."""
+    specs = random_specs(count, seed, pair_share=pair_share)
+    path = WORK / f"scenes_{count}_{seed}_{round(pair_share * 100)}.npy"
+    if not path.exists():
+        WORK.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        images = np.lib.format.open_memmap(part, "w+", np.uint8, (count, SIZE, SIZE, 3))
+        for start in range(0, count, RENDER_CHUNK):
+            stop = min(start + RENDER_CHUNK, count)
+            images[start:stop] = render(specs[start:stop], seed * 1_000_003 + start)
+        images.flush()
+        part.rename(path)
+    return specs, np.load(path, mmap_mode="r")
+
+
+def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
+    """(N, H, W, 3) uint8 → (N, 3, H, W) float32 in [-1, 1], channels last."""
+    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def parser(description: str, *, minutes: float) -> argparse.ArgumentParser:
+    """Options that every training takes."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--minutes", type=float, default=minutes, help="wall-clock budget, over all resumed runs")
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--name", default=None, help="name of the run's files in work/")
+    options.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    return options
+
+
+class Run:
+    """A budgeted, resumable training: progress in [0, 1) drives the schedules, a JSON line a report is the log."""
+
+    def __init__(self, name: str, *, minutes: float, fresh: bool) -> None:
+        self.checkpoint_path, self.log_path = WORK / f"{name}.pt.safetensors", WORK / f"{name}.log.jsonl"
+        WORK.mkdir(parents=True, exist_ok=True)
+        self.budget_s, self.spent_s, self.step = minutes * 60, 0.0, 0
+        if fresh:
+            self.checkpoint_path.unlink(missing_ok=True)
+            self.log_path.unlink(missing_ok=True)
+        self._resumed_at = time.monotonic()
+
+    @property
+    def elapsed_s(self) -> float:
+        return self.spent_s + time.monotonic() - self._resumed_at
+
+    @property
+    def progress(self) -> float:
+        return self.elapsed_s / self.budget_s
+
+    def log(self, **figures: Any) -> None:
+        line = {"step": self.step, "minutes": round(self.elapsed_s / 60, 2), **figures}
+        with self.log_path.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(json.dumps(line), flush=True)
+
+    def save(self, **states: dict[str, torch.Tensor]) -> None:
+        """Write all states to one safetensors file, aside and renamed. Keys: `part/name`."""
+        flat = {f"{part}/{key}": value.contiguous() for part, state in states.items() for key, value in state.items()}
+        part = self.checkpoint_path.with_suffix(".part")
+        save_file(flat, part, metadata={"step": str(self.step), "spent_s": str(self.elapsed_s)})
+        os.replace(part, self.checkpoint_path)
+
+    def load(self) -> dict[str, dict[str, torch.Tensor]] | None:
+        """The states of the last save, or None; restores step and time spent."""
+        if not self.checkpoint_path.exists():
+            return None
+        from safetensors import safe_open
+
+        with safe_open(self.checkpoint_path, "pt") as file:
+            metadata = file.metadata()
+        self.step, self.spent_s = int(metadata["step"]), float(metadata["spent_s"])
+        self._resumed_at = time.monotonic()
+        states: dict[str, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(self.checkpoint_path).items():
+            part, name = key.split("/", 1)
+            states.setdefault(part, {})[name] = value
+        return states
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Adam's moments and step as a flat dict of tensors (safetensors holds nothing else)."""
+    state = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(value) for index, one in state.items() for name, value in one.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, flat: dict[str, torch.Tensor]) -> None:
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in flat.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def trapezoid(progress: float, *, warmup: float = 0.01, decay: float = 0.5, floor: float = 0.01) -> float:
+    """Learning-rate factor: linear warm-up, flat, linear decay over the last `decay` of the run."""
+    if progress < warmup:
+        return max(progress / warmup, floor)
+    return max(min((1 - progress) / decay, 1.0), floor)

@@ -1,0 +1,108 @@
+"""Train papercut's autoencoder: `AutoencoderTiny`, f = 4, four latent channels.
+
+    python benchmarks/papercut/train_autoencoder.py --minutes 12
+
+Random 32 × 32 crops. Loss: an edge-weighted L1 + L2, L1 on gradients (crisp outlines), and a penalty that keeps the
+latents zero-mean with unit covariance, so that the diffusion model sees unit scale without a measured factor.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from common import WORK, Run, optimizer_state, parser, restore_optimizer, scenes, to_tensor, trapezoid
+from diffusers import AutoencoderTiny
+
+CONFIG = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "encoder_block_out_channels": (48, 48, 48),
+    "decoder_block_out_channels": (48, 48, 48),
+    "num_encoder_blocks": (0, 1, 1),
+    "num_decoder_blocks": (2, 1, 0),
+    "latent_channels": 4,
+    "scaling_factor": 1.0,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+}
+CROP, BATCH, LEARNING_RATE, LATENT_NOISE = 32, 32, 2e-3, 0.05
+
+
+def gradients(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return images[..., :, 1:] - images[..., :, :-1], images[..., 1:, :] - images[..., :-1, :]
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, *, l2: float) -> torch.Tensor:
+    """Edge-weighted L1 + l2·L2 plus L1 between gradients; images (N, 3, H, W) in [0, 1]."""
+    right, down = gradients(target)
+    edge = torch.nn.functional.pad(right.abs(), (0, 1)) + torch.nn.functional.pad(down.abs(), (0, 0, 0, 1))
+    weight = 1 + 3 * edge.mean(1, keepdim=True)
+    error = output - target
+    slopes = sum((a - b).abs().mean() for a, b in zip(gradients(output), (right, down), strict=True))
+    return (weight * (error.abs() + l2 * error.square())).mean() + 0.5 * slopes
+
+
+def whiteness_penalty(latents: torch.Tensor) -> torch.Tensor:
+    """Squared distance of the latents' mean from 0 and of their covariance from the identity."""
+    flat = latents.transpose(0, 1).flatten(1)
+    centered = flat - flat.mean(1, keepdim=True)
+    covariance = centered @ centered.T / flat.shape[1]
+    return flat.mean(1).square().mean() + (covariance - torch.eye(len(covariance), device=flat.device)).square().mean()
+
+
+def psnr(vae: AutoencoderTiny, images: np.ndarray, device: str) -> tuple[float, float]:
+    """PSNR in dB over all pixels, and over the pixels at edges, of the deterministic round trip."""
+    errors, edges = [], []
+    with torch.inference_mode():
+        for start in range(0, len(images), 64):
+            target = to_tensor(images[start : start + 64], device)
+            output = vae.decode(vae.encode(target).latents).sample.clamp(-1, 1)
+            squared = ((output - target) / 2).square().mean(1)
+            right, down = gradients(target)
+            edge = torch.nn.functional.pad(right.abs(), (0, 1)) + torch.nn.functional.pad(down.abs(), (0, 0, 0, 1))
+            errors.append(squared.mean().item())
+            edges.append(squared[edge.mean(1) > 0.2].mean().item())
+    return -10 * float(np.log10(np.mean(errors))), -10 * float(np.log10(np.mean(edges)))
+
+
+def main() -> None:
+    args = parser(__doc__, minutes=12).parse_args()
+    torch.manual_seed(args.seed)
+    _, images = scenes(40_000, seed=1)
+    _, held_out = scenes(512, seed=2)
+    vae = AutoencoderTiny(**CONFIG).to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    run = Run(args.name or "autoencoder", minutes=args.minutes, fresh=args.fresh)
+    if (states := run.load()) is not None:
+        vae.load_state_dict(states["model"])
+        restore_optimizer(optimizer, states["optimizer"])
+    rng = np.random.default_rng([args.seed, run.step])
+    while run.progress < 1:
+        if run.step % 2000 == 0:
+            overall, edge = psnr(vae, held_out[:128], args.device)
+            run.log(psnr_db=round(overall, 2), edge_psnr_db=round(edge, 2))
+            run.save(model=vae.state_dict(), optimizer=optimizer_state(optimizer))
+        optimizer.param_groups[0]["lr"] = LEARNING_RATE * trapezoid(run.progress, warmup=0.02, decay=0.6)
+        rows = rng.integers(len(images), size=BATCH)
+        tops, lefts = rng.integers(64 - CROP + 1, size=(2, BATCH))
+        crops = np.stack(
+            [images[i, t : t + CROP, s : s + CROP] for i, t, s in zip(rows, tops, lefts, strict=True)]
+        )
+        target = to_tensor(crops, args.device)
+        latents = vae.encode(target).latents
+        output = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample
+        fit = reconstruction_loss((output + 1) / 2, (target + 1) / 2, l2=2.0 if run.progress < 0.6 else 8.0)
+        loss = fit + 0.05 * whiteness_penalty(latents)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        run.step += 1
+    overall, edge = psnr(vae, held_out, args.device)
+    run.log(psnr_db=round(overall, 3), edge_psnr_db=round(edge, 3), images=len(held_out), final=True)
+    run.save(model=vae.state_dict(), optimizer=optimizer_state(optimizer))
+    vae.save_pretrained(WORK / "vae")
+
+
+if __name__ == "__main__":
+    main()
