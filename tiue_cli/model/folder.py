@@ -1,0 +1,564 @@
+"""What a model folder is, read from its configs and weight headers alone: no torch, no weights in memory.
+
+A model folder is what ``StableDiffusionPipeline.save_pretrained`` writes; a student has ``tiue.json`` beside it.
+Everything that makes a folder unusable is found here, before gigabytes are read, and said in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import pydantic
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
+
+from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, read_manifest
+from tiue_cli.errors import ModelFolderError
+
+Kind = Literal["student", "teacher"]
+
+COMPONENTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+"""The sub-folders of a Stable Diffusion folder that we use; a safety checker beside them is ignored."""
+
+_WEIGHT_NAMES = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+_VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
+_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
+_DOWNLOAD_AGAIN = "download or copy the file again"
+_CONVERT_HINT = (
+    "look for a version with .safetensors files, or convert it where you trust it: "
+    "StableDiffusionPipeline.from_pretrained(SOURCE).save_pretrained(FOLDER, safe_serialization=True)"
+)
+_SUPPORTED = "tiue handles Stable Diffusion 1.x and 2.x: one CLIP text encoder, one UNet2DConditionModel"
+
+_Config = TypeVar("_Config", bound=BaseModel)
+
+
+# --- what is found -------------------------------------------------------------------------------------------------
+
+
+class ComponentInfo(BaseModel):
+    """The weights of one component, from the headers of its files."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    class_name: str
+    files: tuple[str, ...]
+    variant: str | None
+    """``fp16`` in ``diffusion_pytorch_model.fp16.safetensors``; None for the plain names."""
+    parameters: int
+    size_bytes: int
+    dtypes: tuple[str, ...]
+
+
+class ModelInfo(BaseModel):
+    """A model folder that has passed all checks. Sizes are (height, width)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    kind: Kind
+    manifest: StudentManifest | None
+    """None for a teacher, and for a student that was released without tiue.json."""
+    sample_size: tuple[int, int]
+    """Latents (h, w) at the size that the model was trained for."""
+    factor: int
+    """Pixels per latent, along each side."""
+    latent_channels: int
+    text_tokens: int
+    """Length of the token sequence that the text encoder takes, start and end token included."""
+    text_width: int
+    unet_widths: tuple[int, ...]
+    vae_class: str
+    scheduler_class: str
+    prediction_type: Literal["epsilon", "v_prediction", "sample"]
+    components: tuple[ComponentInfo, ...]
+    license: str
+    notes: tuple[str, ...] = ()
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Pixels (H, W) at the size that the model was trained for."""
+        return (self.sample_size[0] * self.factor, self.sample_size[1] * self.factor)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def decoder_timesteps(self) -> tuple[int, ...] | None:
+        """The student's timesteps; None where the folder does not say."""
+        return None if self.manifest is None else self.manifest.decoder_timesteps
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def teacher(self) -> str | None:
+        """What the student was distilled from; None for a teacher."""
+        return None if self.manifest is None else self.manifest.teacher
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def parameters(self) -> int:
+        """Number of weights in all components."""
+        return sum(component.parameters for component in self.components)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(component.size_bytes for component in self.components)
+
+    def component(self, name: str) -> ComponentInfo:
+        """The component ``text_encoder``, ``unet`` or ``vae``; KeyError for another name."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise KeyError(name)
+
+
+class _UNetConfig(BaseModel):
+    """The fields of unet/config.json that decide whether and how we use it; defaults are diffusers' own."""
+
+    class_name: str = Field(default="UNet2DConditionModel", validation_alias="_class_name")
+    sample_size: int | tuple[int, int]
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = Field(default=(320, 640, 1280, 1280), min_length=1)
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    addition_embed_type: str | None = None
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    encoder_hid_dim_type: str | None = None
+    time_cond_proj_dim: int | None = None
+
+
+class _VaeConfig(BaseModel):
+    class_name: str = Field(validation_alias="_class_name")
+    latent_channels: int = 4
+    block_out_channels: tuple[int, ...] = Field(default=(64,), min_length=1)
+    decoder_block_out_channels: tuple[int, ...] = Field(default=(64, 64, 64, 64), min_length=1)
+    upsampling_scaling_factor: int = 2
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent: each level but the last doubles the size (AutoencoderTiny may scale otherwise)."""
+        if self.class_name == "AutoencoderTiny":
+            return int(self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1))
+        return int(2 ** (len(self.block_out_channels) - 1))
+
+
+class _TextConfig(BaseModel):
+    model_type: str = "clip_text_model"
+    architectures: tuple[str, ...] | None = None
+    hidden_size: int = 512
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
+
+
+class _SchedulerConfig(BaseModel):
+    class_name: str = Field(validation_alias="_class_name")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    num_train_timesteps: int = Field(default=1000, ge=1)
+
+
+class _TokenizerConfig(BaseModel):
+    tokenizer_class: str = "CLIPTokenizer"
+    # transformers writes 1e30 for "unlimited".
+    model_max_length: float | None = Field(
+        default=None, validation_alias=AliasChoices("model_max_length", "max_len"), gt=2
+    )
+
+
+# --- the check -----------------------------------------------------------------------------------------------------
+
+
+def check_model_folder(path: Path | str) -> ModelInfo:
+    """Read what a local model folder is. ModelFolderError or ManifestError says what is wrong, where, and what next."""
+    path = Path(path)
+    _refuse_other_things(path)
+    index = read_json(path / "model_index.json")
+    refuse_other_pipelines(index, path)
+    _refuse_missing_parts(path)
+
+    unet = _read_config(path / "unet" / "config.json", _UNetConfig)
+    refuse_other_unets(path / "unet" / "config.json", unet_class=unet.class_name, config=unet.model_dump())
+    vae = _read_config(path / "vae" / "config.json", _VaeConfig)
+    text = _read_config(path / "text_encoder" / "config.json", _TextConfig)
+    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", _SchedulerConfig)
+    tokens = _check_tokenizer(path / "tokenizer", positions=text.max_position_embeddings)
+    _check_text_class(path / "text_encoder" / "config.json", text)
+    _check_vae_class(path / "vae" / "config.json", vae)
+    text_width = _check_fit(path, unet=unet, vae=vae, text=text)
+
+    classes = {"text_encoder": "CLIPTextModel", "unet": unet.class_name, "vae": vae.class_name}
+    components = tuple(inspect_weights(path / name, name=name, class_name=classes[name]) for name in classes)
+    manifest = _read_student_manifest(path, scheduler=scheduler)
+    released = manifest is None and _looks_released(path)
+    return ModelInfo(
+        path=path,
+        kind="student" if manifest is not None or released else "teacher",
+        manifest=manifest,
+        sample_size=(unet.sample_size, unet.sample_size) if isinstance(unet.sample_size, int) else unet.sample_size,
+        factor=vae.factor,
+        latent_channels=vae.latent_channels,
+        text_tokens=tokens,
+        text_width=text_width,
+        unet_widths=unet.block_out_channels,
+        vae_class=vae.class_name,
+        scheduler_class=scheduler.class_name,
+        prediction_type=scheduler.prediction_type,
+        components=components,
+        license=_license(path, manifest),
+        notes=(f"no {STUDENT_MANIFEST}: taken for a released TiUE student by its name",) if released else (),
+    )
+
+
+def check_vae_folder(path: Path | str) -> Path:
+    """The folder with an autoencoder's own config.json: ``path``, or ``path``/vae. Raises ModelFolderError."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelFolderError(f"autoencoder folder {path} does not exist", hint="check the path")
+    folder = path if (path / "config.json").is_file() else path / "vae"
+    config = _read_config(folder / "config.json", _VaeConfig)
+    _check_vae_class(folder / "config.json", config)
+    inspect_weights(folder, name="vae", class_name=config.class_name)
+    return folder
+
+
+def _refuse_other_things(path: Path) -> None:
+    """Refuse what is no Stable Diffusion folder at all, each kind in its own words."""
+    if path.is_file():
+        raise ModelFolderError(
+            f"{path} is a single file, and a model folder is needed",
+            hint="convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        )
+    if not path.is_dir():
+        raise ModelFolderError(
+            f"model folder {path} does not exist", hint="check the path, or give a hub id OWNER/NAME"
+        )
+    if (path / "model_index.json").is_file():
+        return
+    if (path / "engine.json").is_file():
+        raise ModelFolderError(
+            f"{path} holds TensorRT engines, not a model", hint="give the student folder that they were built from"
+        )
+    if (path / "manifest.json").is_file() and any(path.glob("*.onnx")):
+        raise ModelFolderError(
+            f"{path} holds an exported student (ONNX graphs), not a model folder",
+            hint="give the student folder that it was exported from; its manifest.json names it",
+        )
+    if any(path.glob("*lora*.safetensors")) or (path / "adapter_config.json").is_file():
+        raise ModelFolderError(
+            f"{path} holds LoRA weights, not a whole model", hint="give the folder of the model that they belong to"
+        )
+    if (path / "config.json").is_file() or (path / "unet" / "config.json").is_file():
+        what = "one component" if (path / "config.json").is_file() else "a UNet without the rest"
+        raise ModelFolderError(
+            f"{path} holds {what}: model_index.json is missing",
+            hint="copy model_index.json, tokenizer, text_encoder, vae and scheduler of the teacher's folder beside unet",
+        )
+    checkpoint = next((file for file in sorted(path.iterdir()) if file.suffix in (".ckpt", ".safetensors")), None)
+    if checkpoint is not None:
+        raise ModelFolderError(
+            f"{path} holds a single-file checkpoint ({checkpoint.name}) and no model_index.json",
+            hint="convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+        )
+    raise ModelFolderError(
+        f"{path} is not a model folder: model_index.json is missing",
+        hint="give the folder that holds model_index.json, unet, vae, text_encoder, tokenizer and scheduler",
+    )
+
+
+def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
+    """Refuse, by model_index.json alone, families that are built otherwise. Raises ModelFolderError."""
+    name = str(index.get("_class_name", ""))
+    if "transformer" in index or any(part in name for part in ("StableDiffusion3", "Flux", "PixArt", "Sana", "DiT")):
+        raise ModelFolderError(
+            f"{where} holds a diffusion transformer ({name or 'transformer/'}), and tiue needs a UNet with an encoder"
+            " and a decoder",
+            hint=_SUPPORTED,
+        )
+    if "StableDiffusionXL" in name or index.get("text_encoder_2", [None])[0] is not None:
+        raise ModelFolderError(f"{where} holds an SDXL model ({name}) with two text encoders", hint=_SUPPORTED)
+    missing = [part for part in COMPONENTS if not index.get(part, [None])[0]]
+    if missing:
+        raise ModelFolderError(
+            f"{Path(where) / 'model_index.json'} names no {' and no '.join(missing)} ({name or 'no _class_name'})",
+            hint=_SUPPORTED,
+        )
+
+
+def refuse_other_unets(where: Path | str, *, unet_class: str, config: Mapping[str, Any]) -> None:
+    """Refuse UNets that take more than noise, timestep and text. ``where`` is their config. Raises ModelFolderError."""
+    if unet_class != "UNet2DConditionModel":
+        raise ModelFolderError(f"{where}: _class_name is {unet_class}, not UNet2DConditionModel", hint=_SUPPORTED)
+    if config.get("addition_embed_type") is not None:
+        kind = config["addition_embed_type"]
+        raise ModelFolderError(
+            f"{where}: addition_embed_type is {kind!r}: an SDXL-like UNet, conditioned on more than text",
+            hint=_SUPPORTED,
+        )
+    if config.get("time_cond_proj_dim") is not None:
+        raise ModelFolderError(
+            f"{where}: time_cond_proj_dim is set: a guidance-distilled UNet (LCM), which takes the guidance as input",
+            hint="give the model that it was distilled from",
+        )
+    for field in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if config.get(field) is not None:
+            raise ModelFolderError(f"{where}: {field} is set: a UNet conditioned on more than text", hint=_SUPPORTED)
+    if config.get("in_channels", 4) != config.get("out_channels", 4):
+        raise ModelFolderError(
+            f"{where}: in_channels {config.get('in_channels')} differs from out_channels {config.get('out_channels')}:"
+            " an inpainting, depth or editing model",
+            hint="give the text-to-image model that it was made from",
+        )
+
+
+def _refuse_missing_parts(path: Path) -> None:
+    missing = [name for name in COMPONENTS if not (path / name).is_dir()]
+    if missing:
+        raise ModelFolderError(
+            f"{path} is not whole: {', '.join(name + '/' for name in missing)} missing",
+            hint="download or copy the folder again, or copy the parts from the teacher's folder",
+        )
+
+
+def _check_tokenizer(folder: Path, *, positions: int) -> int:
+    """Length of the token sequence. Raises ModelFolderError for missing or foreign tokenizer files."""
+    whole = (folder / "tokenizer.json").is_file()
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if not whole and missing:
+        raise ModelFolderError(
+            f"{folder / missing[0]} is missing (and there is no tokenizer.json)", hint=_DOWNLOAD_AGAIN
+        )
+    for name in ("tokenizer.json",) if whole else ("vocab.json",):
+        read_json(folder / name)
+    config_path = folder / "tokenizer_config.json"
+    if not config_path.is_file():
+        return positions
+    config = _read_config(config_path, _TokenizerConfig)
+    if config.tokenizer_class not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise ModelFolderError(
+            f"{config_path}: tokenizer_class is {config.tokenizer_class}, not CLIPTokenizer", hint=_SUPPORTED
+        )
+    length = positions if config.model_max_length is None else config.model_max_length
+    return int(min(length, positions))
+
+
+def _check_text_class(path: Path, config: _TextConfig) -> None:
+    classes = config.architectures or ("CLIPTextModel",)
+    if "clip" not in config.model_type or not any(name.startswith("CLIPTextModel") for name in classes):
+        raise ModelFolderError(
+            f"{path}: {classes[0]} (model_type {config.model_type}) is not a CLIPTextModel", hint=_SUPPORTED
+        )
+
+
+def _check_vae_class(path: Path, config: _VaeConfig) -> None:
+    if config.class_name not in _VAE_CLASSES:
+        raise ModelFolderError(
+            f"{path}: _class_name is {config.class_name}, not one of {', '.join(_VAE_CLASSES)}",
+            hint="give another autoencoder",
+        )
+
+
+def _check_fit(path: Path, *, unet: _UNetConfig, vae: _VaeConfig, text: _TextConfig) -> int:
+    """The text width that all parts agree on. Raises ModelFolderError for parts of different models."""
+    widths = {unet.cross_attention_dim} if isinstance(unet.cross_attention_dim, int) else set(unet.cross_attention_dim)
+    if widths != {text.hidden_size}:
+        raise ModelFolderError(
+            f"{path / 'unet' / 'config.json'}: cross_attention_dim {unet.cross_attention_dim} does not fit the text"
+            f" encoder's hidden_size {text.hidden_size}",
+            hint="the parts come from different models: take all of them from one",
+        )
+    if unet.in_channels != vae.latent_channels:
+        raise ModelFolderError(
+            f"{path / 'unet' / 'config.json'}: in_channels {unet.in_channels} does not fit the autoencoder's"
+            f" latent_channels {vae.latent_channels}",
+            hint="the parts come from different models: take all of them from one",
+        )
+    return text.hidden_size
+
+
+def _read_student_manifest(path: Path, *, scheduler: _SchedulerConfig) -> StudentManifest | None:
+    if not (path / STUDENT_MANIFEST).is_file():
+        return None
+    manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
+    if manifest.prediction_type != scheduler.prediction_type:
+        raise ModelFolderError(
+            f"{path / STUDENT_MANIFEST}: prediction_type {manifest.prediction_type} contradicts"
+            f" {scheduler.prediction_type} in scheduler/scheduler_config.json",
+            hint="restore the file that was changed",
+        )
+    if manifest.decoder_timesteps[0] >= scheduler.num_train_timesteps:
+        raise ModelFolderError(
+            f"{path / STUDENT_MANIFEST}: timestep {manifest.decoder_timesteps[0]} lies outside the schedule of"
+            f" {scheduler.num_train_timesteps} in scheduler/scheduler_config.json",
+            hint="restore the file that was changed",
+        )
+    return manifest
+
+
+def _looks_released(path: Path) -> bool:
+    """The TiUE authors released whole pipelines as ``loopfree-sd…`` without a manifest: only the name tells them."""
+    return any("loopfree" in part.lower() for part in path.resolve().parts)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder. Raises ModelFolderError naming the file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelFolderError(f"{path} is missing", hint="download or copy the folder again") from None
+    except OSError as error:
+        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+    except ValueError as error:
+        raise ModelFolderError(f"{path} is not JSON: {error}", hint=_DOWNLOAD_AGAIN) from error
+    if not isinstance(data, dict):
+        raise ModelFolderError(f"{path} must hold a JSON object, not {type(data).__name__}", hint=_DOWNLOAD_AGAIN)
+    return data
+
+
+def _read_config(path: Path, type_: type[_Config]) -> _Config:
+    try:
+        return type_.model_validate(read_json(path))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"][:1])
+        raise ModelFolderError(
+            f"{path}: field {field!r}: {first['msg']}", hint="restore the config that belongs to these weights"
+        ) from error
+
+
+def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInfo:
+    """Find and check one component's safetensors. ModelFolderError: pickles only, missing, truncated or damaged."""
+    variant, files = _weight_files(folder, _WEIGHT_NAMES[name])
+    headers = [_safetensors_header(file) for file in files]
+    tensors = [tensor for header in headers for tensor in header.values()]
+    return ComponentInfo(
+        name=name,
+        class_name=class_name,
+        files=tuple(file.name for file in files),
+        variant=variant,
+        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
+        size_bytes=sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors),
+        dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
+    )
+
+
+def _weight_files(folder: Path, stem: str) -> tuple[str | None, tuple[Path, ...]]:
+    """The variant (None: the plain name) and its files, sharded or not; plain names win, then fp16."""
+    plain = folder / f"{stem}.safetensors"
+    if plain.is_file():
+        return None, (plain,)
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return None, _shards(index)
+    whole = {
+        file.name.removeprefix(f"{stem}.").removesuffix(".safetensors"): file for file in folder.glob("*.safetensors")
+    }
+    variants: dict[str, tuple[Path, ...]] = {
+        variant: (file,)
+        for variant, file in whole.items()
+        if file.name == f"{stem}.{variant}.safetensors" and "-of-" not in variant
+    }
+    for index in folder.glob(f"{stem}.safetensors.index.*.json"):
+        variants.setdefault(index.name.split(".")[-2], _shards(index))
+    if variants:
+        variant = "fp16" if "fp16" in variants else sorted(variants)[0]
+        return variant, variants[variant]
+    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+    if pickles:
+        raise ModelFolderError(
+            f"{pickles[0]} is a pickle, which can run code when it is opened, and there is no safetensors beside it",
+            hint=_CONVERT_HINT,
+        )
+    raise ModelFolderError(f"{plain} is missing", hint="download or copy the folder again")
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelFolderError(f"{index}: field 'weight_map' is missing or empty", hint=_DOWNLOAD_AGAIN)
+    shards = tuple(index.parent / str(name) for name in sorted(set(weight_map.values())))
+    for shard in shards:
+        if shard.parent != index.parent:
+            raise ModelFolderError(f"{index}: shard {shard.name} lies outside its folder", hint=_DOWNLOAD_AGAIN)
+        if not shard.is_file():
+            raise ModelFolderError(
+                f"{shard} is missing; {index.name} lists it", hint="download or copy the folder again"
+            )
+    return shards
+
+
+def _safetensors_header(path: Path) -> dict[str, Any]:
+    """The tensor table of a safetensors file, with the size that it promises checked against the file's.
+
+    Format: 8 bytes little-endian header length, JSON header, tensor bytes without gaps
+    (https://github.com/huggingface/safetensors, "Format"). Raises ModelFolderError.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if start == b"version " and size < 1024:
+            raise ModelFolderError(
+                f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull"
+            )
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or 8 + length > size:
+            raise ModelFolderError(
+                f"{path} is truncated or not a safetensors file ({size} bytes)", hint=_DOWNLOAD_AGAIN
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        sizes = sum(_tensor_bytes(tensor) for tensor in tensors.values())
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ModelFolderError(f"{path}: its header is damaged", hint=_DOWNLOAD_AGAIN) from error
+    if not tensors:
+        raise ModelFolderError(f"{path} holds no weights", hint=_DOWNLOAD_AGAIN)
+    if 8 + length + end != size or sizes != end:
+        raise ModelFolderError(
+            f"{path} is truncated or damaged: {size} bytes, and its header promises {8 + length + end}",
+            hint=_DOWNLOAD_AGAIN,
+        )
+    return tensors
+
+
+def _tensor_bytes(tensor: Mapping[str, Any]) -> int:
+    """Bytes of one tensor by its shape; by its offsets where the dtype is none that we know."""
+    start, end = tensor["data_offsets"]
+    item = _DTYPE_BYTES.get(tensor["dtype"])
+    return int(end) - int(start) if item is None else item * math.prod(tensor["shape"])
+
+
+def _license(path: Path, manifest: StudentManifest | None) -> str:
+    """The licence that the folder states: its manifest's, else the front matter of README.md, else ``unknown``."""
+    if manifest is not None and manifest.license != "unknown":
+        return manifest.license
+    try:
+        lines = (path / "README.md").read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return "unknown"
+    if not lines or lines[0].strip() != "---":
+        return "unknown"
+    fields: dict[str, str] = {}
+    for line in lines[1:]:
+        if line.strip() == "---":
+            break
+        key, colon, value = line.partition(":")
+        if colon and not line.startswith((" ", "-")):
+            fields[key.strip()] = value.strip().strip("\"'")
+    # "other" is the hub's word for a licence with a name of its own.
+    named = fields.get("license_name", "")
+    return named if fields.get("license") == "other" and named else fields.get("license") or "unknown"

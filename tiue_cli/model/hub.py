@@ -1,0 +1,182 @@
+"""From what a user types to a folder on this disk: an embedded name, a local folder, or a hub id.
+
+No torch. Of a hub repository only what we use is fetched: configs first, so that a family that we cannot use is
+refused before gigabytes travel; then one set of safetensors. Pickles are never fetched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tiue_cli.errors import ModelFolderError
+from tiue_cli.model.folder import read_json, refuse_other_pipelines, refuse_other_unets
+
+EMBEDDED = "papercut"
+"""The model that is shipped in the package: its student once there is one, else its teacher."""
+EMBEDDED_TEACHER = "papercut-teacher"
+
+_EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "papercut" / "model"
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_WEIGHT_STEMS = {
+    "text_encoder": "model",
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+}
+_CONFIG_PATTERNS = (
+    "model_index.json",
+    "tiue.json",
+    "README.md",
+    *(f"{part}/*.json" for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")),
+    "tokenizer/*.txt",
+)
+
+
+def resolve_model(source: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder behind ``papercut``, a path, or a hub id ``OWNER/NAME`` (downloaded into the hub's cache).
+
+    Whether it is a usable model folder is ``check_model_folder``'s question. Raises ModelFolderError.
+    """
+    if str(source) in (EMBEDDED, EMBEDDED_TEACHER):
+        return _embedded(str(source))
+    if not is_hub_id(source):
+        return _local(source)
+    return _download_model(str(source), revision)
+
+
+def resolve_vae(source: str | Path, *, revision: str | None = None) -> Path:
+    """The local folder behind an autoencoder's path or hub id. Raises ModelFolderError."""
+    if not is_hub_id(source):
+        return _local(source)
+    names = [
+        "config.json",
+        "vae/config.json",
+        *_plain_weights("", "vae"),
+        *_plain_weights("vae/", "vae"),
+    ]
+    return _snapshot(str(source), revision, names)
+
+
+def is_hub_id(source: str | Path) -> bool:
+    """Whether ``source`` can only mean a hub repository.
+
+    A Path, and whatever exists or looks like a path, is local. ``models/studnet`` with a folder ``models`` here is a
+    mistyped path and not a question to the hub.
+    """
+    if isinstance(source, Path) or _HUB_ID.fullmatch(source) is None:
+        return False
+    owner, name = source.split("/")
+    if Path(name).suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".json", ".onnx"):
+        return False
+    return not Path(source).exists() and not Path(owner).is_dir()
+
+
+def _local(source: str | Path) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        names = _similar(path)
+        raise ModelFolderError(
+            f"model folder {path} does not exist",
+            hint=f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME",
+        )
+    return path
+
+
+def _similar(path: Path) -> list[str]:
+    """Folders beside the missing one whose names are close to its own."""
+    import difflib
+
+    if not path.parent.is_dir():
+        return []
+    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=1)]
+
+
+def _embedded(name: str) -> Path:
+    student, teacher = _EMBEDDED_ROOT / "student", _EMBEDDED_ROOT / "teacher"
+    if name == EMBEDDED and student.is_dir():
+        return student
+    if teacher.is_dir():
+        return teacher
+    raise ModelFolderError(
+        f"the embedded model is missing from this installation ({teacher})",
+        hint="install the package again: python -m pip install --force-reinstall --no-deps tiue",
+    )
+
+
+def _download_model(hub_id: str, revision: str | None) -> Path:
+    folder = _snapshot(hub_id, revision, _CONFIG_PATTERNS)
+    if (folder / "model_index.json").is_file():
+        refuse_other_pipelines(read_json(folder / "model_index.json"), hub_id)
+    unet = folder / "unet" / "config.json"
+    if unet.is_file():
+        config = read_json(unet)
+        unet_class = str(config.get("_class_name", "UNet2DConditionModel"))
+        refuse_other_unets(f"{hub_id}/unet/config.json", unet_class=unet_class, config=config)
+    # Plain names first: repositories also carry fp16 and non-ema copies, and all of them together are tens of GB.
+    plain = [name for part in _WEIGHT_STEMS for name in _plain_weights(f"{part}/", part)]
+    folder = _snapshot(hub_id, revision, [*_CONFIG_PATTERNS, *plain])
+    bare = [part for part in _WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
+    if bare:
+        halves = [f"{part}/{_WEIGHT_STEMS[part]}*fp16*.safetensors" for part in bare]
+        folder = _snapshot(hub_id, revision, [*_CONFIG_PATTERNS, *plain, *halves])
+    missing = [part for part in _WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
+    if missing:
+        raise ModelFolderError(
+            f"{hub_id} has no safetensors in {', '.join(part + '/' for part in missing)} (pickles are not fetched)",
+            hint="choose a repository with diffusers folders and .safetensors files",
+        )
+    return folder
+
+
+def _plain_weights(prefix: str, part: str) -> list[str]:
+    stem = f"{prefix}{_WEIGHT_STEMS[part]}"
+    return [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.safetensors.index.json"]
+
+
+def _snapshot(hub_id: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """huggingface_hub.snapshot_download with every way to fail turned into one clear error."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # Refusals of the server derive from it, whatever HTTP library the installed version is built on.
+    transport = getattr(errors, "HTTPError", OSError)
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+    except (OSError, ValueError, transport) as error:
+        _raise_hub_error(error, hub_id, revision)
+
+
+def _raise_hub_error(error: Exception, hub_id: str, revision: str | None) -> NoReturn:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        raise ModelFolderError(
+            f"{hub_id} is gated: its owner asks for an agreement first",
+            hint=f"accept it at https://huggingface.co/{hub_id}, then log in: hf auth login",
+        ) from error
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise ModelFolderError(
+            f"there is neither a folder {hub_id} here nor a public model {hub_id} on the hub",
+            hint="check the spelling; for a private model log in: hf auth login",
+        ) from error
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise ModelFolderError(
+            f"{hub_id} has no revision {revision}", hint="check the branch, tag or commit"
+        ) from error
+    if isinstance(error, errors.HFValidationError):
+        raise ModelFolderError(f"{hub_id} is no valid hub id: {error}", hint="give a folder or OWNER/NAME") from error
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+        raise ModelFolderError(
+            f"{hub_id} cannot be stored: {error.strerror or error}",
+            hint="free some space, or point HF_HOME to another disk",
+        ) from error
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+    raise ModelFolderError(
+        f"there is no folder {hub_id} here, and the hub's {hub_id} is not in the cache whole while {reason}",
+        hint="unset HF_HUB_OFFLINE" if offline else "check the spelling and the connection, or give a local folder",
+    ) from error
