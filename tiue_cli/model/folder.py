@@ -17,6 +17,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
 
 from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, read_manifest
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.model.sd_configs import check_unet_config
 
 Kind = Literal["student", "teacher"]
 
@@ -31,6 +32,7 @@ _WEIGHT_NAMES = {
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
+_BUFFER_DTYPES = ("I64", "I32", "U8")  # position ids of old text encoders
 _DOWNLOAD_AGAIN = "download or copy the file again"
 _CONVERT_HINT = (
     "look for a version with .safetensors files, or convert it where you trust it: "
@@ -123,19 +125,13 @@ class ModelInfo(BaseModel):
 
 
 class _UNetConfig(BaseModel):
-    """The fields of unet/config.json that decide whether and how we use it; defaults are diffusers' own."""
+    """The fields of unet/config.json that say its sizes; defaults are diffusers' own."""
 
     class_name: str = Field(default="UNet2DConditionModel", validation_alias="_class_name")
     sample_size: int | tuple[int, int]
     in_channels: int = 4
-    out_channels: int = 4
     block_out_channels: tuple[int, ...] = Field(default=(320, 640, 1280, 1280), min_length=1)
     cross_attention_dim: int | tuple[int, ...] = 1280
-    addition_embed_type: str | None = None
-    class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    encoder_hid_dim_type: str | None = None
-    time_cond_proj_dim: int | None = None
 
 
 class _VaeConfig(BaseModel):
@@ -186,8 +182,8 @@ def check_model_folder(path: Path | str) -> ModelInfo:
     refuse_other_pipelines(index, path)
     _refuse_missing_parts(path)
 
+    check_unet_config(read_json(path / "unet" / "config.json"), where=str(path / "unet" / "config.json"))
     unet = _read_config(path / "unet" / "config.json", _UNetConfig)
-    refuse_other_unets(path / "unet" / "config.json", unet_class=unet.class_name, config=unet.model_dump())
     vae = _read_config(path / "vae" / "config.json", _VaeConfig)
     text = _read_config(path / "text_encoder" / "config.json", _TextConfig)
     scheduler = _read_config(path / "scheduler" / "scheduler_config.json", _SchedulerConfig)
@@ -261,7 +257,7 @@ def _refuse_other_things(path: Path) -> None:
         what = "one component" if (path / "config.json").is_file() else "a UNet without the rest"
         raise ModelFolderError(
             f"{path} holds {what}: model_index.json is missing",
-            hint="copy model_index.json, tokenizer, text_encoder, vae and scheduler of the teacher's folder beside unet",
+            hint="copy the teacher's model_index.json, tokenizer, text_encoder, vae and scheduler beside unet",
         )
     checkpoint = next((file for file in sorted(path.iterdir()) if file.suffix in (".ckpt", ".safetensors")), None)
     if checkpoint is not None:
@@ -291,32 +287,6 @@ def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
         raise ModelFolderError(
             f"{Path(where) / 'model_index.json'} names no {' and no '.join(missing)} ({name or 'no _class_name'})",
             hint=_SUPPORTED,
-        )
-
-
-def refuse_other_unets(where: Path | str, *, unet_class: str, config: Mapping[str, Any]) -> None:
-    """Refuse UNets that take more than noise, timestep and text. ``where`` is their config. Raises ModelFolderError."""
-    if unet_class != "UNet2DConditionModel":
-        raise ModelFolderError(f"{where}: _class_name is {unet_class}, not UNet2DConditionModel", hint=_SUPPORTED)
-    if config.get("addition_embed_type") is not None:
-        kind = config["addition_embed_type"]
-        raise ModelFolderError(
-            f"{where}: addition_embed_type is {kind!r}: an SDXL-like UNet, conditioned on more than text",
-            hint=_SUPPORTED,
-        )
-    if config.get("time_cond_proj_dim") is not None:
-        raise ModelFolderError(
-            f"{where}: time_cond_proj_dim is set: a guidance-distilled UNet (LCM), which takes the guidance as input",
-            hint="give the model that it was distilled from",
-        )
-    for field in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
-        if config.get(field) is not None:
-            raise ModelFolderError(f"{where}: {field} is set: a UNet conditioned on more than text", hint=_SUPPORTED)
-    if config.get("in_channels", 4) != config.get("out_channels", 4):
-        raise ModelFolderError(
-            f"{where}: in_channels {config.get('in_channels')} differs from out_channels {config.get('out_channels')}:"
-            " an inpainting, depth or editing model",
-            hint="give the text-to-image model that it was made from",
         )
 
 
@@ -405,8 +375,12 @@ def _read_student_manifest(path: Path, *, scheduler: _SchedulerConfig) -> Studen
 
 
 def _looks_released(path: Path) -> bool:
-    """The TiUE authors released whole pipelines as ``loopfree-sd…`` without a manifest: only the name tells them."""
-    return any("loopfree" in part.lower() for part in path.resolve().parts)
+    """The TiUE authors released whole pipelines as ``loopfree-sd…`` without a manifest: only the name tells them.
+
+    In the hub's cache the repository's name is two levels up: models--OWNER--NAME/snapshots/COMMIT.
+    """
+    names = [path.resolve().name, *(part.rpartition("--")[2] for part in path.parts if part.startswith("models--"))]
+    return any(name.lower().startswith("loopfree-sd") for name in names)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -448,7 +422,7 @@ def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInf
         class_name=class_name,
         files=tuple(file.name for file in files),
         variant=variant,
-        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors),
+        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["dtype"] not in _BUFFER_DTYPES),
         size_bytes=sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors),
         dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
     )
@@ -462,14 +436,11 @@ def _weight_files(folder: Path, stem: str) -> tuple[str | None, tuple[Path, ...]
     index = folder / f"{stem}.safetensors.index.json"
     if index.is_file():
         return None, _shards(index)
-    whole = {
-        file.name.removeprefix(f"{stem}.").removesuffix(".safetensors"): file for file in folder.glob("*.safetensors")
-    }
-    variants: dict[str, tuple[Path, ...]] = {
-        variant: (file,)
-        for variant, file in whole.items()
-        if file.name == f"{stem}.{variant}.safetensors" and "-of-" not in variant
-    }
+    variants: dict[str, tuple[Path, ...]] = {}
+    for file in folder.glob(f"{stem}.*.safetensors"):
+        variant = file.name.removeprefix(f"{stem}.").removesuffix(".safetensors")
+        if "-of-" not in variant:
+            variants[variant] = (file,)
     for index in folder.glob(f"{stem}.safetensors.index.*.json"):
         variants.setdefault(index.name.split(".")[-2], _shards(index))
     if variants:
@@ -505,19 +476,18 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     Format: 8 bytes little-endian header length, JSON header, tensor bytes without gaps
     (https://github.com/huggingface/safetensors, "Format"). Raises ModelFolderError.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        if start == b"version " and size < 1024:
-            raise ModelFolderError(
-                f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or 8 + length > size:
-            raise ModelFolderError(
-                f"{path} is truncated or not a safetensors file ({size} bytes)", hint=_DOWNLOAD_AGAIN
-            )
-        raw = file.read(length)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            raw = file.read(length) if 8 + length <= size else b""
+    except OSError as error:
+        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+    if start == b"version " and size < 1024:
+        raise ModelFolderError(f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull")
+    if len(start) < 8 or 8 + length > size:
+        raise ModelFolderError(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=_DOWNLOAD_AGAIN)
     try:
         header = json.loads(raw)
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.model.folder import read_json, refuse_other_pipelines, refuse_other_unets
+from tiue_cli.model.folder import read_json, refuse_other_pipelines
+from tiue_cli.model.sd_configs import check_unet_config
 
 EMBEDDED = "papercut"
 """The model that is shipped in the package: its student once there is one, else its teacher."""
@@ -113,9 +114,7 @@ def _download_model(hub_id: str, revision: str | None) -> Path:
         refuse_other_pipelines(read_json(folder / "model_index.json"), hub_id)
     unet = folder / "unet" / "config.json"
     if unet.is_file():
-        config = read_json(unet)
-        unet_class = str(config.get("_class_name", "UNet2DConditionModel"))
-        refuse_other_unets(f"{hub_id}/unet/config.json", unet_class=unet_class, config=config)
+        check_unet_config(read_json(unet), where=f"{hub_id}/unet/config.json")
     # Plain names first: repositories also carry fp16 and non-ema copies, and all of them together are tens of GB.
     plain = [name for part in _WEIGHT_STEMS for name in _plain_weights(f"{part}/", part)]
     folder = _snapshot(hub_id, revision, [*_CONFIG_PATTERNS, *plain])
