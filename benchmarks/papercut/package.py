@@ -1,0 +1,59 @@
+"""Move finished weights from `work/` into the package, as a Stable Diffusion folder in fp16.
+
+    python benchmarks/papercut/package.py
+
+Writes `tiue_cli/papercut/model/teacher/` (what `StableDiffusionPipeline.save_pretrained` writes, and a model card) and
+`tiue_cli/papercut/model/checker.safetensors`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from common import WORK
+from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from train_teacher import SCHEDULER
+from transformers import CLIPTextModel, CLIPTokenizer
+
+import tiue_cli.papercut
+
+MODEL = Path(tiue_cli.papercut.__file__).parent / "model"
+CARD = """---
+license: apache-2.0
+pipeline_tag: text-to-image
+library_name: diffusers
+---
+# papercut, the teacher
+
+A miniature Stable Diffusion: the same parts (CLIP text encoder, UNet with cross-attention, autoencoder, DDIM), trained
+from scratch on procedurally drawn 64 × 64 paper scenes. It knows one or two of six objects (star, heart, tree, house,
+moon, fish) in eight colours, four relations and five backgrounds, and nothing else.
+"""
+
+
+def main() -> None:
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(WORK / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(WORK / "unet"),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).to(torch.float16)
+    part = MODEL / "teacher.part"
+    shutil.rmtree(part, ignore_errors=True)
+    pipeline.save_pretrained(part, safe_serialization=True)
+    (part / "README.md").write_text(CARD)
+    shutil.rmtree(MODEL / "teacher", ignore_errors=True)
+    part.rename(MODEL / "teacher")
+    shutil.copyfile(WORK / "checker.safetensors", MODEL / "checker.safetensors")
+    for file in sorted(MODEL.rglob("*.safetensors")):
+        print(f"{file.relative_to(MODEL)}  {file.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
