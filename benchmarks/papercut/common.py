@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,7 @@ class Run:
         flat = {f"{part}/{key}": value.contiguous() for part, state in states.items() for key, value in state.items()}
         part = self.checkpoint_path.with_suffix(".part")
         save_file(flat, part, metadata={"step": str(self.step), "spent_s": str(self.elapsed_s)})
-        os.replace(part, self.checkpoint_path)
+        part.replace(self.checkpoint_path)
 
     def load(self) -> dict[str, dict[str, torch.Tensor]] | None:
         """The states of the last save, or None; restores step and time spent."""

@@ -85,9 +85,7 @@ def main() -> None:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * trapezoid(run.progress, warmup=0.02, decay=0.6)
         rows = rng.integers(len(images), size=BATCH)
         tops, lefts = rng.integers(64 - CROP + 1, size=(2, BATCH))
-        crops = np.stack(
-            [images[i, t : t + CROP, s : s + CROP] for i, t, s in zip(rows, tops, lefts, strict=True)]
-        )
+        crops = np.stack([images[i, t : t + CROP, s : s + CROP] for i, t, s in zip(rows, tops, lefts, strict=True)])
         target = to_tensor(crops, args.device)
         latents = vae.encode(target).latents
         output = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample

@@ -33,8 +33,7 @@ def accuracy(checker: Checker, images: np.ndarray, specs: list) -> dict[str, flo
     found = read(checker, images)
     wanted = targets(specs)
     heads = {
-        name: float((found[name] == target.numpy())[target.numpy() != IGNORE].mean())
-        for name, target in wanted.items()
+        name: float((found[name] == target.numpy())[target.numpy() != IGNORE].mean()) for name, target in wanted.items()
     }
     return {**heads, "all": float(judge(found, specs)["all"].mean())}
 

@@ -72,7 +72,7 @@ def load_checker(path: Path = WEIGHTS) -> Checker:
 
 
 def targets(specs: Sequence[SceneSpec]) -> dict[str, Tensor]:
-    """Class indices by head, each (N,) int64; IGNORE where a scene has no second thing or leaves the background open."""
+    """Class indices by head, each (N,) int64; IGNORE: no second thing, or the background is left open."""
     backgrounds = tuple(BACKGROUNDS)
     rows: dict[str, list[int]] = {name: [] for name in HEADS}
     for spec in specs:

@@ -1,6 +1,6 @@
 """Draw papercut scenes: signed distances, anti-aliased, vectorised over images, deterministic per seed.
 
-A picture is layers of paper: a sky, two cut hills, the objects, each with a soft shadow on what lies behind it. What the
+A picture is layers of paper: a sky, two cut hills, the objects, each with a soft shadow on what lies behind. What the
 caption leaves open (place, size, turn, shade, hills, light, grain) is drawn per image from (seed, index), so an image
 does not depend on the batch that it was drawn in. Signed distances after Inigo Quilez, "2D distance functions".
 """
