@@ -1,0 +1,81 @@
+"""From latents to pixels: ``AutoencoderKL`` and ``AutoencoderTiny`` behind one decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models import AutoencoderKL, AutoencoderTiny
+
+from tiue_cli.errors import DeviceError, ModelFolderError, UsageError
+
+_PIXELS_AT_ONCE = 4 * 512 * 512
+"""Images are decoded in groups of at most this many pixels: Stable Diffusion's decoder needs about 1 GB of activations
+for each 512 x 512 image in float32, and a large batch must not fail at its last step."""
+
+
+class ImageDecoder:
+    """The decoding half of an autoencoder, with the scale that the UNet's latents have against the autoencoder's."""
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
+        if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
+            raise ModelFolderError(
+                f"{type(vae).__name__} is no autoencoder that tiue can decode with",
+                hint="use an AutoencoderKL or an AutoencoderTiny",
+            )
+        config: Any = vae.config
+        shift = getattr(config, "shift_factor", None)
+        self.vae = vae
+        self.latent_channels = int(config.latent_channels)
+        self.factor = _factor(vae)
+        self._scale = float(config.scaling_factor)
+        self._shift = 0.0 if shift is None else float(shift)
+
+    def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Latents (h, w) for an image of ``size`` (H, W) pixels. UsageError unless both sides are multiples."""
+        height, width = size
+        if height < 1 or width < 1 or height % self.factor or width % self.factor:
+            near = [max(1, round(side / self.factor)) * self.factor for side in size]
+            raise UsageError(
+                f"an image of {height}x{width} pixels is impossible: this model's sides are multiples of {self.factor}",
+                hint=f"the nearest size is {near[0]}x{near[1]}",
+            )
+        return height // self.factor, width // self.factor
+
+    def decode_float(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) float32, nominally in [-1, 1] and not clamped, from latents (B, C, h, w); differentiable.
+
+        Both classes answer in [-1, 1]: AutoencoderTiny works in [0, 1] inside and converts.
+        """
+        # Scaled before the cast: half precision would round the latents twice.
+        scaled = latents.float() / self._scale + self._shift
+        images: torch.Tensor = self.vae.decode(scaled.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
+        return images.float()
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> np.ndarray:
+        """Images (B, H, W, 3) uint8 from latents (B, C, h, w), rounded as diffusers' VaeImageProcessor rounds.
+
+        Raises DeviceError where the arithmetic overflows (a float16 autoencoder that was not made for it).
+        """
+        pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
+        groups = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
+        return np.concatenate([self._to_bytes(self.decode_float(group)) for group in groups])
+
+    def _to_bytes(self, images: torch.Tensor) -> np.ndarray:
+        if not bool(torch.isfinite(images).all()):
+            raise DeviceError(
+                f"the decoded image is not a number somewhere ({type(self.vae).__name__} in {self.vae.dtype})",
+                hint="use float32 (--dtype fp32), or another autoencoder (--vae)",
+            )
+        levels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
+        return levels.round().to(torch.uint8).cpu().numpy()
+
+
+def _factor(vae: AutoencoderKL | AutoencoderTiny) -> int:
+    """Pixels per latent along each side: every level of the decoder but the last one enlarges."""
+    config: Any = vae.config
+    if isinstance(vae, AutoencoderTiny):
+        return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
+    return int(2 ** (len(config.block_out_channels) - 1))

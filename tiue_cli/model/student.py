@@ -1,0 +1,267 @@
+"""The student folder: load it, save it, and make an untrained one from a teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tiue_cli import __version__
+from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
+from tiue_cli.errors import ModelFolderError, OutputError, UsageError
+from tiue_cli.model.components import Components, load_components, quiet
+from tiue_cli.model.folder import read_json
+from tiue_cli.model.hub import is_hub_id, resolve_model
+from tiue_cli.model.schedule import LinearCombine, ddim_config, decoder_timesteps
+from tiue_cli.model.text import cut_text, encode_prompts
+
+__all__ = [
+    "StudentModel",
+    "cut_text",
+    "encode_prompts",
+    "load_student",
+    "resolve_model",
+    "save_student",
+    "student_from_teacher",
+]
+
+STEPS = 4
+"""Decoder timesteps of the paper and of the authors' released students."""
+RELEASED_SPACING = "leading"
+
+_SPACE_HINT = "check that the disk has room and the folder can be written"
+
+
+@dataclass
+class StudentModel:
+    """A one-pass model: plain diffusers and transformers modules, and what the manifest says about them."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL | AutoencoderTiny
+    scheduler_config: dict[str, Any]
+    manifest: StudentManifest
+    source: str
+    """What it was loaded from, as it was asked for."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should be told, one sentence each."""
+
+    def linear_combine(self) -> LinearCombine:
+        """The weighted sum over all of the student's timesteps."""
+        return LinearCombine.from_scheduler_config(self.scheduler_config, self.manifest.decoder_timesteps)
+
+
+def load_student(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: str | Path | None = None,
+) -> StudentModel:
+    """Load a student from the embedded name, a folder or a hub id; ``vae`` replaces its autoencoder.
+
+    A folder without ``tiue.json``, as the TiUE authors released theirs, gets the paper's four leading timesteps
+    ([751, 501, 251, 1] for Stable Diffusion's schedule) and a note that says so; a teacher loaded that way makes poor
+    pictures. Raises ModelFolderError, ManifestError, SchedulerError or DeviceError.
+    """
+    components = load_components(source, device=device, dtype=dtype, vae=vae)
+    manifest, notes = components.info.manifest, list(components.info.notes)
+    if manifest is None:
+        manifest = _default_manifest(components)
+        notes.append(
+            f"no {STUDENT_MANIFEST} in {source}: taken as trained with the timesteps"
+            f" {list(manifest.decoder_timesteps)}; a model that is no one-pass student makes noise that way"
+        )
+    return _student(components, manifest, source=str(source), notes=notes)
+
+
+def student_from_teacher(
+    teacher: str | Path,
+    *,
+    steps: int = STEPS,
+    spacing: str | None = None,
+    timesteps: Sequence[int] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> StudentModel:
+    """An untrained student: the teacher's parts, and a manifest with ``steps`` timesteps or the ones given.
+
+    ``spacing`` None takes the scheduler config's own. Raises ModelFolderError, SchedulerError, UsageError, DeviceError.
+    """
+    components = load_components(teacher, device=device, dtype=dtype)
+    if components.info.manifest is not None:
+        raise ModelFolderError(
+            f"{components.info.path} is a student ({STUDENT_MANIFEST} lies in it), not a teacher",
+            hint=f"give its teacher: {components.info.manifest.teacher}",
+        )
+    manifest = _manifest(components, teacher, steps=steps, spacing=spacing, timesteps=timesteps)
+    # Here rather than after hours of training: what cannot be combined cannot be a student.
+    LinearCombine.from_scheduler_config(components.scheduler_config, manifest.decoder_timesteps)
+    return _student(components, manifest, source=str(teacher), notes=[])
+
+
+def save_student(
+    student: StudentModel, out: Path | str, *, dtype: torch.dtype | None = None, overwrite: bool = False
+) -> Path:
+    """Write a student folder that plain diffusers can load as well; returns the absolute path.
+
+    Safetensors only, in ``dtype`` or as the weights are; written to a temporary sibling and renamed. Another student
+    may be replaced with ``overwrite``, anything else in the way never. Raises OutputError.
+    """
+    out = Path(out).expanduser().resolve()
+    with atomic_folder(out, overwrite=overwrite, marker=STUDENT_MANIFEST) as folder:
+        with quiet():
+            student.tokenizer.save_pretrained(folder / "tokenizer")
+        _drop(folder / "tokenizer" / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
+        _save_module(student.text_encoder, folder / "text_encoder", name="model", dtype=dtype)
+        _save_module(student.unet, folder / "unet", name="diffusion_pytorch_model", dtype=dtype)
+        _save_module(student.vae, folder / "vae", name="diffusion_pytorch_model", dtype=dtype)
+        write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
+        write_json(folder / "model_index.json", _model_index(student))
+        write_json(folder / STUDENT_MANIFEST, student.manifest)
+        (folder / "README.md").write_text(_model_card(student, name=out.name), encoding="utf-8")
+    return out
+
+
+def _student(components: Components, manifest: StudentManifest, *, source: str, notes: list[str]) -> StudentModel:
+    return StudentModel(
+        tokenizer=components.tokenizer,
+        text_encoder=components.text_encoder,
+        unet=components.unet,
+        vae=components.vae,
+        scheduler_config=components.scheduler_config,
+        manifest=manifest,
+        source=source,
+        notes=notes,
+    )
+
+
+def _default_manifest(components: Components) -> StudentManifest:
+    """What a student without tiue.json is taken for: method.md's defaults, the settings of the released ones."""
+    config = components.scheduler_config
+    return _manifest_of(
+        components,
+        timesteps=decoder_timesteps(config, STEPS, spacing=RELEASED_SPACING),
+        spacing=RELEASED_SPACING,
+        teacher="unknown",
+    )
+
+
+def _manifest(
+    components: Components,
+    teacher: str | Path,
+    *,
+    steps: int,
+    spacing: str | None,
+    timesteps: Sequence[int] | None,
+) -> StudentManifest:
+    config = components.scheduler_config
+    if timesteps is not None:
+        if spacing is not None:
+            raise UsageError("timesteps and a spacing were both given", hint="give one of them")
+        chosen, how = tuple(timesteps), "explicit"
+    else:
+        chosen = decoder_timesteps(config, steps, spacing=spacing)
+        # A single step is the last timestep whatever the spacing: what "trailing" means.
+        how = "trailing" if steps == 1 else spacing or str(ddim_config(config)["timestep_spacing"])
+    named = str(teacher) if isinstance(teacher, str) and not Path(teacher).exists() else Path(teacher).resolve().name
+    manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
+    return manifest.model_copy(update={"teacher_sha256": sha256_folder(components.info.path)})
+
+
+def _manifest_of(components: Components, *, timesteps: tuple[int, ...], spacing: str, teacher: str) -> StudentManifest:
+    if not timesteps:
+        raise UsageError("a student needs at least one decoder timestep", hint="e.g. [751, 501, 251, 1]")
+    return StudentManifest.model_validate(
+        {
+            "decoder_timesteps": timesteps,
+            "encoder_timestep": timesteps[0],
+            "spacing": spacing,
+            "prediction_type": ddim_config(components.scheduler_config)["prediction_type"],
+            "teacher": teacher,
+            "license": components.info.license,
+            "tiue_version": __version__,
+        }
+    )
+
+
+def _save_module(
+    module: CLIPTextModel | UNet2DConditionModel | AutoencoderKL | AutoencoderTiny,
+    folder: Path,
+    *,
+    name: str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Write config.json and NAME.safetensors as the libraries' own save_pretrained does, in ``dtype``.
+
+    Not through save_pretrained: that would write the path it was loaded from, and could not cast without a copy.
+    """
+    stored = module.dtype if dtype is None else dtype
+    if isinstance(module, CLIPTextModel):
+        config = module.config.to_diff_dict() | {"architectures": ["CLIPTextModel"]}
+        config["dtype"] = str(stored).removeprefix("torch.")
+    else:
+        config = json.loads(module.to_json_string())
+    write_json(folder / "config.json", config)
+    _drop(folder / "config.json", "_name_or_path")
+    weights = {key: value.detach().to("cpu", stored).contiguous() for key, value in module.state_dict().items()}
+    try:
+        save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OutputError(f"cannot write {folder / name}.safetensors: {error}", hint=_SPACE_HINT) from error
+
+
+def _drop(path: Path, *fields: str) -> None:
+    """Take out what the libraries remember of where the files came from: it is nobody's business, and moves hashes."""
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in fields})
+
+
+def _model_index(student: StudentModel) -> dict[str, Any]:
+    """model_index.json as ``StableDiffusionPipeline.save_pretrained`` writes it."""
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", student.scheduler_config["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", type(student.vae).__name__],
+    }
+
+
+def _model_card(student: StudentModel, *, name: str) -> str:
+    """README.md: the front matter that the hub reads, and how to use the folder."""
+    manifest = student.manifest
+    base = f"base_model: {manifest.teacher}\n" if is_hub_id(manifest.teacher) else ""
+    trained = f"{manifest.training_steps:,} training steps" if manifest.training_steps else "untrained"
+    return (
+        "---\n"
+        f"license: {manifest.license}\n"
+        f"{base}"
+        "library_name: diffusers\n"
+        "pipeline_tag: text-to-image\n"
+        "tags: [tiue, one-pass, distillation]\n"
+        "---\n\n"
+        f"# {name}\n\n"
+        f"A one-pass text-to-image student of `{manifest.teacher}` ({trained}): the UNet encoder runs once, at timestep"
+        f" {manifest.encoder_timestep}; the UNet decoder runs once over the timesteps"
+        f" {list(manifest.decoder_timesteps)} as one batch; a weighted sum gives the latents.\n\n"
+        "```\n"
+        f'tiue generate "a prompt" --model {name}\n'
+        "```\n\n"
+        "Plain diffusers can load the folder, but its samplers do not take the one pass that these weights are for.\n"
+    )
