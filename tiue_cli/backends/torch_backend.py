@@ -1,0 +1,216 @@
+"""The torch backend: a student in one pass, or its teacher in many steps, on the CPU or a CUDA device."""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+import torch
+
+from tiue_cli.backends.base import ProgressFn
+from tiue_cli.errors import DeviceError
+from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.folder import ModelInfo
+from tiue_cli.model.schedule import LinearCombine, combine_for_run
+from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.student import StudentModel, load_student
+from tiue_cli.model.teacher import Teacher, load_teacher
+from tiue_cli.model.text import cut_text, encode_prompts
+from tiue_cli.model.unet import UNetEncoder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+_Model = TypeVar("_Model", StudentModel, Teacher)
+
+
+def choose_device(asked: str) -> str:
+    """``cpu`` or ``cuda`` for ``auto``, ``cpu`` or ``cuda``. Raises DeviceError for a CUDA that torch cannot use."""
+    usable = torch.cuda.is_available()
+    if asked == "auto":
+        return "cuda" if usable else "cpu"
+    if asked == "cuda" and not usable:
+        reason = "is built without it" if torch.version.cuda is None else "finds no usable GPU"
+        raise DeviceError(
+            f"--device cuda was asked for, and torch {torch.__version__} {reason}",
+            hint="leave --device out, or see what is missing: tiue doctor",
+        )
+    return asked
+
+
+def choose_dtype(asked: str, device: str) -> str:
+    """``fp32``, ``fp16`` or ``bf16``; ``auto`` is fp16 on CUDA and fp32 on a CPU, where half precision is slow."""
+    if asked == "auto":
+        return "fp16" if device == "cuda" else "fp32"
+    return asked
+
+
+class _TorchBackend(ABC, Generic[_Model]):
+    """What students and teachers share: placement, prompts, sizes, and errors in our words."""
+
+    name = "torch"
+
+    def __init__(self, info: ModelInfo, *, vae: Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
+        """``info`` is a checked model folder; ``vae`` replaces its autoencoder. Raises DeviceError; loads nothing."""
+        self._info = info
+        self._vae = vae
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self._model: _Model | None = None
+        self._decoder: ImageDecoder | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the loaded model."""
+        if self.device == "cpu" and self.dtype != "fp32":
+            return (f"{self.dtype} is slow on most CPUs; --dtype fp32 is usually faster there",)
+        return ()
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was made for, with the autoencoder in use."""
+        factor = self._entered_decoder.factor
+        return self._info.sample_size[0] * factor, self._info.sample_size[1] * factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError."""
+        return (self._entered_decoder.latent_channels, *self._entered_decoder.latent_size(size))
+
+    def cut_text(self, prompts: Sequence[str]) -> list[str]:
+        """The end of each prompt that does not fit; "" where it does."""
+        return cut_text(self._entered.tokenizer, prompts)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        *,
+        steps: int | None = None,
+        progress: ProgressFn | None = None,
+    ) -> np.ndarray:
+        """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.generate``."""
+        placed = torch.from_numpy(noise).to(self.device)
+        with _memory_errors(self.device), torch.inference_mode():
+            return self._images(list(prompts), placed, steps, progress)
+
+    def __enter__(self) -> Self:
+        with _memory_errors(self.device):
+            self._model = self._load(DTYPES[self.dtype])
+        self._decoder = ImageDecoder(self._model.vae)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._model = self._decoder = None
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def _entered(self) -> _Model:
+        assert self._model is not None, "the backend is used inside its with block"
+        return self._model
+
+    @property
+    def _entered_decoder(self) -> ImageDecoder:
+        assert self._decoder is not None, "the backend is used inside its with block"
+        return self._decoder
+
+    @abstractmethod
+    def _load(self, dtype: torch.dtype) -> _Model:
+        """Load the model onto the device."""
+
+    @abstractmethod
+    def _images(
+        self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
+    ) -> np.ndarray:
+        """``generate`` on placed float32 noise."""
+
+
+class StudentTorchBackend(_TorchBackend[StudentModel]):
+    """One pass: text encoder, UNet encoder once, shared UNet decoder over all timesteps at once, weighted sum, VAE."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the loaded student."""
+        return (*super().notes, *self._entered.notes)
+
+    def _load(self, dtype: torch.dtype) -> StudentModel:
+        student = load_student(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        self._unet_encoder = UNetEncoder(student.unet)
+        self._unet_decoder = SharedUNetDecoder(student.unet)
+        return student
+
+    def _images(
+        self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
+    ) -> np.ndarray:
+        student = self._entered
+        combine = self._combine(steps)
+        rounded = noise.to(student.unet.dtype)
+        text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts).to(student.unet.dtype)
+        features = self._unet_encoder(rounded, text_states, student.manifest.encoder_timestep)
+        timesteps = torch.tensor(combine.timesteps, device=noise.device)
+        predictions = self._unet_decoder(features, timesteps, text_states)
+        # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
+        images = self._entered_decoder.decode(combine(noise, predictions))
+        if progress is not None:
+            progress(1.0)
+        return images
+
+    def _combine(self, steps: int | None) -> LinearCombine:
+        manifest = self._entered.manifest
+        return combine_for_run(
+            self._entered.scheduler_config, manifest.decoder_timesteps, spacing=manifest.spacing, steps=steps
+        )
+
+
+class TeacherTorchBackend(_TorchBackend[Teacher]):
+    """Many steps of DDIM with classifier-free guidance."""
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        guidance: float,
+        vae: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+    ) -> None:
+        """As the base; ``guidance`` 1 or less samples without."""
+        super().__init__(info, vae=vae, device=device, dtype=dtype)
+        self._guidance = guidance
+
+    def _load(self, dtype: torch.dtype) -> Teacher:
+        return load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+
+    def _images(
+        self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
+    ) -> np.ndarray:
+        assert steps is not None, "a teacher has no number of steps of its own"
+        return self._entered.sample(
+            prompts,
+            noise,
+            steps=steps,
+            guidance=self._guidance,
+            progress=None if progress is None else lambda done: progress(done / steps),
+        )
+
+
+@contextlib.contextmanager
+def _memory_errors(device: str) -> Iterator[None]:
+    """Turn running out of memory, on either kind of device, into a DeviceError with what helps."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(
+            f"the memory of {device} is full", hint="try --batch 1, a smaller --size, or --device cpu"
+        ) from error
+    except RuntimeError as error:
+        # torch has no class of its own for the CPU's allocator.
+        if "DefaultCPUAllocator" not in str(error):
+            raise
+        raise DeviceError("the memory of this machine is full", hint="try --batch 1 or a smaller --size") from error

@@ -1,0 +1,236 @@
+"""The commands of ``tiue``: each turns its options into a config, makes one call, and shows the result.
+
+Importing this module loads nothing heavy: ``tiue --help`` must answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiue_cli import __version__, console
+from tiue_cli.console import Console, Format
+from tiue_cli.errors import TiueError, UsageError
+from tiue_cli.noise import MAX_SEED
+from tiue_cli.prompts import parse_size, read_prompts, rows_from_arguments
+from tiue_cli.request import TEACHER_STEPS, BackendName, DeviceName, DtypeName, GenerateConfig
+
+app = typer.Typer(
+    name="tiue",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_DEFAULTS = GenerateConfig()
+_MODEL = "Model"
+_OUTPUT = "Output"
+_MACHINE = "Machine"
+
+FormatOption = Annotated[Format, typer.Option("--format", help="What goes to stdout.", rich_help_panel=_OUTPUT)]
+
+
+def _examples(*commands: str) -> str:
+    return "\n\n".join(["[bold]Examples[/bold]", *(f"  [cyan]{command}[/cyan]" for command in commands)])
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        console.show_version(__version__)
+        raise typer.Exit
+
+
+@app.callback(
+    epilog=_examples(
+        'tiue generate "a yellow star above a green tree"',
+        "tiue inspect images/a-yellow-star-above-a-green-tree-0.png",
+        "tiue doctor",
+    )
+)
+def tiue(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """One-pass text-to-image: distilled Stable Diffusion that draws without a loop."""
+
+
+@app.command(
+    epilog=_examples(
+        'tiue generate "a red heart left of a blue house at night" --seed 0 --images 8 --grid',
+        "tiue generate --prompts captions.txt --out pictures --batch 16",
+        'tiue generate "a lighthouse" --model runs/student --steps 2 --size 512x768',
+        'tiue generate "a lighthouse" --model OWNER/NAME --teacher-steps 50 --guidance 5',
+        "tiue generate --interactive",
+    )
+)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several make one image each.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='More prompts: .txt with one a line, or .jsonl with {"prompt", "seed", "size", "steps"} a line.',
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Load once, then draw each line that is typed.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i. Without it: random, shown and stored."
+        ),
+    ] = _DEFAULTS.seed,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = _DEFAULTS.images,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option(metavar="FOLDER|HUB_ID", help="Student or teacher folder.", rich_help_panel=_MODEL)
+    ] = _DEFAULTS.model,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=1, help="Decoder timesteps of a student, all in one pass.", rich_help_panel=_MODEL
+        ),
+    ] = _DEFAULTS.steps,
+    teacher_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help=f"Sampler steps of a teacher; {TEACHER_STEPS} if not given.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = _DEFAULTS.teacher_steps,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="G", min=0, max=100, help="Guidance of a teacher; 1 is none.", rich_help_panel=_MODEL),
+    ] = _DEFAULTS.guidance,
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=_MODEL),
+    ] = _DEFAULTS.vae,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR|FILE.png", help="Where images go; a file for one image or grid.", rich_help_panel=_OUTPUT
+        ),
+    ] = _DEFAULTS.out,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Write a contact sheet of all images as well.", rich_help_panel=_OUTPUT)
+    ] = _DEFAULTS.grid,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace other pictures of the same name.", rich_help_panel=_OUTPUT)
+    ] = _DEFAULTS.overwrite,
+    no_metadata: Annotated[
+        bool,
+        typer.Option("--no-metadata", help="Write no prompt, seed and model into the PNG.", rich_help_panel=_OUTPUT),
+    ] = not _DEFAULTS.metadata,
+    format_: FormatOption = "human",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Images computed at once. Without it: by size and device.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = _DEFAULTS.batch,
+    backend: Annotated[BackendName, typer.Option(help="What computes.", rich_help_panel=_MACHINE)] = _DEFAULTS.backend,
+    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=_MACHINE)] = _DEFAULTS.device,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Precision; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=_MACHINE)
+    ] = _DEFAULTS.dtype,
+) -> None:
+    """Draw prompts.
+
+    Images that are there already are not made again: a stopped run goes on where it was.
+    """
+    rows = rows_from_arguments(prompts or [])
+    if prompts_file is not None:
+        rows += read_prompts(prompts_file)
+    if interactive and rows:
+        raise UsageError("--interactive reads its prompts from stdin", hint="leave the other prompts out")
+    if not interactive and not rows:
+        raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
+    config = GenerateConfig(
+        model=model,
+        vae=vae,
+        steps=steps,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+        seed=seed,
+        images=images,
+        size=None if size is None else parse_size(size),
+        batch=batch,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        out=out,
+        grid=grid,
+        metadata=not no_metadata,
+        overwrite=overwrite,
+    )
+    from tiue_cli.run import run_interactive, run_once
+
+    if not interactive:
+        run_once(config, rows, Console(format_))
+    elif not run_interactive(config, Console(format_)):
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog=_examples(
+        "tiue inspect images/a-red-heart-0.png", "tiue inspect papercut", "tiue inspect runs/student --format json"
+    )
+)
+def inspect(
+    source: Annotated[str, typer.Argument(metavar="FILE.png|FOLDER", help="A picture, or a model folder.")],
+    format_: FormatOption = "human",
+) -> None:
+    """Say how a picture was made, or what a model folder is."""
+    from tiue_cli.inspection import inspect_source
+
+    Console(format_).inspection(inspect_source(source))
+
+
+@app.command(epilog=_examples("tiue doctor", "tiue doctor --format json"))
+def doctor(format_: FormatOption = "human") -> None:
+    """Say what works here, and how to mend what does not."""
+    from tiue_cli.doctor import diagnose
+
+    diagnosis = diagnose()
+    Console(format_).diagnosis(diagnosis)
+    if not diagnosis.ok:
+        raise typer.Exit(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Failures that a user can understand take two lines on stderr."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="tiue")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except TiueError as error:
+        if console.debugging():
+            raise
+        console.show_error(error)
+        return error.exit_code
+    except Exception as error:
+        if console.debugging():
+            raise
+        hint = "this is a fault of tiue itself; to see where: run it again with TIUE_DEBUG=1 set"
+        console.show_error(TiueError(f"{type(error).__name__}: {error}", hint=hint))
+        return 1
+    return 0

@@ -1,0 +1,205 @@
+"""Everything that reaches the terminal; the only module that prints.
+
+Data goes to stdout, all else to stderr: notes, progress, errors. ``human`` writes the paths of images to stdout as they
+are ready, ``json`` one document at the end, ``quiet`` the paths and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from tiue_cli.errors import TiueError
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from tiue_cli.doctor import Diagnosis
+    from tiue_cli.inspection import Report
+
+Format = Literal["human", "json", "quiet"]
+
+
+class Console:
+    """Where a command shows what it does, in one of the three formats."""
+
+    def __init__(self, format_: Format = "human") -> None:
+        """``format_`` is what ``--format`` says."""
+        self._format = format_
+        self._holding = False
+        self._held_lines: list[str] = []
+
+    # --- stderr ---
+
+    def note(self, text: str) -> None:
+        """A sentence that the user should know; human format only, as the others carry it as data or not at all."""
+        if self._format == "human":
+            _say("note", "cyan", text)
+
+    def summary(self, text: str) -> None:
+        """The last line of a run; human format only."""
+        if self._format == "human":
+            _line(sys.stderr, text)
+
+    def error(self, error: TiueError) -> None:
+        """One line of what went wrong and where, one of what to do next; in every format."""
+        _say("error", "bold red", error.message)
+        if error.hint is not None:
+            _say("hint", "yellow", error.hint)
+
+    def stopped(self, text: str) -> None:
+        """What an interrupted run left behind; in every format."""
+        _say("stopped", "yellow", text)
+
+    @contextlib.contextmanager
+    def progress(self, total: int) -> Iterator[Callable[[float], None]]:
+        """A bar over ``total`` images on stderr; yields a function that takes the number done so far."""
+        if self._format != "human" or total == 0 or not sys.stderr.isatty():
+            yield _ignore
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        # stdout stays untouched (it may be a pipe), so lines meant for a shared terminal wait until the bar is gone.
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            console=_rich(sys.stderr),
+            redirect_stdout=False,
+            redirect_stderr=False,
+            transient=True,
+        )
+        self._holding = sys.stdout.isatty()
+        try:
+            with bar:
+                task = bar.add_task("images", total=total, rate="")
+
+                def update(done: float) -> None:
+                    seconds = bar.tasks[0].elapsed or 0.0
+                    rate = f"{done / seconds:.2f} images/s" if done > 0 and seconds > 0 else ""
+                    bar.update(task, completed=done, rate=rate)
+
+                yield update
+        finally:
+            self._holding = False
+            for line in self._held_lines:
+                _line(sys.stdout, line)
+            self._held_lines.clear()
+
+    # --- stdout ---
+
+    def path(self, text: str) -> None:
+        """The path of something that was written (or found to be there already)."""
+        if self._format == "json":
+            return
+        if self._holding:
+            self._held_lines.append(text)
+        else:
+            _line(sys.stdout, text)
+
+    def document(self, data: Mapping[str, Any], *, one_line: bool = False) -> None:
+        """One JSON document; json format only."""
+        if self._format == "json":
+            # Escapes where the terminal is not UTF-8: JSON has them, and they read the same.
+            ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
+            indent = None if one_line else 2
+            _line(sys.stdout, json.dumps(data, indent=indent, ensure_ascii=ascii_only, allow_nan=False))
+
+    def prompt(self, text: str) -> None:
+        """Ask for a line on stderr, where someone is there to answer."""
+        if self._format == "human" and sys.stdin.isatty():
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def inspection(self, report: Report) -> None:
+        """What ``tiue inspect`` found."""
+        from tiue_cli.inspection import FolderReport, GridReport
+
+        self.document(report.as_dict())
+        if self._format == "json":
+            return
+        if isinstance(report, FolderReport):
+            self._table(report.title, list(report.rows.items()))
+            for note in report.notes:
+                _line(sys.stdout, f"note: {note}")
+        elif isinstance(report, GridReport):
+            self._table(str(report.path), [("contact sheet", f"{len(report.images)} images, {report.columns} a row")])
+            for number, image in enumerate(report.images, 1):
+                _line(sys.stdout, f"{number:>4}  seed {image.seed}  {image.prompt}")
+        else:
+            self._table(str(report.path), [("prompt", report.prompt), *report.settings.items()])
+            if report.command is not None:
+                _line(sys.stdout, f"\nmake it again:\n  {report.command}")
+
+    def diagnosis(self, diagnosis: Diagnosis) -> None:
+        """What ``tiue doctor`` found: one line a check, and under it the command that mends what does not work."""
+        self.document(diagnosis.as_dict())
+        if self._format == "json":
+            return
+        from rich.text import Text
+
+        marks = {"ok": ("ok", "green"), "missing": ("--", "yellow"), "broken": ("!!", "bold red")}
+        out = _rich(sys.stdout)
+        for check in diagnosis.checks:
+            if self._format == "quiet" and check.status != "broken":
+                continue
+            mark, style = marks[check.status]
+            line = Text.assemble((f"{mark:>3} ", style), (f"{check.name:<16} ", "bold"), check.detail)
+            out.print(line, soft_wrap=True)
+            if check.fix is not None:
+                out.print(Text(f"{'':>21}{check.fix}", style="cyan"), soft_wrap=True)
+
+    def _table(self, title: str, rows: Sequence[tuple[str, object]]) -> None:
+        from rich.text import Text
+
+        out = _rich(sys.stdout)
+        out.print(Text(title, style="bold"), soft_wrap=True)
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            out.print(Text.assemble((f"  {name:<{width}}  ", "cyan"), str(value)), soft_wrap=True)
+
+
+def show_error(error: TiueError) -> None:
+    """``Console.error`` for whoever has no console yet."""
+    Console().error(error)
+
+
+def show_version(version: str) -> None:
+    """The line of ``tiue --version``."""
+    _line(sys.stdout, f"tiue {version}")
+
+
+def debugging() -> bool:
+    """Whether the user asked for tracebacks (TIUE_DEBUG=1)."""
+    return os.environ.get("TIUE_DEBUG", "") not in ("", "0")
+
+
+def _say(label: str, style: str, text: str) -> None:
+    from rich.text import Text
+
+    one_line = " ".join(text.split())
+    _rich(sys.stderr).print(Text.assemble((f"{label}:", style), f" {one_line}"), soft_wrap=True)
+
+
+def _rich(file: Any) -> RichConsole:
+    from rich.console import Console as RichConsole
+
+    # Made anew each time: whoever has replaced sys.stdout meanwhile (tests do) gets what belongs there.
+    return RichConsole(file=file, highlight=False, emoji=False, markup=False)
+
+
+def _line(file: Any, text: str) -> None:
+    """Write one line as it is: no wrapping, no markup, and no failure for what the terminal's encoding lacks."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    file.write(text.encode(encoding, errors="backslashreplace").decode(encoding) + "\n")
+    file.flush()
+
+
+def _ignore(done: float) -> None:
+    """A progress bar that nobody looks at."""

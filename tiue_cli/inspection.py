@@ -1,0 +1,182 @@
+"""``tiue inspect``: what a picture says about itself, and what a model folder is."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiue_cli.errors import UsageError
+from tiue_cli.fingerprint import fingerprint
+from tiue_cli.model.folder import ModelInfo, check_model_folder
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, is_hub_id, resolve_model
+from tiue_cli.pngmeta import (
+    CHUNK,
+    PARAMETERS_CHUNK,
+    GridRecord,
+    ImageRecord,
+    ImageSpec,
+    read_record,
+    read_text_chunks,
+)
+
+
+@dataclass(frozen=True)
+class ImageReport:
+    """A picture of ours, or one that carries the usual ``parameters`` text (then without record and command)."""
+
+    path: Path
+    prompt: str
+    settings: dict[str, str]
+    command: str | None
+    record: ImageRecord | None
+    parameters: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``."""
+        return {
+            "what": "image",
+            "path": str(self.path),
+            "parameters": self.parameters,
+            "record": None if self.record is None else self.record.model_dump(mode="json"),
+            "command": self.command,
+        }
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """A contact sheet of ours."""
+
+    path: Path
+    columns: int
+    images: tuple[ImageSpec, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``."""
+        images = [image.model_dump(mode="json") for image in self.images]
+        return {"what": "grid", "path": str(self.path), "columns": self.columns, "images": images}
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """A model folder."""
+
+    source: str
+    info: ModelInfo
+    model_id: str
+
+    @property
+    def title(self) -> str:
+        """Its name and what it is."""
+        return f"{self.source}: a {self.info.kind}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about it."""
+        return self.info.notes
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """What there is to know, for people."""
+        info = self.info
+        kind_rows = _student_rows(info) if info.kind == "student" else {"timesteps": "any number (a many-step teacher)"}
+        dtypes = sorted({dtype for component in info.components for dtype in component.dtypes})
+        return {
+            "image size": f"{_pair(info.image_size)} pixels, or other multiples of {info.factor}",
+            "latents": f"{info.latent_channels} x {_pair(info.sample_size)}",
+            "prompt": f"up to {info.text_tokens} tokens, width {info.text_width}",
+            "unet": f"widths {', '.join(str(width) for width in info.unet_widths)}",
+            "autoencoder": f"{info.vae_class}, {info.factor} pixels a latent",
+            "scheduler": f"{info.scheduler_class}, predicts {info.prediction_type}",
+            **kind_rows,
+            "licence": info.license,
+            "weights": f"{info.parameters / 1e6:,.1f} M parameters, {_size(info.size_bytes)} ({', '.join(dtypes)})",
+            "id": self.model_id,
+            "folder": str(info.path),
+            "try it": f'tiue generate --model {shlex.quote(self.source)} "a prompt"',
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``; sizes are [height, width]."""
+        return {"what": "model", "source": self.source, "id": self.model_id, **self.info.model_dump(mode="json")}
+
+
+Report = ImageReport | GridReport | FolderReport
+
+
+def inspect_source(source: str) -> Report:
+    """Say what ``source`` is: a PNG, a model folder, or the name of an embedded model.
+
+    Raises UsageError for anything else, ManifestError for a damaged record, and what ``check_model_folder`` raises.
+    """
+    path = Path(source).expanduser()
+    if source not in (EMBEDDED, EMBEDDED_TEACHER):
+        if path.is_file():
+            return _inspect_png(path)
+        if path.suffix.lower() == ".png" and not path.exists():
+            raise UsageError(f"{path} does not exist", hint="check the path")
+        if is_hub_id(source):
+            raise UsageError(
+                f"{source} is not on this disk, and inspect reads local files only",
+                hint="check the path; tiue generate --model OWNER/NAME downloads a model from the hub",
+            )
+    folder = resolve_model(source)
+    return FolderReport(source, check_model_folder(folder), fingerprint(folder))
+
+
+def _inspect_png(path: Path) -> ImageReport | GridReport:
+    chunks = read_text_chunks(path)
+    parameters = chunks.get(PARAMETERS_CHUNK)
+    record = read_record(path) if CHUNK in chunks else None
+    if isinstance(record, GridRecord):
+        return GridReport(path, record.columns, record.images)
+    if record is not None:
+        return ImageReport(path, record.prompt, _settings(record), record.command(), record, parameters)
+    if parameters is None:
+        raise UsageError(
+            f"{path} does not say how it was made", hint="tiue generate writes that, unless told --no-metadata"
+        )
+    prompt, _, rest = parameters.partition("\n")
+    settings = {"settings": rest, "written by": "another program: there is no tiue command for it"}
+    return ImageReport(path, prompt, settings, None, None, parameters)
+
+
+def _settings(record: ImageRecord) -> dict[str, str]:
+    steps = "sampler steps" if record.kind == "teacher" else "decoder timesteps, one pass"
+    settings = {
+        "seed": str(record.seed),
+        "size": _pair(record.size),
+        "steps": f"{record.steps} {steps}",
+        "model": f"{record.model} ({record.kind}, id {record.model_id})",
+        "computed": f"{record.backend} on {record.device} in {record.dtype}, tiue {record.tiue_version}",
+    }
+    if record.guidance is not None:
+        settings["guidance"] = str(record.guidance)
+    if record.vae is not None:
+        settings["autoencoder"] = f"{record.vae} (id {record.vae_id})"
+    return settings
+
+
+def _student_rows(info: ModelInfo) -> dict[str, str]:
+    if info.manifest is None:
+        return {"timesteps": "not stated", "teacher": "not stated"}
+    manifest = info.manifest
+    timesteps = ", ".join(str(timestep) for timestep in manifest.decoder_timesteps)
+    trained = f"{manifest.training_steps:,} steps" if manifest.training_steps else "not trained yet"
+    return {
+        "timesteps": f"{timesteps} ({manifest.spacing} spacing; UNet encoder at {manifest.encoder_timestep})",
+        "teacher": manifest.teacher,
+        "training": trained,
+        "written by": f"tiue {manifest.tiue_version}",
+    }
+
+
+def _pair(pair: tuple[int, int]) -> str:
+    return f"{pair[0]}x{pair[1]}"
+
+
+def _size(size_bytes: int) -> str:
+    if size_bytes < 1024**3:
+        return f"{size_bytes / 1024**2:.1f} MiB"
+    return f"{size_bytes / 1024**3:.1f} GiB"
