@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import (
     TINY_FACTOR,
@@ -285,6 +286,15 @@ def test_a_wrong_folder_is_one_clear_error(folder: Path, name: str) -> None:
     assert "\n" not in caught.value.message
     assert caught.value.hint is not None
     assert hint in caught.value.hint
+
+
+def test_every_truncation_of_the_weights_is_found(folder: Path) -> None:
+    whole = (folder / "vae/diffusion_pytorch_model.safetensors").read_bytes()
+    random = np.random.default_rng(0)
+    for length in [*range(20), *random.integers(20, len(whole), 60).tolist()]:
+        (folder / "vae/diffusion_pytorch_model.safetensors").write_bytes(whole[:length])
+        with pytest.raises(ModelFolderError, match=r"vae/diffusion_pytorch_model\.safetensors"):
+            check_model_folder(folder)
 
 
 def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:

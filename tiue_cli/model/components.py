@@ -20,8 +20,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from tiue_cli.errors import DeviceError, ModelFolderError
-from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, inspect_weights, read_json
+from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.weights import inspect_weights, read_json
 
 _Part = TypeVar("_Part")
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -129,7 +130,7 @@ def _load_tokenizer(info: ModelInfo, *, vocabulary: int) -> CLIPTokenizer:
     with _as_folder_error(folder):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     # Files that the installed library does not understand give a tokenizer of special tokens alone, without a word.
-    if len(tokenizer) < 4 or tokenizer("a b c d").input_ids[1] == tokenizer.unk_token_id:
+    if len(tokenizer) < 4:
         raise ModelFolderError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and knows no text",
             hint="download or copy the tokenizer files again",

@@ -6,8 +6,6 @@ Everything that makes a folder unusable is found here, before gigabytes are read
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,47 +16,20 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
 from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, read_manifest
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.sd_configs import check_unet_config
+from tiue_cli.model.weights import DOWNLOAD_AGAIN, ComponentInfo, inspect_weights, read_json
 
 Kind = Literal["student", "teacher"]
 
 COMPONENTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 """The sub-folders of a Stable Diffusion folder that we use; a safety checker beside them is ignored."""
 
-_WEIGHT_NAMES = {
-    "text_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
-_PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
-_DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "U8": 1}
-_BUFFER_DTYPES = ("I64", "I32", "U8")  # position ids of old text encoders
-_DOWNLOAD_AGAIN = "download or copy the file again"
-_CONVERT_HINT = (
-    "look for a version with .safetensors files, or convert it where you trust it: "
-    "StableDiffusionPipeline.from_pretrained(SOURCE).save_pretrained(FOLDER, safe_serialization=True)"
-)
 _SUPPORTED = "tiue handles Stable Diffusion 1.x and 2.x: one CLIP text encoder, one UNet2DConditionModel"
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
 
 # --- what is found -------------------------------------------------------------------------------------------------
-
-
-class ComponentInfo(BaseModel):
-    """The weights of one component, from the headers of its files."""
-
-    model_config = ConfigDict(frozen=True)
-
-    name: str
-    class_name: str
-    files: tuple[str, ...]
-    variant: str | None
-    """``fp16`` in ``diffusion_pytorch_model.fp16.safetensors``; None for the plain names."""
-    parameters: int
-    size_bytes: int
-    dtypes: tuple[str, ...]
 
 
 class ModelInfo(BaseModel):
@@ -305,7 +276,7 @@ def _check_tokenizer(folder: Path, *, positions: int) -> int:
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if not whole and missing:
         raise ModelFolderError(
-            f"{folder / missing[0]} is missing (and there is no tokenizer.json)", hint=_DOWNLOAD_AGAIN
+            f"{folder / missing[0]} is missing (and there is no tokenizer.json)", hint=DOWNLOAD_AGAIN
         )
     for name in ("tokenizer.json",) if whole else ("vocab.json",):
         read_json(folder / name)
@@ -383,24 +354,6 @@ def _looks_released(path: Path) -> bool:
     return any(name.lower().startswith("loopfree-sd") for name in names)
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a model folder. Raises ModelFolderError naming the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelFolderError(f"{path} is missing", hint="download or copy the folder again") from None
-    except OSError as error:
-        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
-    except ValueError as error:
-        raise ModelFolderError(f"{path} is not JSON: {error}", hint=_DOWNLOAD_AGAIN) from error
-    if not isinstance(data, dict):
-        raise ModelFolderError(f"{path} must hold a JSON object, not {type(data).__name__}", hint=_DOWNLOAD_AGAIN)
-    return data
-
-
 def _read_config(path: Path, type_: type[_Config]) -> _Config:
     try:
         return type_.model_validate(read_json(path))
@@ -410,106 +363,6 @@ def _read_config(path: Path, type_: type[_Config]) -> _Config:
         raise ModelFolderError(
             f"{path}: field {field!r}: {first['msg']}", hint="restore the config that belongs to these weights"
         ) from error
-
-
-def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInfo:
-    """Find and check one component's safetensors. ModelFolderError: pickles only, missing, truncated or damaged."""
-    variant, files = _weight_files(folder, _WEIGHT_NAMES[name])
-    headers = [_safetensors_header(file) for file in files]
-    tensors = [tensor for header in headers for tensor in header.values()]
-    return ComponentInfo(
-        name=name,
-        class_name=class_name,
-        files=tuple(file.name for file in files),
-        variant=variant,
-        parameters=sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["dtype"] not in _BUFFER_DTYPES),
-        size_bytes=sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors),
-        dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
-    )
-
-
-def _weight_files(folder: Path, stem: str) -> tuple[str | None, tuple[Path, ...]]:
-    """The variant (None: the plain name) and its files, sharded or not; plain names win, then fp16."""
-    plain = folder / f"{stem}.safetensors"
-    if plain.is_file():
-        return None, (plain,)
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        return None, _shards(index)
-    variants: dict[str, tuple[Path, ...]] = {}
-    for file in folder.glob(f"{stem}.*.safetensors"):
-        variant = file.name.removeprefix(f"{stem}.").removesuffix(".safetensors")
-        if "-of-" not in variant:
-            variants[variant] = (file,)
-    for index in folder.glob(f"{stem}.safetensors.index.*.json"):
-        variants.setdefault(index.name.split(".")[-2], _shards(index))
-    if variants:
-        variant = "fp16" if "fp16" in variants else sorted(variants)[0]
-        return variant, variants[variant]
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
-    if pickles:
-        raise ModelFolderError(
-            f"{pickles[0]} is a pickle, which can run code when it is opened, and there is no safetensors beside it",
-            hint=_CONVERT_HINT,
-        )
-    raise ModelFolderError(f"{plain} is missing", hint="download or copy the folder again")
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelFolderError(f"{index}: field 'weight_map' is missing or empty", hint=_DOWNLOAD_AGAIN)
-    shards = tuple(index.parent / str(name) for name in sorted(set(weight_map.values())))
-    for shard in shards:
-        if shard.parent != index.parent:
-            raise ModelFolderError(f"{index}: shard {shard.name} lies outside its folder", hint=_DOWNLOAD_AGAIN)
-        if not shard.is_file():
-            raise ModelFolderError(
-                f"{shard} is missing; {index.name} lists it", hint="download or copy the folder again"
-            )
-    return shards
-
-
-def _safetensors_header(path: Path) -> dict[str, Any]:
-    """The tensor table of a safetensors file, with the size that it promises checked against the file's.
-
-    Format: 8 bytes little-endian header length, JSON header, tensor bytes without gaps
-    (https://github.com/huggingface/safetensors, "Format"). Raises ModelFolderError.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = int.from_bytes(start, "little")
-            raw = file.read(length) if 8 + length <= size else b""
-    except OSError as error:
-        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
-    if start == b"version " and size < 1024:
-        raise ModelFolderError(f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull")
-    if len(start) < 8 or 8 + length > size:
-        raise ModelFolderError(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=_DOWNLOAD_AGAIN)
-    try:
-        header = json.loads(raw)
-        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
-        sizes = sum(_tensor_bytes(tensor) for tensor in tensors.values())
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ModelFolderError(f"{path}: its header is damaged", hint=_DOWNLOAD_AGAIN) from error
-    if not tensors:
-        raise ModelFolderError(f"{path} holds no weights", hint=_DOWNLOAD_AGAIN)
-    if 8 + length + end != size or sizes != end:
-        raise ModelFolderError(
-            f"{path} is truncated or damaged: {size} bytes, and its header promises {8 + length + end}",
-            hint=_DOWNLOAD_AGAIN,
-        )
-    return tensors
-
-
-def _tensor_bytes(tensor: Mapping[str, Any]) -> int:
-    """Bytes of one tensor by its shape; by its offsets where the dtype is none that we know."""
-    start, end = tensor["data_offsets"]
-    item = _DTYPE_BYTES.get(tensor["dtype"])
-    return int(end) - int(start) if item is None else item * math.prod(tensor["shape"])
 
 
 def _license(path: Path, manifest: StudentManifest | None) -> str:

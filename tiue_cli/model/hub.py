@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.model.folder import read_json, refuse_other_pipelines
+from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
+from tiue_cli.model.weights import WEIGHT_STEMS, read_json
 
 EMBEDDED = "papercut"
 """The model that is shipped in the package: its student once there is one, else its teacher."""
@@ -22,11 +23,6 @@ EMBEDDED_TEACHER = "papercut-teacher"
 
 _EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "papercut" / "model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_WEIGHT_STEMS = {
-    "text_encoder": "model",
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-}
 _CONFIG_PATTERNS = (
     "model_index.json",
     "tiue.json",
@@ -116,13 +112,13 @@ def _download_model(hub_id: str, revision: str | None) -> Path:
     if unet.is_file():
         check_unet_config(read_json(unet), where=f"{hub_id}/unet/config.json")
     # Plain names first: repositories also carry fp16 and non-ema copies, and all of them together are tens of GB.
-    plain = [name for part in _WEIGHT_STEMS for name in _plain_weights(f"{part}/", part)]
+    plain = [name for part in WEIGHT_STEMS for name in _plain_weights(f"{part}/", part)]
     folder = _snapshot(hub_id, revision, [*_CONFIG_PATTERNS, *plain])
-    bare = [part for part in _WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
+    bare = [part for part in WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
     if bare:
-        halves = [f"{part}/{_WEIGHT_STEMS[part]}*fp16*.safetensors" for part in bare]
+        halves = [f"{part}/{WEIGHT_STEMS[part]}*fp16*.safetensors" for part in bare]
         folder = _snapshot(hub_id, revision, [*_CONFIG_PATTERNS, *plain, *halves])
-    missing = [part for part in _WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
+    missing = [part for part in WEIGHT_STEMS if not any((folder / part).glob("*.safetensors"))]
     if missing:
         raise ModelFolderError(
             f"{hub_id} has no safetensors in {', '.join(part + '/' for part in missing)} (pickles are not fetched)",
@@ -132,7 +128,7 @@ def _download_model(hub_id: str, revision: str | None) -> Path:
 
 
 def _plain_weights(prefix: str, part: str) -> list[str]:
-    stem = f"{prefix}{_WEIGHT_STEMS[part]}"
+    stem = f"{prefix}{WEIGHT_STEMS[part]}"
     return [f"{stem}.safetensors", f"{stem}-*-of-*.safetensors", f"{stem}.safetensors.index.json"]
 
 

@@ -19,10 +19,10 @@ from tiue_cli import __version__
 from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
 from tiue_cli.model.components import Components, load_components, quiet
-from tiue_cli.model.folder import read_json
 from tiue_cli.model.hub import is_hub_id, resolve_model
 from tiue_cli.model.schedule import LinearCombine, ddim_config, decoder_timesteps
 from tiue_cli.model.text import cut_text, encode_prompts
+from tiue_cli.model.weights import read_json
 
 __all__ = [
     "StudentModel",
@@ -105,8 +105,6 @@ def student_from_teacher(
             hint=f"give its teacher: {components.info.manifest.teacher}",
         )
     manifest = _manifest(components, teacher, steps=steps, spacing=spacing, timesteps=timesteps)
-    # Here rather than after hours of training: what cannot be combined cannot be a student.
-    LinearCombine.from_scheduler_config(components.scheduler_config, manifest.decoder_timesteps)
     return _student(components, manifest, source=str(teacher), notes=[])
 
 
@@ -174,14 +172,14 @@ def _manifest(
         chosen = decoder_timesteps(config, steps, spacing=spacing)
         # A single step is the last timestep whatever the spacing: what "trailing" means.
         how = "trailing" if steps == 1 else spacing or str(ddim_config(config)["timestep_spacing"])
+    # Here rather than after hours of training: what cannot be combined cannot be a student.
+    LinearCombine.from_scheduler_config(config, chosen)
     named = str(teacher) if isinstance(teacher, str) and not Path(teacher).exists() else Path(teacher).resolve().name
     manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
     return manifest.model_copy(update={"teacher_sha256": sha256_folder(components.info.path)})
 
 
 def _manifest_of(components: Components, *, timesteps: tuple[int, ...], spacing: str, teacher: str) -> StudentManifest:
-    if not timesteps:
-        raise UsageError("a student needs at least one decoder timestep", hint="e.g. [751, 501, 251, 1]")
     return StudentManifest.model_validate(
         {
             "decoder_timesteps": timesteps,
