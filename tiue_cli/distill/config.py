@@ -1,0 +1,393 @@
+"""Everything that can be set about a distillation, in one typed tree: the single home of every default.
+
+Layers of values (a recipe, a YAML file, ``--set``, options) are merged and checked here; each value remembers where it
+came from. No torch: ``tiue recipes`` and ``--dry-run`` read this.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import pydantic
+import yaml
+from pydantic import ConfigDict, Field
+
+from tiue_cli.errors import UsageError
+from tiue_cli.noise import MAX_SEED
+
+_Positive = Annotated[int, Field(ge=1)]
+_Count = Annotated[int, Field(ge=0)]
+_Rate = Annotated[float, Field(gt=0.0)]
+_Weight = Annotated[float, Field(ge=0.0)]
+_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+Decay = Literal["constant", "linear", "cosine"]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class StudentSettings(_Section):
+    """What the student is: its decoder timesteps, and where its weights start."""
+
+    steps: _Positive = 4
+    """Decoder timesteps K; 1 is the one-step student of SwiftBrush."""
+    spacing: Literal["leading", "trailing"] | None = None
+    """How the timesteps are spaced; null takes the teacher's scheduler config."""
+    timesteps: tuple[_Count, ...] | None = None
+    """An explicit list, highest first, instead of steps and spacing."""
+    init: str | None = None
+    """A student folder to start from; null starts from the teacher."""
+    decoder: Literal["shared", "plain"] = "shared"
+    """How the UNet decoder computes its K rows: sharing what the timesteps have in common, or a plain batch."""
+
+
+class OptimizerSettings(_Section):
+    """The student's optimiser in the distillation proper; the warm start has its own learning rate and decay."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    learning_rate: _Rate = 1e-5
+    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    epsilon: _Rate = 1e-8
+    weight_decay: _Weight = 0.0
+    warmup_steps: _Count = 20
+    """Steps over which the learning rate rises from 0, in each phase."""
+    decay: Decay = "constant"
+    """From the end of the warm start to max_steps."""
+    max_grad_norm: _Rate | None = 1.0
+
+
+class WarmStartSettings(_Section):
+    """Regression onto the teacher's many-step solution from the same noise, before the distillation proper."""
+
+    steps: _Count = 0
+    """Optimiser steps of regression; 0 leaves it out."""
+    pairs: _Positive = 2048
+    """Pairs of noise and solution that are generated once, cached and gone through again and again."""
+    teacher_steps: _Positive = 25
+    solver: Literal["ddim", "dpm++"] = "ddim"
+    """dpm++ (second order, multistep) solves the same equation in fewer steps."""
+    guidance: float = Field(default=4.5, ge=1.0)
+    learning_rate: _Rate = 1e-4
+    decay: Decay = "linear"
+    batch_size: _Positive | None = None
+    """Pairs a micro-batch and process; null takes batch_size."""
+    prefix_weight: _Weight = 0.0
+    """Weight of the same regression on the solver's result after each of the first K-1 timesteps."""
+
+
+class VsdSettings(_Section):
+    """Variational score distillation: the gradient is the teacher's score minus that of the student's own pictures."""
+
+    weight: _Weight = 1.0
+    guidance: float = Field(default=4.5, ge=1.0)
+    """Classifier-free guidance of the teacher's prediction."""
+    lora_guidance: float = Field(default=4.5, ge=1.0)
+    """The same of the LoRA teacher's; 1 saves half of its pass."""
+    min_timestep: _Count = 20
+    max_timestep: _Count = 980
+    """Both ends of the uniform draw are possible."""
+
+    @pydantic.model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min_timestep > self.max_timestep:
+            raise ValueError("min_timestep is above max_timestep")
+        return self
+
+
+class LoraSettings(_Section):
+    """The LoRA teacher: adapters over the frozen teacher that follow the student's distribution."""
+
+    rank: _Positive = 64
+    alpha: _Rate = 64.0
+    targets: Literal["attention-qv", "attention", "linear", "all"] | tuple[str, ...] = "linear"
+    """Which layers: to_q and to_v; all attention projections; all linear layers; convolutions too; or name endings."""
+    learning_rate: _Rate = 1e-4
+    betas: tuple[_Share, _Share] = (0.9, 0.999)
+    updates: _Positive = 1
+    """Updates of the LoRA teacher for each of the student's."""
+    loss: Literal["prediction", "alpha-noise"] = "prediction"
+    """Squared error of the model's own output, or of sqrt(abar)·noise as the TiUE authors have it."""
+    empty_share: _Share = 0.1
+    """Share of rows with the empty prompt."""
+    max_grad_norm: _Rate | None = 1.0
+
+
+class KlSettings(_Section):
+    """KL of each predicted noise tensor's mean and variance against N(0, 1)."""
+
+    weight: _Weight = 0.1
+    kind: Literal["sum", "mean"] = "mean"
+    """Over the K·B tensors of a micro-batch. weight of sum = weight of mean / (K·B); the authors sum."""
+
+
+class ClipSettings(_Section):
+    """Clamped CLIP loss: relu(threshold - cosine of text and image), with a weight that falls to 0."""
+
+    weight: _Weight = 0.0
+    threshold: float = Field(default=0.35, ge=-1.0, le=1.0)
+    steps: _Positive = 10_000
+    """Optimiser steps of the distillation proper after which the weight is 0."""
+    model: str = "openai/clip-vit-base-patch32"
+    """Folder or hub id of a CLIPModel with its tokenizer."""
+    vae: str | None = None
+    """Folder or hub id of the autoencoder that decodes for it, a tiny one; null takes the teacher's."""
+
+
+class CheckpointSettings(_Section):
+    every: _Positive = 500
+    keep: _Positive = 2
+
+
+class ValidationSettings(_Section):
+    """Grids of fixed prompts and seeds, the teacher's pictures beside the student's."""
+
+    every: _Count = 500
+    """0 leaves the grids out."""
+    prompts: tuple[str, ...] = ()
+    """Empty takes the first of the training prompts."""
+    count: _Positive = 8
+    """How many, where prompts is empty."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """The picture in row i starts from the noise of seed + i, as in tiue generate."""
+    teacher_steps: _Positive = 25
+    teacher_guidance: float = Field(default=4.5, ge=1.0)
+
+
+class TrackingSettings(_Section):
+    trackers: tuple[str, ...] = ()
+    """Names of Accelerate's trackers: tensorboard, wandb, …"""
+    project: str = "tiue"
+    every: _Positive = 10
+    """Steps between two lines of log.jsonl and of the trackers."""
+
+
+class DistillConfig(_Section):
+    """A distillation. ``max_steps`` counts the student's optimiser steps, those of the warm start included."""
+
+    teacher: str
+    """Folder, hub id or embedded name of the many-step model."""
+    prompts: str
+    """A .txt, .jsonl, .csv or .parquet file, or datasets:NAME."""
+    prompt_column: str | None = None
+    """Column or field of the prompts; null finds prompt, caption or text."""
+    max_prompts: _Positive | None = None
+    """Only the first so many are read."""
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    max_steps: _Positive = 10_000
+    batch_size: _Positive = 8
+    """Images a micro-batch and process."""
+    accumulation: _Positive = 1
+    """Micro-batches an optimiser step."""
+    size: tuple[_Positive, _Positive] | None = None
+    """Height and width in pixels; null takes the teacher's."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: what accelerate launch was told, else bf16 on a GPU that has it and fp32 elsewhere."""
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    text_cache: bool = True
+    """Text states of all prompts on disk, computed once; false encodes each batch anew."""
+    cache: str | None = None
+    """Folder of cached text states and pairs; null takes ~/.cache/tiue/distill."""
+    max_bad_steps: _Positive = 10
+    """Steps in a row without a finite gradient after which the training stops."""
+    ema: _Share | None = None
+    """Decay of the running mean of the student's weights; null keeps none."""
+    student: StudentSettings = StudentSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    warm_start: WarmStartSettings = WarmStartSettings()
+    vsd: VsdSettings = VsdSettings()
+    lora: LoraSettings = LoraSettings()
+    kl: KlSettings = KlSettings()
+    clip: ClipSettings = ClipSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where text states and pairs are kept between runs."""
+        if self.cache is not None:
+            return Path(self.cache).expanduser()
+        return Path("~/.cache/tiue/distill").expanduser()
+
+
+FREE_ON_RESUME = ("checkpoint.", "validation.", "tracking.", "cache", "max_bad_steps")
+"""Keys (or beginnings of keys) that may change when a run is resumed: they do not touch the weights."""
+
+
+# --- layers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place; ``name`` is what the user calls it, e.g. ``recipe papercut`` or ``--set``."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A checked config; ``origins`` says for each dotted key that is no default which layer set it."""
+
+    config: DistillConfig
+    origins: Mapping[str, str]
+
+
+def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
+    """Merge layers, later ones winning, and check the result. UsageError names key, reason and layer."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for key, value in flatten(layer.values):
+            _put(merged, key, value, layer)
+            origins[key] = layer.name
+    try:
+        config = DistillConfig.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise _usage_error(error, origins) from error
+    return ResolvedConfig(config, origins)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. UsageError says what is wrong with the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", hint="give a YAML file or a recipe: tiue recipes ls") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint="give a YAML file in UTF-8") from error
+    return parse_yaml(text, where=str(path))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """A YAML document that must be a mapping; UsageError with ``where`` otherwise."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"{where} is not YAML: {' '.join(str(error).split())}", hint="see one: tiue recipes ls"
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(f"{where} must hold keys and values", hint="a line looks like  batch_size: 8")
+    return data
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` words, values in YAML, as a nested mapping. UsageError for a word without ``=``."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {pair} is not understood", hint="write --set key=value, e.g. --set kl.weight=0.05")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair}: {' '.join(str(error).split())}", hint="values are YAML") from None
+        _put(values, key.strip(), value, Layer("--set", {}))
+    return values
+
+
+def to_yaml(config: DistillConfig) -> str:
+    """The whole config as YAML, in the order of the types; ``resolve_config`` of it gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and the values that are no mappings; an empty mapping sets nothing."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _put(target: dict[str, Any], dotted: str, value: Any, layer: Layer) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UsageError(
+                f"{layer.name}: {dotted}: {parent} is no section", hint="see the keys: tiue recipes show papercut"
+            )
+    target[last] = value
+
+
+def _usage_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -> UsageError:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    origin = next((name for known, name in origins.items() if known == key or key.startswith(f"{known}.")), None)
+    where = f"{origin}: " if origin is not None else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see all keys: tiue recipes show papercut"
+        return UsageError(f"{where}there is no setting {key!r}{more}", hint=hint)
+    if first["type"] == "missing":
+        return UsageError(f"{key} is not set{more}", hint=f"give --{key.replace('_', '-')}, or set it in the config")
+    message = first["msg"].removeprefix("Value error, ")
+    return UsageError(f"{where}{key}: {message}{more}", hint=f"it is {first['input']!r} now")
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the config, in order."""
+    return list(_keys(DistillConfig, ""))
+
+
+def _keys(type_: type[pydantic.BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in type_.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+# --- comparing -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key that two configs do not agree on."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} → {self.after!r}"
+
+
+def differences(before: DistillConfig, after: DistillConfig) -> list[Difference]:
+    """All keys in which the two differ, in the order of the types."""
+    old, new = dict(flatten(before.model_dump(mode="json"))), dict(flatten(after.model_dump(mode="json")))
+    return [Difference(key, old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)]
+
+
+def forbidden_on_resume(before: DistillConfig, after: DistillConfig) -> list[Difference]:
+    """The differences that make it another run. A longer one is the same where nothing decays to its end."""
+    constant = after.optimizer.decay == "constant"
+    return [
+        difference
+        for difference in differences(before, after)
+        if not difference.key.startswith(FREE_ON_RESUME) and not (difference.key == "max_steps" and constant)
+    ]
+
+
+def recipe_sha256(config: DistillConfig, prompts_sha256: str) -> str:
+    """SHA-256 of all that decides the weights: the config without its free keys, and the prompts' own hash."""
+    values = {
+        key: value
+        for key, value in flatten(config.model_dump(mode="json"))
+        if not key.startswith((*FREE_ON_RESUME, "prompts"))
+    }
+    text = json.dumps({**values, "prompts_sha256": prompts_sha256}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

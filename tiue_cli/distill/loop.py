@@ -1,0 +1,346 @@
+"""A distillation from start to end: load, fill the caches, train, save; yields events and never prints.
+
+prepare (cheap checks first) ─▶ text states ─▶ pairs ─▶ steps, checkpoints, grids ─▶ student folder
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiue_cli.artifacts import atomic_file
+from tiue_cli.distill.acceleration import HALF, make_accelerator
+from tiue_cli.distill.cache import RowCache, cache_key
+from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, write_checkpoint
+from tiue_cli.distill.config import DistillConfig, recipe_sha256
+from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
+from tiue_cli.distill.losses import NoiseSchedule
+from tiue_cli.distill.networks import ScoreModel
+from tiue_cli.distill.prompts import TrainingPrompts, read_training_prompts
+from tiue_cli.distill.run_folder import RunFolder, RunRecord, check_out_folder, check_resumable, write_record
+from tiue_cli.distill.signals import StopRequest
+from tiue_cli.distill.student_init import card_section, load_initial_weights, load_untrained, prefixes_of
+from tiue_cli.distill.text_states import TextStates
+from tiue_cli.distill.trainer import Networks, Trainer
+from tiue_cli.distill.validation import Validation, save_grid
+from tiue_cli.distill.warm_start import CHUNK_PAIRS, PairData, fill_pairs, solve
+from tiue_cli.errors import DeviceError
+from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.student import save_student
+from tiue_cli.model.text import encode_prompts
+
+
+class Distillation:
+    """A run in folder ``out``. ``events`` does the work; SIGINT and SIGTERM end it after the step, saved."""
+
+    def __init__(self, config: DistillConfig, out: Path, *, resume: bool = False) -> None:
+        """Checks that need no model are made here. Raises TiueError."""
+        check_out_folder(out, resume=resume)
+        self.config, self.out, self.resume = config, out, resume
+        self.prompts: TrainingPrompts = read_training_prompts(
+            config.prompts, column=config.prompt_column, limit=config.max_prompts
+        )
+        self.folder = RunFolder(out)
+        self._stop = StopRequest()
+
+    def events(self) -> Iterator[Event]:
+        """Run, and tell. Raises TiueError; what was saved before stays."""
+        with self._stop:
+            try:
+                yield from self._run()
+            except torch.OutOfMemoryError as error:
+                raise DeviceError(
+                    "the GPU's memory is used up",
+                    hint="lower batch_size and raise accumulation, or set gradient_checkpointing=true; see --dry-run",
+                ) from error
+
+    def _run(self) -> Iterator[Event]:
+        self._accelerator = make_accelerator(self.config)
+        self._is_main = self._accelerator.is_main_process
+        yield Note(self.prompts.describe())
+        self._load()
+        yield from (Note(note) for note in self._student.notes)
+        self._open_folder()
+        yield from self._fill(self._texts.cache, self._texts.fill(process=self._process), "text states")
+        pairs = None
+        if self.config.warm_start.steps > 0 and not self._stopping:
+            cache = self._pair_cache()
+            with self._networks.score.adapters_off():
+                yield from self._fill(cache, self._solve_pairs(cache), "pairs")
+            pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
+        if self._stopping:
+            yield Finished(self.out, None, step=0, interrupted=True)
+            return
+        trainer = self._make_trainer(pairs)
+        yield from self._train(trainer)
+        yield from self._finish(trainer)
+
+    # --- loading ---------------------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        config, device = self.config, self._accelerator.device
+        self._student = load_untrained(config)
+        student, mixed = self._student, self._accelerator.mixed_precision
+        half = HALF.get(mixed)
+        decoder = ImageDecoder(student.vae)
+        sample = student.unet.config["sample_size"]
+        latent_size = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
+        if config.size is not None:
+            latent_size = decoder.latent_size(config.size)
+        frozen = copy.deepcopy(student.unet).to(device, memory_format=torch.channels_last)
+        if half is not None:
+            frozen.to(half)
+        if config.student.init is not None:
+            load_initial_weights(student, config.student.init)
+        student.unet.requires_grad_(True).to(device, memory_format=torch.channels_last)
+        if config.gradient_checkpointing:
+            student.unet.enable_gradient_checkpointing()
+        for module in (student.text_encoder, student.vae):
+            module.requires_grad_(False).to(device)
+        combine = student.linear_combine()
+        self._networks = Networks(
+            student=student.unet,
+            score=ScoreModel(frozen, config.lora, seed=config.seed),
+            schedule=NoiseSchedule.from_config(student.scheduler_config, device),
+            combine=combine,
+            prefixes=prefixes_of(student.scheduler_config, combine.timesteps),
+            latent_shape=(int(student.unet.config["in_channels"]), *latent_size),
+        )
+        key = cache_key({"teacher": student.manifest.teacher_sha256, "prompts": self.prompts.sha256})
+        self._texts = TextStates(
+            self.prompts.prompts,
+            tokenizer=student.tokenizer,
+            text_encoder=student.text_encoder,
+            folder=config.cache_folder / f"text-{key}" if config.text_cache else None,
+            device=device,
+            exact=half is None,
+        )
+
+    def _open_folder(self) -> None:
+        """Write down what this run is, or check that it is the run that lies there."""
+        teacher_sha256 = self._student.manifest.teacher_sha256
+        assert teacher_sha256 is not None
+        record = RunRecord(
+            config=self.config,
+            prompts_sha256=self.prompts.sha256,
+            teacher_sha256=teacher_sha256,
+            processes=self._accelerator.num_processes,
+        )
+        if self.resume:
+            check_resumable(self.out, record)
+        self._accelerator.wait_for_everyone()  # nobody writes before everybody has checked
+        if self._is_main:
+            write_record(self.out, record)
+            remove_leftovers(self.folder.checkpoints)
+        self._accelerator.wait_for_everyone()
+
+    def _make_trainer(self, pairs: PairData | None) -> Trainer:
+        clip = None
+        if self.config.clip.weight > 0:
+            from tiue_cli.distill.clip import make_clip_loss
+
+            clip = make_clip_loss(self.config.clip, teacher_vae=self._student.vae, device=self._accelerator.device)
+        trainer = Trainer(
+            self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=pairs, clip=clip
+        )
+        if self.resume and (found := latest_checkpoint(self.folder.checkpoints)) is not None:
+            trainer.restore(read_checkpoint(found))
+        if self._is_main:
+            self.folder.cut_log(trainer.state.step)
+        return trainer
+
+    # --- caches ----------------------------------------------------------------------------------------------------
+
+    def _pair_cache(self) -> RowCache:
+        config, settings = self.config, self.config.warm_start
+        key = cache_key(
+            {
+                "teacher": self._student.manifest.teacher_sha256,
+                "prompts": self.prompts.sha256,
+                "seed": config.seed,
+                "steps": settings.teacher_steps,
+                "solver": settings.solver,
+                "guidance": settings.guidance,
+                "shape": self._networks.latent_shape,
+                "precision": self._accelerator.mixed_precision,
+            }
+        )
+        folder = config.cache_folder / f"pairs-{key}"
+        # The number of pairs is in the files' names, as is the size of a chunk.
+        return RowCache(folder, settings.pairs, self._networks.latent_shape, max_chunk_rows=CHUNK_PAIRS)
+
+    def _pair_evaluations(self) -> int:
+        settings = self.config.warm_start
+        return settings.pairs * settings.teacher_steps * (1 if settings.guidance == 1.0 else 2)
+
+    def _solve_pairs(self, cache: RowCache) -> Iterator[int]:
+        settings = self.config.warm_start
+        batch = settings.batch_size or self.config.batch_size
+
+        def solution_of(noise: Tensor, states: Tensor) -> Tensor:
+            return self._solve(noise, states, steps=settings.teacher_steps, guidance=settings.guidance)
+
+        return fill_pairs(
+            cache, self._texts, solution_of, seed=self.config.seed, batch_size=batch, process=self._process
+        )
+
+    def _solve(self, noise: Tensor, states: Tensor, *, steps: int, guidance: float, solver: Any = None) -> Tensor:
+        with self._accelerator.autocast():
+            return solve(
+                self._networks.score,
+                noise,
+                scheduler_config=self._student.scheduler_config,
+                text_states=states,
+                empty_states=self._texts.empty,
+                steps=steps,
+                guidance=guidance,
+                solver=self.config.warm_start.solver if solver is None else solver,
+            )
+
+    def _fill(self, cache: RowCache | None, batches: Iterator[int], stage: Any) -> Iterator[Event]:
+        """Drive a filling generator to its end, or to the stop; then all processes have all of it."""
+        if cache is None:
+            return
+        missing = sum(len(cache.chunk_range(chunk)) for chunk in cache.missing())
+        done = cache.count - missing
+        if missing:
+            for rows in batches:
+                done += rows * self._accelerator.num_processes
+                yield Progress(stage, min(done, cache.count), cache.count)
+                if self._stop:
+                    break
+        self._stopping = self._agree(bool(self._stop))
+
+    # --- training --------------------------------------------------------------------------------------------------
+
+    def _train(self, trainer: Trainer) -> Iterator[Event]:
+        config, validation = self.config, self._make_validation()
+        started, first = time.perf_counter(), trainer.state.step
+        if first == 0:
+            yield from self._draw(validation, trainer)
+        while trainer.state.step < config.max_steps and not self._stopping:
+            images = self._images_a_step(trainer)
+            figures = trainer.step()
+            step = trainer.state.step
+            spent = (time.perf_counter() - started) / (step - first)
+            figures |= {"seconds_per_step": spent, "images_per_s": images / spent}
+            self._log(trainer, figures)
+            in_warm_start = step <= config.warm_start.steps
+            yield Progress("warm start" if in_warm_start else "distillation", step, config.max_steps, figures)
+            self._stopping = self._agree(bool(self._stop))
+            if step % config.checkpoint.every == 0 or step == config.max_steps or self._stopping:
+                yield from self._save(trainer)
+            if config.validation.every and (step % config.validation.every == 0 or step == config.max_steps):
+                yield from self._draw(validation, trainer)
+
+    def _images_a_step(self, trainer: Trainer) -> int:
+        config = self.config
+        batch = config.warm_start.batch_size if trainer.in_warm_start else None
+        return (batch or config.batch_size) * config.accumulation * self._accelerator.num_processes
+
+    def _log(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
+        step = trainer.state.step
+        if step % self.config.tracking.every != 0 and step != self.config.max_steps:
+            return
+        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._accelerator.device)
+        if self._accelerator.num_processes > 1:
+            values = self._accelerator.reduce(values.float(), reduction="mean")
+        shown = {name: float(f"{value:.6g}") for name, value in zip(figures, values.tolist(), strict=True)}
+        state = trainer.state
+        shown |= {"skipped_steps": state.skipped_steps, "teacher_evaluations": state.teacher_evaluations}
+        if self._is_main:
+            self.folder.log({"step": step, **shown})
+        self._accelerator.log(shown, step=step)
+
+    def _save(self, trainer: Trainer) -> Iterator[Event]:
+        path = None
+        if self._is_main:
+            path = write_checkpoint(self.folder.checkpoints, trainer.checkpoint(), keep=self.config.checkpoint.keep)
+        self._accelerator.wait_for_everyone()
+        if path is not None:
+            yield Saved("checkpoint", path)
+
+    def _make_validation(self) -> Validation | None:
+        settings, student = self.config.validation, self._student
+        if settings.every == 0 or not self._is_main:
+            return None
+        prompts: Sequence[str] = settings.prompts or self.prompts.prompts[: settings.count]
+        return Validation(
+            encode_prompts(student.tokenizer, student.text_encoder, prompts),
+            decoder=ImageDecoder(student.vae),
+            latent_shape=self._networks.latent_shape,
+            seed=settings.seed,
+            teacher=self._teacher_latents,
+        )
+
+    def _teacher_latents(self, noise: Tensor, states: Tensor) -> Tensor:
+        settings = self.config.validation
+        with self._networks.score.adapters_off():
+            return self._solve(
+                noise, states, steps=settings.teacher_steps, guidance=settings.teacher_guidance, solver="ddim"
+            )
+
+    def _draw(self, validation: Validation | None, trainer: Trainer) -> Iterator[Event]:
+        if validation is not None:
+
+            def one_pass(noise: Tensor, states: Tensor) -> Tensor:
+                with self._accelerator.autocast():
+                    predictions = trainer.generator(noise, states)
+                return self._networks.combine(noise, predictions)
+
+            with trainer.averaged_weights():
+                pixels = validation.grid(one_pass)
+            step = trainer.state.step
+            yield Saved("grid", save_grid(self.folder.grids / f"step_{step:08d}.png", pixels))
+            for tracker in self._accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    tracker.log_images({"teacher above student": pixels[None]}, step=step)
+        self._accelerator.wait_for_everyone()
+
+    def _finish(self, trainer: Trainer) -> Iterator[Event]:
+        path = None
+        if self._is_main:
+            path = self._save_student(trainer)
+            yield Saved("student", path)
+        self._accelerator.wait_for_everyone()
+        self._accelerator.end_training()
+        step = trainer.state.step
+        yield Finished(self.out, path, step=step, interrupted=step < self.config.max_steps)
+
+    def _save_student(self, trainer: Trainer) -> Path:
+        student = self._student
+        student.manifest = student.manifest.model_copy(
+            update={
+                "recipe_sha256": recipe_sha256(self.config, self.prompts.sha256),
+                "training_steps": trainer.state.step,
+            }
+        )
+        with trainer.averaged_weights():
+            path = save_student(student, self.folder.student, overwrite=True)
+        card = path / "README.md"
+        text = card.read_text(encoding="utf-8") + card_section(self.config, self.prompts)
+        with atomic_file(card) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        return path
+
+    # --- processes -------------------------------------------------------------------------------------------------
+
+    _stopping = False
+    """What all processes agreed on last."""
+
+    @property
+    def _process(self) -> tuple[int, int]:
+        return self._accelerator.process_index, self._accelerator.num_processes
+
+    def _agree(self, wish: bool) -> bool:
+        """True on all processes when any of them wishes it; a signal does not reach all in the same step."""
+        if self._accelerator.num_processes == 1:
+            return wish
+        wishes = torch.tensor([float(wish)], device=self._accelerator.device)
+        return bool(self._accelerator.reduce(wishes, reduction="sum").item() > 0)

@@ -1,0 +1,126 @@
+"""The networks of a distillation: the student as one module, and two teachers over one frozen UNet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from diffusers.models import UNet2DConditionModel
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tiue_cli.distill.config import LoraSettings
+from tiue_cli.distill.losses import guided
+from tiue_cli.distill.streams import Stream, generator
+from tiue_cli.errors import UsageError
+from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.unet import UNetDecoder, UNetEncoder
+
+_ENDINGS = {
+    "attention-qv": ("to_q", "to_v"),
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+}
+
+
+class StudentGenerator(nn.Module):
+    """The student's one pass: noise and text states in, predictions at every decoder timestep out."""
+
+    timesteps: Tensor
+
+    def __init__(self, unet: UNet2DConditionModel, timesteps: Sequence[int], *, decoder: str = "shared") -> None:
+        super().__init__()
+        self.unet_encoder = UNetEncoder(unet)
+        self.unet_decoder = (SharedUNetDecoder if decoder == "shared" else UNetDecoder)(unet)
+        self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.long), persistent=False)
+
+    def forward(self, noise: Tensor, text_states: Tensor) -> Tensor:
+        """Predictions (K, B, C, h, w) from noise (B, C, h, w) and text states (B, L, D)."""
+        features = self.unet_encoder(noise, text_states, self.timesteps[:1])
+        predictions: Tensor = self.unet_decoder(features, self.timesteps, text_states)
+        return predictions
+
+
+class ScoreModel(nn.Module):
+    """The frozen teacher and, by adapters over the same weights, the LoRA teacher.
+
+    Called as a module it is the LoRA teacher; within ``adapters_off`` it is the teacher. Only adapters can be trained.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, settings: LoraSettings, *, seed: int) -> None:
+        super().__init__()
+        unet.requires_grad_(False)
+        adapter = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]  # a float works, and the ratio is what counts
+            target_modules=lora_targets(unet, settings.targets),
+            init_lora_weights=True,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator(seed, Stream.LORA_WEIGHTS).integers(2**31)))
+            unet.add_adapter(adapter)
+        cast_training_params(unet, torch.float32)
+        self.unet = unet
+        self._adapted = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, text_states: Tensor) -> Tensor:
+        """Prediction (B, C, h, w) at x_t (B, C, h, w), timesteps (B,), text states (B, L, D)."""
+        prediction: Tensor = self.unet(x_t, timesteps, encoder_hidden_states=text_states, return_dict=False)[0]
+        return prediction
+
+    @contextlib.contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """Within the block the module is the frozen teacher. No gradients may be taken in it."""
+        for layer in self._adapted:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self._adapted:
+                layer.enable_adapters(True)
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters by name, in the UNet's order."""
+        return {name: value for name, value in self.unet.named_parameters() if ".lora_" in name}
+
+
+def lora_targets(unet: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """The names of the layers that get adapters. UsageError where nothing matches."""
+    kinds: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d) if targets == "all" else (nn.Linear,)
+    layers = {name: module for name, module in unet.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    if targets in ("linear", "all"):
+        return [name for name, module in layers.items() if isinstance(module, kinds)]
+    endings = _ENDINGS[targets] if isinstance(targets, str) else tuple(targets)
+    unused = [ending for ending in endings if not any(_ends(name, ending) for name in layers)]
+    if unused:
+        raise UsageError(
+            f"lora.targets: no layer of the teacher's UNet is named {unused[0]}",
+            hint="e.g. linear, attention, or [to_q, to_k, to_v, to_out.0]",
+        )
+    return [name for name in layers if any(_ends(name, ending) for ending in endings)]
+
+
+def _ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith(f".{ending}")
+
+
+@torch.no_grad()
+def guided_prediction(
+    model: nn.Module, x_t: Tensor, timesteps: Tensor, *, text_states: Tensor, empty_states: Tensor, guidance: float
+) -> Tensor:
+    """A guided prediction (B, C, h, w) in float32: both halves in one batch, one half where guidance is 1.
+
+    ``x_t`` (B, C, h, w), ``timesteps`` (B,), ``text_states`` (B, L, D), ``empty_states`` (1, L, D).
+    """
+    if guidance == 1.0:
+        prediction: Tensor = model(x_t, timesteps, text_states)
+        return prediction.float()
+    both = model(
+        torch.cat([x_t, x_t]),
+        torch.cat([timesteps, timesteps]),
+        torch.cat([text_states, empty_states.expand_as(text_states)]),
+    ).float()
+    conditional, unconditional = both.chunk(2)
+    return guided(conditional, unconditional, guidance)

@@ -1,0 +1,201 @@
+"""Prompts to train on: read, cleaned and counted."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
+
+COLUMNS = ("prompt", "caption", "text")
+"""Names that are looked for, in this order, where no column is given."""
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+DATASETS_PREFIX = "datasets:"
+_SHOWN = 3
+
+Row = tuple[str, Any]
+"""Where a value stands (``captions.csv:7``), and the value; None where it is missing."""
+
+
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """Prompts without empties and duplicates, in the order of the file."""
+
+    prompts: tuple[str, ...]
+    empty: int
+    duplicates: int
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the prompts and their order."""
+        digest = hashlib.sha256()
+        for prompt in self.prompts:
+            digest.update(prompt.encode() + b"\0")
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """One sentence for people."""
+        return f"{len(self.prompts):,} prompts ({self.duplicates:,} duplicates and {self.empty:,} empty ones dropped)"
+
+
+def read_training_prompts(source: str, *, column: str | None = None, limit: int | None = None) -> TrainingPrompts:
+    """Read a .txt, .jsonl, .csv or .parquet file, or ``datasets:NAME[:SPLIT]`` (streamed).
+
+    Raises PromptError for rows that are no prompts (the first with file and line), UsageError for another kind of
+    source, MissingDependencyError where a reader is not installed.
+    """
+    seen: dict[str, None] = {}
+    bad: list[str] = []
+    empty = duplicates = 0
+    for where, value in _rows(source, column):
+        problem = _problem(value)
+        if problem is not None:
+            bad.append(f"{where} {problem}")
+            continue
+        prompt = " ".join(value.split())
+        if not prompt:
+            empty += 1
+        elif prompt in seen:
+            duplicates += 1
+        else:
+            seen[prompt] = None
+        if limit is not None and len(seen) >= limit:
+            break
+    if bad:
+        more = f" (and {len(bad) - _SHOWN} more rows)" if len(bad) > _SHOWN else ""
+        raise PromptError("; ".join(bad[:_SHOWN]) + more, hint="correct the rows; every row needs a text")
+    if not seen:
+        raise PromptError(f"{source} holds no prompt", hint="write one prompt a line")
+    return TrainingPrompts(tuple(seen), empty=empty, duplicates=duplicates)
+
+
+def _problem(value: Any) -> str | None:
+    if value is None:
+        return "has no prompt"
+    if not isinstance(value, str):
+        return f"is {type(value).__name__}, not text"
+    if "\0" in value:
+        return "contains a NUL character"
+    return None
+
+
+def _rows(source: str, column: str | None) -> Iterator[Row]:
+    if source.startswith(DATASETS_PREFIX):
+        return _dataset_rows(source.removeprefix(DATASETS_PREFIX), column)
+    path = Path(source).expanduser()
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UsageError(
+            f"{source} is none of {', '.join(SUFFIXES)}",
+            hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
+        )
+    if not path.is_file():
+        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
+    if suffix == ".parquet":
+        return _parquet_rows(path, column)
+    lines = _lines(path)
+    if suffix == ".txt":
+        return lines
+    return _json_rows(lines, column) if suffix == ".jsonl" else _csv_rows(path, lines, column)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Lines with their places. PromptError where the file is not UTF-8."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for number, line in enumerate(file, 1):
+                yield f"{path}:{number}", line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 after line {number}", hint="convert it with iconv") from error
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the file") from error
+
+
+def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
+    for where, line in lines:
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise PromptError(f"{where}: not JSON: {error}", hint='a line looks like {"prompt": "a star"}') from None
+        if not isinstance(data, dict):
+            raise PromptError(f"{where}: not a JSON object", hint='a line looks like {"prompt": "a star"}')
+        yield where, data.get(_column(data, column, where))
+
+
+def _csv_rows(path: Path, lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
+    # The csv module joins quoted line breaks again; its own counter says where a row ends.
+    reader = csv.DictReader(line + "\n" for _, line in lines)
+    try:
+        header = reader.fieldnames or []
+        name = _column(dict.fromkeys(header), column, f"{path}:1")
+        for row in reader:
+            yield f"{path}:{reader.line_num}", row[name]
+    except csv.Error as error:
+        raise PromptError(f"{path}:{reader.line_num}: {error}", hint="save it as CSV with a header line") from None
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingDependencyError(
+            f"{path} needs pyarrow to be read", hint='install it: python -m pip install "tiue[datasets]"'
+        ) from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} is no parquet file: {error}", hint="check the file") from error
+    name = _column(dict.fromkeys(file.schema_arrow.names), column, str(path))
+    number = itertools.count(1)
+    for batch in file.iter_batches(columns=[name]):
+        for value in batch.column(0).to_pylist():
+            yield f"{path} row {next(number)}", value
+
+
+def _dataset_rows(name: str, column: str | None) -> Iterator[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingDependencyError(
+            f"{DATASETS_PREFIX}{name} needs the datasets library",
+            hint='install it: python -m pip install "tiue[datasets]"',
+        ) from None
+    repository, _, split = name.partition(":")
+    split = split or "train"
+    try:
+        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(repository, split=split, streaming=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PromptError(
+            f"{DATASETS_PREFIX}{name} cannot be opened: {error}", hint="check the name, the split and the connection"
+        ) from error
+    for number, row in enumerate(rows, 1):
+        where = f"{repository} row {number}"
+        yield where, row.get(_column(row, column, where))
+
+
+def _column(row: Mapping[str, Any], column: str | None, where: str) -> str:
+    """The column to read: the one asked for, a known name, or the only one. PromptError otherwise."""
+    if column is not None:
+        if column not in row:
+            raise PromptError(
+                f"{where}: there is no {column!r} among {', '.join(map(str, row))}", hint="check prompt_column"
+            )
+        return column
+    for name in COLUMNS:
+        if name in row:
+            return name
+    if len(row) == 1:
+        return next(iter(row))
+    raise PromptError(
+        f"{where}: none of {', '.join(COLUMNS)} among {', '.join(map(str, row)) or 'no columns'}",
+        hint="say which: --set prompt_column=NAME",
+    )

@@ -1,0 +1,116 @@
+"""The folder of a run: what it is, so that no other run writes into it, and where its parts lie.
+
+OUT/run.json       what was asked for, and of what
+    config.yaml    the same config, to read and to copy
+    log.jsonl      a line of figures every few steps
+    grids/         teacher beside student
+    checkpoints/   see checkpoint.py
+    student/       the result
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from tiue_cli import __version__
+from tiue_cli.artifacts import atomic_file, output_error, read_manifest, write_json
+from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
+from tiue_cli.errors import OutputError, UsageError
+
+RUN_MANIFEST = "run.json"
+
+
+class RunRecord(BaseModel):
+    """What a run was started with, stored as ``run.json``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = 1
+    kind: Literal["distillation"] = "distillation"
+    config: DistillConfig
+    prompts_sha256: str
+    teacher_sha256: str
+    processes: int
+    tiue_version: str = __version__
+
+
+class RunFolder:
+    """Paths and log of a run in ``out``."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.checkpoints, self.grids, self.student = out / "checkpoints", out / "grids", out / "student"
+        self._log = out / "log.jsonl"
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Append a line of figures. Raises OutputError."""
+        try:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(dict(line)) + "\n")
+        except OSError as error:
+            raise output_error(self._log, error) from error
+
+    def cut_log(self, step: int) -> None:
+        """Forget the lines after ``step``: steps that a killed run did and a resumed one does again."""
+        if not self._log.is_file():
+            return
+        lines = self._log.read_text(encoding="utf-8").splitlines()
+        with atomic_file(self._log) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
+
+
+def _step_of(line: str) -> float:
+    """The step of a log line; infinite for the half line that a kill left."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def stored_config(out: Path) -> DistillConfig:
+    """The config that the run in ``out`` was started with. UsageError where there is none."""
+    if not (out / RUN_MANIFEST).is_file():
+        raise UsageError(f"there is no run to resume in {out}", hint="leave --resume out to start one")
+    return read_manifest(out / RUN_MANIFEST, RunRecord).config
+
+
+def check_out_folder(out: Path, *, resume: bool) -> None:
+    """Refuse a folder that is in use, before anything is loaded. Raises OutputError or UsageError."""
+    if resume:
+        stored_config(out)
+        return
+    if (out / RUN_MANIFEST).is_file():
+        raise OutputError(
+            f"{out} holds a distillation already; nothing was changed",
+            hint=f"continue it: tiue distill --out {out} --resume; or choose another folder",
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out} exists and is not an empty folder", hint="choose another folder for --out")
+
+
+def check_resumable(out: Path, record: RunRecord) -> None:
+    """Refuse to resume as another run; the message lists every difference. Raises UsageError."""
+    before = read_manifest(out / RUN_MANIFEST, RunRecord)
+    found = [str(difference) for difference in forbidden_on_resume(before.config, record.config)]
+    for name, label in (("prompts_sha256", "prompts"), ("teacher_sha256", "the teacher's weights")):
+        if getattr(before, name) != getattr(record, name):
+            found.append(f"{label} have changed since")
+    if before.processes != record.processes:
+        found.append(f"processes: {before.processes} → {record.processes}")
+    if found:
+        raise UsageError(
+            f"the run in {out} was started otherwise: " + "; ".join(found),
+            hint="resume it without these changes, or start another run in another folder",
+        )
+
+
+def write_record(out: Path, record: RunRecord) -> None:
+    """Store what the run is. Raises OutputError."""
+    with atomic_file(out / "config.yaml") as temporary:
+        temporary.write_text(to_yaml(record.config), encoding="utf-8")
+    write_json(out / RUN_MANIFEST, record)
