@@ -172,6 +172,6 @@ def _raise_hub_error(error: Exception, hub_id: str, revision: str | None) -> NoR
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     reason = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
     raise ModelFolderError(
-        f"there is no folder {hub_id} here, and the hub's {hub_id} is not in the cache whole while {reason}",
+        f"there is no folder {hub_id} here, {reason}, and the hub's cache does not hold the whole model",
         hint="unset HF_HUB_OFFLINE" if offline else "check the spelling and the connection, or give a local folder",
     ) from error
