@@ -26,7 +26,7 @@ CONFIG: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 4,
     "out_channels": 4,
-    "block_out_channels": (48, 96, 128),
+    "block_out_channels": (32, 64, 96),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -45,7 +45,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
 }
-SCENES, BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA = 120_000, 64, 1.2e-3, 0.999, 0.1, 5.0
+SCENES, BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA = 120_000, 64, 1.5e-3, 0.999, 0.1, 5.0
 
 
 def latents_of(count: int, device: str) -> tuple[list[SceneSpec], torch.Tensor]:
@@ -83,8 +83,8 @@ class Text:
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
         ids = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            return self.model(input_ids=ids.to(self.model.device)).last_hidden_state.clone()
+        with torch.no_grad():  # not inference mode: these tensors enter a graph
+            return self.model(input_ids=ids.to(self.model.device)).last_hidden_state
 
 
 @torch.inference_mode()

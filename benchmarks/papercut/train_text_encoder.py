@@ -21,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from tiue_cli.papercut.captions import COLORS, OBJECTS, WORDS, SceneSpec, random_specs
 from tiue_cli.papercut.checker import HEADS, IGNORE, targets
 
-TOKENS, WIDTH, LAYERS, BATCH, LEARNING_RATE = 24, 128, 3, 256, 1e-3
+TOKENS, WIDTH, LAYERS, BATCH, LEARNING_RATE = 24, 128, 3, 128, 1e-3
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

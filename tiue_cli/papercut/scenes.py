@@ -17,7 +17,7 @@ from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, SceneSpec
 
 SIZE = 64  # pixels, square
 CHUNK = 128  # images rendered at once: bounds the memory, not the result
-Array = NDArray[np.float32]
+Array = NDArray[np.floating]  # float32 in fact; the stubs cannot follow
 
 # sRGB, 0..1. Shades vary around these per image.
 PALETTE = {
