@@ -216,6 +216,95 @@ def doctor(format_: FormatOption = "human") -> None:
         raise typer.Exit(1)
 
 
+@app.command(
+    epilog=_examples(
+        "tiue distill --teacher papercut --prompts captions.txt --out runs/small --max-steps 200",
+        "tiue distill --config sd15 --prompts captions.parquet --out runs/sd15 --launch -- --num_processes 8",
+        "tiue distill --out runs/sd15 --resume",
+    )
+)
+def distill(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run; the student is in its student/.")],
+    teacher: Annotated[
+        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="The many-step model.", rich_help_panel=_MODEL)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help=".txt, .jsonl, .csv, .parquet, or datasets:NAME.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE|RECIPE", help="YAML settings; recipes: tiue recipes ls.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. kl.weight=0.05.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="All optimiser steps.")] = None,
+    warm_start: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="How many of them are regression onto the teacher.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs.")] = False,
+    launch: Annotated[
+        bool,
+        typer.Option("--launch", help="Through accelerate launch; its options after --.", rich_help_panel=_MACHINE),
+    ] = False,
+    accelerate_args: Annotated[list[str] | None, typer.Argument(metavar="[-- ACCELERATE_ARGS]", hidden=True)] = None,
+    format_: FormatOption = "human",
+) -> None:
+    """Distil a teacher into a one-pass student, from prompts alone."""
+    from tiue_cli.distill.request import DistillRequest
+    from tiue_cli.run_distill import is_worker, plan_distill, relaunch, run_distill
+
+    request = DistillRequest(
+        out=out,
+        teacher=teacher,
+        prompts=prompts,
+        config=config,
+        overrides=tuple(overrides or ()),
+        max_steps=max_steps,
+        warm_start=warm_start,
+        resume=resume,
+    )
+    if accelerate_args and not launch:
+        raise UsageError(f"what is {accelerate_args[0]!r}?", hint="words after -- are for accelerate: add --launch")
+    shown = Console("quiet" if is_worker() else format_)
+    if dry_run:
+        plan_distill(request, shown)
+    elif launch:
+        raise typer.Exit(relaunch(request, accelerate_args or [], shown, format_=format_))
+    else:
+        run_distill(request, shown)
+
+
+recipes_app = typer.Typer(no_args_is_help=True, help="Settings of tiue distill that ship with it.")
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.command("ls")
+def recipes_ls(format_: FormatOption = "human") -> None:
+    """List the recipes."""
+    from tiue_cli.distill.recipes import all_recipes
+
+    Console(format_).recipes({recipe.name: recipe.summary for recipe in all_recipes()})
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a recipe's YAML; what it does not set has tiue's defaults."""
+    from tiue_cli.distill.recipes import find_recipe
+
+    Console().text(find_recipe(name).text)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")], path: Annotated[Path, typer.Argument(metavar="FILE.yaml")]
+) -> None:
+    """Write a recipe to a file, to be changed."""
+    from tiue_cli.distill.recipes import copy_recipe
+
+    Console().path(str(copy_recipe(name, path)))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status. Failures that a user can understand take two lines on stderr."""
     try:

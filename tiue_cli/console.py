@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -92,6 +93,47 @@ class Console:
                 _line(sys.stdout, line)
             self._held_lines.clear()
 
+    @contextlib.contextmanager
+    def stages(self) -> Iterator[Callable[[str, int, int, str], None]]:
+        """Work in named stages on stderr; yields a function of (stage, done, total, figures as text).
+
+        A bar a stage on a terminal; elsewhere a line at the start and end of a stage and every half minute.
+        """
+        if self._format != "human":
+            yield _ignore_stage
+            return
+        if not sys.stderr.isatty():
+            yield _StageLines()
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=_rich(sys.stderr),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        tasks: dict[str, Any] = {}
+        self._holding = sys.stdout.isatty()
+        try:
+            with bar:
+
+                def update(stage: str, done: int, total: int, figures: str) -> None:
+                    if stage not in tasks:
+                        tasks[stage] = bar.add_task(stage, total=total, figures="")
+                    bar.update(tasks[stage], completed=done, figures=figures)
+
+                yield update
+        finally:
+            self._holding = False
+            for line in self._held_lines:
+                _line(sys.stdout, line)
+            self._held_lines.clear()
+
     # --- stdout ---
 
     def path(self, text: str) -> None:
@@ -116,6 +158,27 @@ class Console:
         if self._format == "human" and sys.stdin.isatty():
             sys.stderr.write(text)
             sys.stderr.flush()
+
+    def text(self, text: str) -> None:
+        """A document of several lines, as it is."""
+        for line in text.rstrip("\n").split("\n"):
+            _line(sys.stdout, line)
+
+    def plan(self, config: str, rows: Mapping[str, str]) -> None:
+        """What ``tiue distill --dry-run`` found: the config, and facts about it."""
+        if self._format == "json":
+            return
+        self.text(config)
+        if self._format == "human":
+            self._table("", list(rows.items()))
+
+    def recipes(self, summaries: Mapping[str, str]) -> None:
+        """Names and what they are for."""
+        self.document(dict(summaries))
+        if self._format == "json":
+            return
+        for name, summary in summaries.items():
+            _line(sys.stdout, name if self._format == "quiet" else f"{name:<12} {summary}")
 
     def inspection(self, report: Report) -> None:
         """What ``tiue inspect`` found."""
@@ -199,6 +262,27 @@ def _line(file: Any, text: str) -> None:
     encoding = getattr(file, "encoding", None) or "utf-8"
     file.write(text.encode(encoding, errors="backslashreplace").decode(encoding) + "\n")
     file.flush()
+
+
+_LINE_SECONDS = 30.0
+
+
+class _StageLines:
+    """Progress for a log file."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._last_s = 0.0
+
+    def __call__(self, stage: str, done: int, total: int, figures: str) -> None:
+        now_s = time.monotonic()
+        if stage != self._stage or done == total or now_s - self._last_s >= _LINE_SECONDS:
+            self._stage, self._last_s = stage, now_s
+            _line(sys.stderr, f"{stage} {done}/{total}  {figures}".rstrip())
+
+
+def _ignore_stage(stage: str, done: int, total: int, figures: str) -> None:
+    """Progress that nobody looks at."""
 
 
 def _ignore(done: float) -> None:

@@ -1,0 +1,154 @@
+"""What ``tiue distill`` does with a request: train and show, plan only, or hand over to ``accelerate launch``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tiue_cli.console import Console
+
+if TYPE_CHECKING:
+    from tiue_cli.distill.events import Finished
+    from tiue_cli.distill.request import DistillRequest
+
+
+def run_distill(request: DistillRequest, console: Console) -> None:
+    """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on."""
+    from tiue_cli.distill.events import Finished, Note, Progress, Saved
+
+    resolved = request.resolve()
+    for key, origin in resolved.origins.items():
+        if origin not in ("the run", "--teacher", "--prompts"):
+            console.note(f"{key} = {_value(resolved.config, key)} (from {origin})")
+    from tiue_cli.distill.loop import Distillation
+
+    figures: Mapping[str, float] = {}
+    with console.stages() as stages:
+        for event in Distillation(resolved.config, request.out, resume=request.resume).events():
+            if isinstance(event, Note):
+                console.note(event.text)
+            elif isinstance(event, Progress):
+                figures = event.figures or figures
+                stages(event.stage, event.done, event.total, _shown(event.figures))
+            elif isinstance(event, Saved):
+                console.path(str(event.path))
+            else:
+                assert isinstance(event, Finished)
+                finished = event
+    _report(finished, figures, console)
+
+
+def plan_distill(request: DistillRequest, console: Console) -> None:
+    """Show the resolved config and what the run would need and write; nothing is written."""
+    resolved = request.resolve()
+    from tiue_cli.distill.config import to_yaml
+    from tiue_cli.distill.estimate import estimate_run
+    from tiue_cli.distill.prompts import read_training_prompts
+    from tiue_cli.distill.run_folder import check_out_folder
+
+    config = resolved.config
+    check_out_folder(request.out, resume=request.resume)
+    prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
+    needs = estimate_run(config, prompts=len(prompts.prompts), half=config.precision in ("bf16", "fp16"))
+    console.document(
+        {
+            "config": config.model_dump(mode="json"),
+            "origins": dict(resolved.origins),
+            "prompts": len(prompts.prompts),
+            "decoder_timesteps": list(needs.timesteps),
+            "parameters": needs.parameters,
+            "memory_bytes": needs.memory_bytes,
+            "disk_bytes": needs.disk_bytes,
+            "steps": needs.steps,
+            "out": str(request.out),
+        }
+    )
+    console.plan(
+        to_yaml(config),
+        {
+            "prompts": prompts.describe(),
+            "decoder timesteps": str(list(needs.timesteps)),
+            **{f"{name}, steps": f"{count:,}" for name, count in needs.steps.items() if count},
+            **{f"{name}, parameters": f"{count:,}" for name, count in needs.parameters.items()},
+            **{f"memory: {name}": _size(size) for name, size in needs.memory_bytes.items()},
+            "memory: together": f"{_size(needs.peak_memory_bytes)} a process, and what the allocator adds",
+            **{f"disk: {name}": _size(size) for name, size in needs.disk_bytes.items() if size},
+            **{f"from {origin}": key for key, origin in resolved.origins.items()},
+            "would write": f"{request.out}/ (run.json, config.yaml, log.jsonl, grids/, checkpoints/, student/)",
+            "cache": str(config.cache_folder),
+        },
+    )
+
+
+def relaunch(request: DistillRequest, accelerate_args: Sequence[str], console: Console, *, format_: str) -> int:
+    """Run the same request under ``accelerate launch``; returns its exit status."""
+    request.resolve()  # what is wrong with the request is said once, here
+    words = ["-m", "accelerate.commands.launch", *accelerate_args, "-m", "tiue_cli", "distill", *request.arguments()]
+    command = [sys.executable, *words, "--format", format_]
+    console.note(f"running: {shlex.join(command)}")
+    # The terminal sends Ctrl-C to the whole group: the workers save, and this process only waits for them.
+    with subprocess.Popen(command) as process:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+
+
+def is_worker() -> bool:
+    """Whether another process of the same launch does the talking."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def resume_command(out: str) -> str:
+    """What to type to go on."""
+    return f"tiue distill --out {shlex.quote(out)} --resume"
+
+
+def _report(finished: Finished, figures: Mapping[str, float], console: Console) -> None:
+    out = str(finished.out)
+    console.document(
+        {
+            "out": out,
+            "student": None if finished.student is None else str(finished.student),
+            "step": finished.step,
+            "interrupted": finished.interrupted,
+            "resume": resume_command(out) if finished.interrupted else None,
+            "figures": dict(figures),
+        }
+    )
+    if finished.interrupted:
+        console.stopped(f"at step {finished.step}, saved; to go on: {resume_command(out)}")
+    elif finished.student is not None:
+        console.summary(f'to use it: tiue generate "a prompt" --model {shlex.quote(str(finished.student))}')
+
+
+def _shown(figures: Mapping[str, float]) -> str:
+    """The figures that are worth watching, short."""
+    losses = {name: value for name, value in figures.items() if name not in _QUIET}
+    words = [f"{name} {value:.4g}" for name, value in losses.items()]
+    if "images_per_s" in figures:
+        words.append(f"{figures['images_per_s']:.3g} images/s")
+    if "peak_memory_bytes" in figures:
+        words.append(f"{figures['peak_memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(words)
+
+
+_QUIET = ("images_per_s", "seconds_per_step", "learning_rate", "peak_memory_bytes")
+
+
+def _size(size_bytes: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes / 2**10:.1f} KiB"
+
+
+def _value(config: object, key: str) -> object:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
