@@ -82,13 +82,19 @@ def test_alphas_equal_diffusers(name: str, zero_snr: bool) -> None:
     assert (actual[-1] == 0.0) == zero_snr
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7])
+# Not the cosine schedule with epsilon from the last timestep: abar is 2e-9 there, and float32 stepping has no 5 digits.
+CASES = [
+    (name, steps, spacing, prediction_type)
+    for name in SCHEDULES
+    for steps in (1, 2, 3, 4, 7)
+    for spacing in ("leading", "trailing")
+    for prediction_type in ("epsilon", "v_prediction")
+    if (name, prediction_type) != ("cosine", "epsilon") or (spacing == "leading" and steps > 1)
+]
+
+
+@pytest.mark.parametrize(("name", "steps", "spacing", "prediction_type"), CASES)
 def test_one_sum_equals_stepwise_ddim(name: str, steps: int, spacing: str, prediction_type: str) -> None:
-    if name == "cosine" and prediction_type == "epsilon" and (spacing == "trailing" or steps == 1):
-        pytest.skip("abar is 2e-9 at the last timestep: float32 stepping itself has no five digits there")
     config = {**SCHEDULES[name], "prediction_type": prediction_type}
     # A single step is trailing in ours, whatever the spacing.
     scheduler = ddim(config, "trailing" if steps == 1 else spacing, steps)

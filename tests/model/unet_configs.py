@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tiue_cli.model.sd_configs import SD15_UNET, SD21_UNET
+from tiue_cli.model.unet import UNetEncoder, UNetFeatures
 
 _TINY: dict[str, Any] = {
     "sample_size": 16,
@@ -34,7 +35,8 @@ def tiny_unet(name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) 
         for parameter in unet.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.2 * torch.randn_like(parameter))
-    return unet.to(dtype).eval()
+    torch.nn.Module.to(unet, dtype)  # diffusers' own `to` warns about every cast
+    return unet.eval()
 
 
 def draw_inputs(
@@ -45,6 +47,14 @@ def draw_inputs(
     noise = torch.randn((batch, unet.config.in_channels, *size), generator=generator, dtype=torch.float64)
     text_states = torch.randn((batch, 7, unet.config.cross_attention_dim), generator=generator, dtype=torch.float64)
     return noise.to(unet.dtype), text_states.to(unet.dtype)
+
+
+def encoded_features(unet: UNet2DConditionModel, batch: int, size: tuple[int, int], *, seed: int = 1) -> UNetFeatures:
+    """Features at the first decoder timestep, as leaves that ask for gradients."""
+    noise, text_states = draw_inputs(unet, batch, size, seed=seed)
+    with torch.no_grad():
+        features = UNetEncoder(unet)(noise, text_states, 999)
+    return UNetFeatures(features.mid.requires_grad_(), tuple(skip.requires_grad_() for skip in features.skips))
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
