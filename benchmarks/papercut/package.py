@@ -1,20 +1,23 @@
 """Move finished weights from `work/` into the package, as a Stable Diffusion folder in fp16.
 
-    python benchmarks/papercut/package.py
+    python benchmarks/papercut/package.py [--checkpoint]
 
+With --checkpoint the UNet is the averaged one of a training that still runs.
 Writes `tiue_cli/papercut/model/teacher/` (what `StableDiffusionPipeline.save_pretrained` writes, and a model card) and
 `tiue_cli/papercut/model/checker.safetensors`.
 """
 
 from __future__ import annotations
 
+import argparse
 import shutil
 from pathlib import Path
 
 import torch
 from common import WORK
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from train_teacher import SCHEDULER
+from safetensors.torch import load_file
+from train_teacher import CONFIG, SCHEDULER
 from transformers import CLIPTextModel, CLIPTokenizer
 
 import tiue_cli.papercut
@@ -33,12 +36,24 @@ moon, fish) in eight colours, four relations and five backgrounds, and nothing e
 """
 
 
+def trained_unet(*, checkpoint: bool) -> UNet2DConditionModel:
+    if not checkpoint:
+        return UNet2DConditionModel.from_pretrained(WORK / "unet")
+    unet = UNet2DConditionModel(**CONFIG)
+    tensors = load_file(WORK / "teacher.pt.safetensors")
+    unet.load_state_dict({key.removeprefix("ema/"): value for key, value in tensors.items() if key.startswith("ema/")})
+    return unet
+
+
 def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--checkpoint", action="store_true")
+    args = options.parse_args()
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
         text_encoder=CLIPTextModel.from_pretrained(WORK / "text_encoder"),
         tokenizer=CLIPTokenizer.from_pretrained(WORK / "tokenizer"),
-        unet=UNet2DConditionModel.from_pretrained(WORK / "unet"),
+        unet=trained_unet(checkpoint=args.checkpoint),
         scheduler=DDIMScheduler(**SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
