@@ -58,9 +58,15 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[float], None]]:
-        """A bar over ``total`` images on stderr; yields a function that takes the number done so far."""
-        if self._format != "human" or total == 0 or not sys.stderr.isatty():
+        """A bar over ``total`` images on stderr; yields a function that takes the number done so far.
+
+        Where stderr is no terminal: a line every half minute.
+        """
+        if self._format != "human" or total == 0:
             yield _ignore
+            return
+        if not sys.stderr.isatty():
+            yield _ImageLines(total)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -265,6 +271,20 @@ def _line(file: Any, text: str) -> None:
 
 
 _LINE_SECONDS = 30.0
+
+
+class _ImageLines:
+    """Progress over images for a log file: a line every half minute."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._start_s = self._last_s = time.monotonic()
+
+    def __call__(self, done: float) -> None:
+        now_s = time.monotonic()
+        if now_s - self._last_s >= _LINE_SECONDS:
+            self._last_s = now_s
+            _line(sys.stderr, f"{int(done)}/{self._total} images  {done / (now_s - self._start_s):.2f} images/s")
 
 
 class _StageLines:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
 from tiue_cli.artifacts import atomic_file, output_error
-from tiue_cli.errors import UsageError
 from tiue_cli.model.hub import EMBEDDED
 from tiue_cli.noise import draw_noise
 from tiue_cli.pngmeta import GridRecord, ImageRecord, ImageSpec, read_pixels, save_png
@@ -223,11 +222,7 @@ class Session:
 
 
 def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
-    """The backend that ``config`` asks for, not yet entered. Raises UsageError for one that this version lacks."""
-    if config.backend not in ("auto", "torch"):
-        raise UsageError(
-            f"the {config.backend} backend is not part of tiue {__version__}", hint="leave --backend out, or give torch"
-        )
+    """The backend that ``config`` asks for, not yet entered. Raises DeviceError."""
     from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 
     if target.info.kind == "student":
@@ -287,10 +282,11 @@ def _ends_of(text: str) -> str:
 
 
 def _check_writable(folder: Path) -> None:
-    """Fail before minutes of work rather than after. Raises OutputError."""
+    """Fail before minutes of work rather than after, and leave no trace. Raises OutputError."""
+    # A folder that is yet to be made is as writable as the one it will be made in.
+    existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise output_error(folder, error) from error

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tiue_cli import __version__
 from tiue_cli.artifacts import output_error
 from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
 from tiue_cli.fingerprint import fingerprint
@@ -28,6 +29,9 @@ from tiue_cli.prompts import PromptRow
 BackendName = Literal["auto", "torch", "onnx", "trt"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
+
+BACKENDS = ("auto", "torch")
+"""Those of the names above that this version has."""
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
@@ -101,6 +105,10 @@ class ModelTarget:
 
 def open_target(config: GenerateConfig) -> ModelTarget:
     """Find and check the model and autoencoder of ``config``; raises what ``model.folder`` raises, and UsageError."""
+    if config.backend not in BACKENDS:
+        raise UsageError(
+            f"the {config.backend} backend is not part of tiue {__version__}", hint="leave --backend out, or give torch"
+        )
     folder = resolve_model(config.model)
     info = check_model_folder(folder)
     _refuse_other_kinds_options(config, info)

@@ -1,0 +1,183 @@
+"""Start-up stays light, and imports run downwards only; read from the sources and from a fresh interpreter."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "tiue_cli"
+
+# Layer and room of every module (of the longest prefix that matches). A module may import from lower layers and from
+# its own room; rooms of one layer do not see each other.
+ROOMS: dict[str, tuple[int, str]] = {
+    "": (0, "base"),
+    "errors": (0, "base"),
+    "artifacts": (0, "base"),
+    "fingerprint": (0, "base"),
+    "noise": (1, "images"),
+    "prompts": (1, "images"),
+    "pngmeta": (1, "images"),
+    "sheet": (1, "images"),
+    "model": (1, "model"),
+    "machine": (1, "machine"),
+    "papercut": (1, "papercut"),
+    "distill": (2, "distill"),
+    "backends": (2, "backends"),
+    "export": (3, "export"),
+    "request": (3, "generate"),
+    "generate": (3, "generate"),
+    "inspection": (3, "inspection"),
+    "doctor": (3, "doctor"),
+    "bench": (4, "bench"),
+    "console": (5, "cli"),
+    "run": (5, "cli"),
+    "run_distill": (5, "cli"),
+    "cli": (5, "cli"),
+    "__main__": (5, "cli"),
+}
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxruntime", "tensorrt"}
+# Rooms whose modules may load them when they are imported; elsewhere only the functions listed below may, when called.
+HEAVY_ROOMS = {"model", "papercut", "distill", "export", "bench", "backends"}
+HEAVY_FUNCTIONS = {("machine", "torch"), ("machine", "onnxruntime")}
+LIGHT_MODULES_OF_HEAVY_ROOMS = {"model.folder", "model.hub", "model.schedule", "model.sd_configs", "backends.base"}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every source file of the package by dotted name below it (a package by its own name)."""
+    found = {}
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(file.read_text(encoding="utf-8"), filename=str(file))
+    return found
+
+
+MODULES = modules()
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, ast.stmt]]:
+    """(dotted name, statement) of every import anywhere in the file, type-checking blocks and functions included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute in this package"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node
+
+
+def room_of(name: str) -> tuple[int, str]:
+    parts = name.split(".") if name else []
+    for length in range(len(parts), 0, -1):
+        if (prefix := ".".join(parts[:length])) in ROOMS:
+            return ROOMS[prefix]
+    assert not parts, f"{name} has no place in the layers: add it to ROOMS"
+    return ROOMS[""]
+
+
+def target_of(imported: str) -> str | None:
+    """The module of ours that an import names (``tiue_cli.errors.TiueError`` → ``errors``), None for other packages."""
+    package, _, name = imported.partition(".")
+    if package != PACKAGE.name:
+        return None
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name])
+def test_imports_run_downwards(module: str) -> None:
+    layer, room = room_of(module)
+    for imported, statement in imports(MODULES[module]):
+        target = target_of(imported)
+        if target is None:
+            continue
+        target_layer, target_room = room_of(target)
+        assert target_layer < layer or target_room == room, (
+            f"{module} (layer {layer}, {room}) line {statement.lineno} imports {target} "
+            f"(layer {target_layer}, {target_room})"
+        )
+
+
+@pytest.mark.parametrize("module", list(MODULES))
+def test_heavy_libraries_stay_in_their_rooms(module: str) -> None:
+    _, room = room_of(module)
+    if room in HEAVY_ROOMS and module not in LIGHT_MODULES_OF_HEAVY_ROOMS:
+        return
+    for imported, statement in imports(MODULES[module]):
+        library = imported.partition(".")[0]
+        if library not in HEAVY or inside_type_checking(MODULES[module], statement):
+            continue
+        allowed = (module, library) in HEAVY_FUNCTIONS or module in LIGHT_MODULES_OF_HEAVY_ROOMS
+        assert allowed and statement not in MODULES[module].body, f"{module} line {statement.lineno} imports {library}"
+
+
+def inside_type_checking(tree: ast.Module, statement: ast.stmt) -> bool:
+    blocks = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    return any(statement in block.body for block in blocks)
+
+
+def test_package_inits_import_nothing() -> None:
+    for file in PACKAGE.rglob("__init__.py"):
+        found = [name for name, _ in imports(ast.parse(file.read_text(encoding="utf-8")))]
+        assert [name for name in found if not name.startswith("__future__")] == [], file
+
+
+def test_only_the_console_prints() -> None:
+    # ruff's T20 finds print(); this finds the other ways to a standard stream.
+    for name, tree in MODULES.items():
+        if name == "console":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):
+                pytest.fail(f"{name} line {node.lineno} uses {ast.unparse(node)}")
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after ``code``."""
+    script = (
+        f"{code}\nimport json, sys\nprint('\\n' + json.dumps(sorted({{n.partition('.')[0] for n in sys.modules}})))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True, timeout=120
+    )
+    return set(json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+TOO_HEAVY_FOR_HELP = HEAVY | {"numpy", "PIL", "huggingface_hub", "tokenizers"}
+
+
+def test_help_of_every_command_loads_nothing_heavy() -> None:
+    code = (
+        "from tiue_cli.cli import app, main\n"
+        "names = [command.callback.__name__ for command in app.registered_commands]\n"
+        "assert 'generate' in names and 'inspect' in names and 'doctor' in names, names\n"
+        "for words in ([], ['--help'], ['--version'], *([name, '--help'] for name in names)):\n"
+        "    main(words)\n"
+    )
+    assert not loaded_after(code) & TOO_HEAVY_FOR_HELP
+
+
+def test_planning_and_inspecting_load_no_torch(tmp_path: Path, tiny_student_folder: Path) -> None:
+    code = (
+        "import os\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "from tiue_cli.generate import Session\n"
+        "from tiue_cli.inspection import inspect_source\n"
+        "from tiue_cli.prompts import PromptRow\n"
+        "from tiue_cli.request import GenerateConfig\n"
+        "import tiue_cli.doctor, tiue_cli.machine, tiue_cli.run\n"
+        f"inspect_source({str(tiny_student_folder)!r})\n"
+        f"with Session(GenerateConfig(model={str(tiny_student_folder)!r}, grid=True)) as session:\n"
+        "    assert session.plan([PromptRow('a star', 'it')]).todo == [0]\n"
+    )
+    assert not loaded_after(code) & HEAVY
