@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from tiue_cli.distill.config import DistillConfig
-from tiue_cli.distill.networks import ScoreModel, StudentGenerator
+from tiue_cli.distill.config import DistillConfig, LoraSettings
+from tiue_cli.distill.networks import StudentGenerator, lora_targets
 from tiue_cli.distill.student_init import teacher_source
 from tiue_cli.model.folder import ModelInfo, check_model_folder, read_json
 from tiue_cli.model.hub import resolve_model
@@ -107,13 +107,19 @@ class _FakeRun:
         if config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         student = StudentGenerator(unet, timesteps, decoder=config.student.decoder)
-        score = ScoreModel(UNet2DConditionModel.from_config(unet_config), config.lora, seed=config.seed)
-        self.lora_parameters = sum(value.numel() for value in score.adapter_parameters().values())
-        # One after the other, so the larger counts.
-        self.activation_bytes = max(
-            saved_bytes(student, lambda: student(noise, states)),
-            saved_bytes(score, lambda: score(noise, torch.zeros(batch, dtype=torch.long), states)),
-        )
+        self.lora_parameters = lora_parameter_count(unet, config.lora)
+        # The student's step keeps more than the LoRA teacher's, which follows it: that one trains adapters alone.
+        self.activation_bytes = saved_bytes(student, lambda: student(noise, states))
+
+
+def lora_parameter_count(unet: nn.Module, settings: LoraSettings) -> int:
+    """Numbers in the adapters: rank·(in + out) for a linear layer, with the kernel's size for a convolution's input."""
+    count = 0
+    for name in lora_targets(unet, settings.targets):
+        weight = unet.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        count += settings.rank * (weight[0].numel() + weight.shape[0])
+    return count
 
 
 def saved_bytes(module: nn.Module, call: Callable[[], Tensor]) -> int:

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tiue_cli.distill.cache import RowCache, cache_key
+from tiue_cli.distill.streams import EndlessOrder, Stream, generator
+from tiue_cli.errors import OutputError
+
+
+def test_every_part_of_the_address_changes_the_draw() -> None:
+    base = {"seed": 0, "stream": Stream.NOISE, "step": 0, "micro": 0, "process": 0}
+    other = {"seed": 1, "stream": Stream.SCORE, "step": 1, "micro": 1, "process": 1}
+    draws = {generator(**{**base, **change}).random() for change in [{}, *({key: other[key]} for key in base)]}  # type: ignore[arg-type]
+    assert len(draws) == 6
+    assert generator(**base).random() in draws  # type: ignore[arg-type]
+
+
+def test_long_draws_do_not_run_into_the_next_address() -> None:
+    long = generator(0, Stream.NOISE).standard_normal(100_000)
+    assert not np.isin(generator(0, Stream.NOISE, micro=1).standard_normal(100), long).any()
+
+
+def test_order_is_endless_fair_and_independent_of_where_one_starts() -> None:
+    order = EndlessOrder(5, seed=0, stream=Stream.ORDER)
+    rows = order.rows(0, 20)
+    for epoch in range(4):
+        assert sorted(rows[5 * epoch : 5 * epoch + 5]) == list(range(5))
+    assert rows[:5] != rows[5:10]
+    assert EndlessOrder(5, seed=0, stream=Stream.ORDER).rows(13, 7) == rows[13:]
+
+
+def test_cache_gives_back_its_rows_and_knows_what_is_missing(tmp_path: Path) -> None:
+    cache = RowCache(tmp_path, 10, (2, 3), max_chunk_rows=4)
+    rows = np.arange(60, dtype=np.float32).reshape(10, 2, 3)
+    assert cache.missing() == [0, 1, 2]
+    for chunk in (2, 0, 1):
+        cache.write(chunk, rows[cache.chunk_range(chunk).start : cache.chunk_range(chunk).stop])
+    assert cache.missing() == []
+    np.testing.assert_array_equal(
+        RowCache(tmp_path, 10, (2, 3), max_chunk_rows=4).rows([9, 0, 4, 4]), rows[[9, 0, 4, 4]]
+    )
+
+
+def test_damaged_chunk_is_named(tmp_path: Path) -> None:
+    cache = RowCache(tmp_path, 2, (2,))
+    cache.write(0, np.zeros((2, 2), np.float32))
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(OutputError, match="damaged"):
+        RowCache(tmp_path, 2, (2,)).rows([0])
+
+
+def test_cache_key_depends_on_values_not_order() -> None:
+    assert cache_key({"a": 1, "b": 2}) == cache_key({"b": 2, "a": 1}) != cache_key({"a": 1, "b": 3})
