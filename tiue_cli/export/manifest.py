@@ -63,6 +63,8 @@ class GraphSpec(_Model):
 
     name: GraphName
     size: Size | None = None
+    precision: Precision
+    """That of the export, except where a graph leaves float16's range and was kept in fp32."""
     onnx: FileSpec
     data: tuple[FileSpec, ...] = ()
     inputs: tuple[TensorSpec, ...]

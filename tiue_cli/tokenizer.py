@@ -1,0 +1,53 @@
+"""Prompts to token ids with nothing but the ``tokenizers`` library: the ids that ``CLIPTokenizer`` gives.
+
+The whole of it (byte-pair merges, start and end token, padding and truncation to the text encoder's length) lies in
+``tokenizer.json``; this reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiue_cli.errors import ManifestError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class PromptTokenizer:
+    """A tokenizer.json that pads and truncates to one length. Raises ManifestError for a file that is none."""
+
+    def __init__(self, path: Path | str) -> None:
+        from tokenizers import Tokenizer
+
+        hint = "export the student again"
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            self._fixed = Tokenizer.from_str(text)
+            self._open = Tokenizer.from_str(text)
+        except Exception as error:  # plain Exception is what the library raises for a damaged file
+            raise ManifestError(f"{path} is no tokenizer: {error}", hint=hint) from error
+        if self._fixed.truncation is None or self._fixed.padding is None:
+            raise ManifestError(f"{path} does not say to which length it pads and truncates", hint=hint)
+        self.length = int(self._fixed.truncation["max_length"])
+        """Tokens of every row, start and end token included."""
+        self._open.no_truncation()
+        self._open.no_padding()
+
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Token ids (B, L) int64 of B prompts; longer ones are cut, see ``cut_text``."""
+        import numpy as np
+
+        rows = self._fixed.encode_batch(list(prompts), add_special_tokens=True)
+        return np.array([row.ids for row in rows], dtype=np.int64).reshape(len(rows), self.length)
+
+    def cut_text(self, prompts: Sequence[str]) -> list[str]:
+        """The end of each prompt that does not fit, as it was written; "" where all of it fits."""
+        room = self.length - 2  # start and end token
+        rows = self._open.encode_batch(list(prompts), add_special_tokens=False)
+        return [
+            prompt[row.offsets[room][0] :].strip() if len(row.ids) > room else ""
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
