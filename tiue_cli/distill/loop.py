@@ -60,9 +60,12 @@ class Distillation:
                     hint="lower batch_size and raise accumulation, or set gradient_checkpointing=true; see --dry-run",
                 ) from error
 
+    def prepare(self) -> Trainer:
+        """Load everything and return the trainer before its first step; without pairs, and nothing is written."""
+        self._load()
+        return self._make_trainer(None)
+
     def _run(self) -> Iterator[Event]:
-        self._accelerator = make_accelerator(self.config)
-        self._is_main = self._accelerator.is_main_process
         yield Note(self.prompts.describe())
         self._load()
         yield from (Note(note) for note in self._student.notes)
@@ -84,7 +87,9 @@ class Distillation:
     # --- loading ---------------------------------------------------------------------------------------------------
 
     def _load(self) -> None:
-        config, device = self.config, self._accelerator.device
+        config = self.config
+        self._accelerator = make_accelerator(config)
+        self._is_main, device = self._accelerator.is_main_process, self._accelerator.device
         self._student = load_untrained(config)
         student, mixed = self._student, self._accelerator.mixed_precision
         half = HALF.get(mixed)

@@ -34,7 +34,8 @@ def solve(
     """The guided teacher's x_0 (B, C, h, w) in float32 from noise (B, C, h, w), by the probability-flow ODE.
 
     ``ddim`` spaces its steps as the scheduler config says, so it equals ``tiue generate``'s teacher; ``dpm++`` is
-    DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep of second order, with trailing steps.
+    DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep of second order, steps uniform in log-SNR: where images
+    are Gaussian (the tests' closed form), 8 of its steps are four times nearer to the solution than 25 of DDIM's.
     """
     config = ddim_config(scheduler_config)
     scheduler: Any
@@ -43,9 +44,9 @@ def solve(
     else:
         scheduler = DPMSolverMultistepScheduler.from_config(
             {**config, "_class_name": "DPMSolverMultistepScheduler"},
-            timestep_spacing="trailing",
             algorithm_type="dpmsolver++",
             solver_order=2,
+            use_lu_lambdas=True,
             final_sigmas_type="sigma_min",
         )
     scheduler.set_timesteps(steps, device=noise.device)
