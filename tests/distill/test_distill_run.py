@@ -1,0 +1,375 @@
+"""Whole runs on a tiny teacher: result, resuming, killing, signals, and everything that may go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import copy_folder, edit_json
+from PIL import Image
+from safetensors.torch import load_file
+
+from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, read_manifest
+from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint
+from tiue_cli.distill.config import to_yaml
+from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
+from tiue_cli.distill.loop import Distillation
+from tiue_cli.distill.trainer import NotFiniteError, Trainer
+from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
+
+MakeConfig = Callable[..., Any]
+
+
+def run(config: Any, out: Path, *, resume: bool = False) -> list[Event]:
+    return list(Distillation(config, out, resume=resume).events())
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_same_state(first: Path, second: Path) -> None:
+    """Students and every part of the last checkpoints are equal, bit for bit."""
+    mine, theirs = weights(first), weights(second)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    a, b = (read_checkpoint(latest_checkpoint(out / "checkpoints")) for out in (first, second))  # type: ignore[arg-type]
+    assert a.state == b.state
+    assert a.weights.keys() == b.weights.keys() >= {"student", "ema", "lora"}
+    for part in a.weights:
+        assert all(torch.equal(a.weights[part][name], b.weights[part][name]) for name in a.weights[part]), part
+    for part in ("student_optimizer", "lora_optimizer"):
+        for index, moments in a.optimizers[part]["state"].items():
+            assert all(torch.equal(value, b.optimizers[part]["state"][index][name]) for name, value in moments.items())
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("long") / "run"
+
+
+SETTINGS: dict[str, Any] = {"max_steps": 5, "ema": 0.9, "checkpoint__every": 2, "accumulation": 2, "batch_size": 1}
+
+
+@pytest.fixture
+def uninterrupted(long_run: Path, make_config: MakeConfig) -> Path:
+    """Five steps, two of them warm start, in one go; made once."""
+    if not long_run.exists():
+        run(make_config(**SETTINGS), long_run)
+    return long_run
+
+
+def test_run_gives_a_student_that_loads_and_says_how_it_was_made(make_config: MakeConfig, tmp_path: Path) -> None:
+    from tiue_cli.model.student import load_student
+
+    out = tmp_path / "run"
+    events = run(make_config(validation__every=4, validation__teacher_steps=2), out)
+    assert isinstance(events[-1], Finished)
+    assert events[-1].student == out / "student" and not events[-1].interrupted
+    manifest = read_manifest(out / "student" / STUDENT_MANIFEST, StudentManifest)
+    assert (manifest.training_steps, manifest.spacing, len(manifest.decoder_timesteps)) == (4, "leading", 2)
+    assert manifest.recipe_sha256 is not None and manifest.teacher_sha256 is not None
+    assert load_student(out / "student").manifest == manifest
+    assert "max_steps: 4" in (out / "student" / "README.md").read_text()
+    grids = [event.path for event in events if isinstance(event, Saved) and event.kind == "grid"]
+    assert [path.name for path in grids] == ["step_00000000.png", "step_00000004.png"]
+    with Image.open(grids[0]) as image:
+        assert image.width > 5 * 32  # five prompts, teacher above student
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert "regression" in lines[1] and {"vsd", "kl", "lora"} <= set(lines[2])
+    # 5 pairs of 2 guided steps; then 2 steps of 2 images, guided.
+    assert [line["teacher_evaluations"] for line in lines] == [20, 20, 24, 28]
+
+
+def test_grid_shows_what_generate_draws(make_config: MakeConfig, tmp_path: Path) -> None:
+    from tiue_cli.backends.torch_backend import StudentTorchBackend
+    from tiue_cli.model.folder import check_model_folder
+    from tiue_cli.noise import draw_noise
+
+    config = make_config(validation__every=4, validation__teacher_steps=2, validation__seed=3, validation__count=1)
+    events = run(config, tmp_path / "run")
+    grid = next(event.path for event in reversed(events) if isinstance(event, Saved) and event.kind == "grid")
+    with StudentTorchBackend(check_model_folder(tmp_path / "run" / "student"), device="cpu") as backend:
+        image = backend.generate(["a red star"], draw_noise([3], backend.latent_shape((32, 32))))[0]
+    with Image.open(grid) as picture:
+        shown = np.asarray(picture)[34:66, :32]
+    assert np.abs(shown.astype(int) - image.astype(int)).max() <= 1
+
+
+def test_interrupted_training_equals_uninterrupted(
+    make_config: MakeConfig, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Stopped in the middle of the warm start, and again in the distillation, between two checkpoints."""
+    out = tmp_path / "run"
+    for _ in range(3):
+        for event in Distillation(make_config(**SETTINGS), out, resume=out.exists()).events():
+            if isinstance(event, Progress) and event.stage != "pairs" and event.done in (1, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+        assert isinstance(event, Finished)
+        if not event.interrupted:
+            break
+    assert event.step == 5 and not event.interrupted
+    assert_same_state(uninterrupted, out)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from pathlib import Path
+import yaml
+import tiue_cli.distill.checkpoint as checkpoint
+from tiue_cli.distill.config import Layer, resolve_config
+from tiue_cli.distill.loop import Distillation
+
+real, calls = checkpoint.save_file, []
+def save_file(tensors, path):
+    calls.append(path)
+    if len(calls) == 5:  # the second part of the second checkpoint
+        Path(path).write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(tensors, path)
+checkpoint.save_file = save_file
+config = resolve_config([Layer("file", yaml.safe_load(Path(sys.argv[1]).read_text()))]).config
+for event in Distillation(config, Path(sys.argv[2])).events():
+    pass
+"""
+
+
+def test_run_killed_while_writing_a_checkpoint_equals_uninterrupted(
+    make_config: MakeConfig, uninterrupted: Path, tmp_path: Path
+) -> None:
+    config, out = make_config(**SETTINGS), tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    arguments = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "config.yaml"), str(out)]
+    assert subprocess.run(arguments, capture_output=True, check=False).returncode == -signal.SIGKILL
+    names = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert names[-1] == "step_00000002" and names[0].startswith(".step_00000004")
+    with (out / "log.jsonl").open("a") as log:
+        log.write('{"step": 99}\n{"step"')  # what a kill may leave
+    run(config, out, resume=True)
+    assert_same_state(uninterrupted, out)
+    assert not [path for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+    mine, theirs = ((folder / "log.jsonl").read_text().splitlines() for folder in (out, uninterrupted))
+    assert [json.loads(line)["step"] for line in mine] == [1, 2, 3, 4, 5]
+    for a, b in zip(map(json.loads, mine), map(json.loads, theirs), strict=True):
+        assert {key: a[key] for key in a if "per_s" not in key and key != "seconds_per_step"} == {
+            key: b[key] for key in b if "per_s" not in key and key != "seconds_per_step"
+        }
+
+
+def test_batches_make_no_difference_to_what_is_seen(make_config: MakeConfig, uninterrupted: Path) -> None:
+    """Two micro-batches of one image draw other noise than one of two, but the same prompts in the same order."""
+    one = Distillation(make_config(**{**SETTINGS, "accumulation": 1, "batch_size": 2}), uninterrupted.parent / "x")
+    two = Distillation(make_config(**SETTINGS), uninterrupted.parent / "x")
+    first, second = one.prepare(), two.prepare()
+    rows = first._prompt_order.rows(first._position(0, 2), 2)
+    assert rows == [
+        *second._prompt_order.rows(second._position(0, 1), 1),
+        *second._prompt_order.rows(second._position(1, 1), 1),
+    ]
+
+
+def test_shared_decoder_trains_as_the_plain_one(make_config: MakeConfig, tmp_path: Path) -> None:
+    """Equal losses on equal seeds."""
+    lines = []
+    for decoder in ("shared", "plain"):
+        run(make_config(student__decoder=decoder), tmp_path / decoder)
+        lines.append([json.loads(line) for line in (tmp_path / decoder / "log.jsonl").read_text().splitlines()])
+    for a, b in zip(*lines, strict=True):
+        for name in {"regression", "vsd", "kl", "lora", "grad_norm"} & set(a):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-7), name
+
+
+def test_pairs_are_made_once_and_an_interruption_loses_no_more_than_a_chunk(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiue_cli.distill.loop.CHUNK_PAIRS", 2)
+    config = make_config(cache=tmp_path / "cache", max_steps=2)
+    for event in Distillation(config, tmp_path / "run").events():
+        if isinstance(event, Progress) and event.stage == "pairs" and event.done == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert isinstance(event, Finished) and event.interrupted and event.step == 0
+    resumed = run(config, tmp_path / "run", resume=True)
+    assert [event.done for event in resumed if isinstance(event, Progress) and event.stage == "pairs"] == [4, 5]
+    again = run(config, tmp_path / "other")
+    assert not [event for event in again if isinstance(event, Progress) and event.stage == "pairs"]
+    first, second = weights(tmp_path / "run"), weights(tmp_path / "other")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_steps_without_finite_gradient_are_skipped_counted_and_end_the_run(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer._vsd_gradient
+
+    def broken(self: Trainer, x_0: torch.Tensor, states: torch.Tensor, micro: int) -> torch.Tensor:
+        return real(self, x_0, states, micro) * (float("nan") if self.state.step >= 1 else 1.0)
+
+    monkeypatch.setattr(Trainer, "_vsd_gradient", broken)
+    config = make_config(warm_start__steps=0, max_steps=9, max_bad_steps=3, checkpoint__every=1)
+    trainer = Distillation(config, tmp_path / "none").prepare()
+    trainer.step()
+    before = {name: value.clone() for name, value in trainer.networks.student.state_dict().items()}
+    trainer.step()
+    assert trainer.state.skipped_steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.networks.student.state_dict().items())
+    with pytest.raises(NotFiniteError, match="3 steps in a row"):
+        run(config, tmp_path / "run")
+    good = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert good is not None and read_checkpoint(good).state.step == 3
+    assert all(torch.isfinite(value).all() for value in read_checkpoint(good).weights["student"].values())
+
+
+def test_two_students_of_other_kinds(make_config: MakeConfig, tmp_path: Path) -> None:
+    """K = 1 is the one-step student; an explicit list is a setting; a student can start from another."""
+    run(make_config(student__steps=1, max_steps=1, warm_start__steps=0), tmp_path / "one")
+    manifest = read_manifest(tmp_path / "one" / "student" / STUDENT_MANIFEST, StudentManifest)
+    assert (manifest.decoder_timesteps, manifest.spacing) == ((999,), "trailing")
+    init = tmp_path / "one" / "student"
+    config = make_config(
+        student__timesteps=[900, 400, 100], student__init=init, max_steps=1, warm_start__prefix_weight=0.5
+    )
+    trainer = Distillation(config, tmp_path / "three").prepare()
+    started = trainer.networks.student.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in weights(tmp_path / "one").items())
+    teacher = {
+        name.replace(".base_layer", ""): value for name, value in trainer.networks.score.unet.state_dict().items()
+    }
+    assert not all(torch.equal(teacher[name], value) for name, value in started.items())
+    assert trainer.networks.combine.timesteps == (900, 400, 100)
+
+
+def test_text_states_without_cache_are_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
+    cached, fresh = (Distillation(make_config(text_cache=flag), tmp_path / "none") for flag in ("true", "false"))
+    cached._load()
+    fresh._load()
+    for _ in cached._texts.fill(process=(0, 1)):
+        pass
+    torch.testing.assert_close(cached._texts.rows([3, 0]), fresh._texts.rows([3, 0]))
+
+
+# --- what may go wrong ---------------------------------------------------------------------------------------------
+
+
+def says(error: TiueError) -> str:
+    return f"{error.message} | {error.hint}"
+
+
+def test_out_folder_of_another_run_is_left_alone(make_config: MakeConfig, uninterrupted: Path) -> None:
+    before = sorted(path.name for path in uninterrupted.rglob("*"))
+    with pytest.raises(OutputError, match="holds a distillation already") as caught:
+        Distillation(make_config(**SETTINGS), uninterrupted)
+    assert "--resume" in says(caught.value)
+    assert sorted(path.name for path in uninterrupted.rglob("*")) == before
+
+
+def test_folder_with_other_things_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        Distillation(make_config(), tmp_path)
+
+
+def test_nothing_to_resume(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run to resume"):
+        Distillation(make_config(), tmp_path / "none", resume=True)
+
+
+def test_resume_with_another_config_shows_the_difference(
+    make_config: MakeConfig, uninterrupted: Path, v_teacher_folder: Path, tmp_path: Path
+) -> None:
+    changed = make_config(**{**SETTINGS, "vsd__guidance": 2.0, "seed": 1})
+    with pytest.raises(UsageError) as caught:
+        run(changed, uninterrupted, resume=True)
+    assert "seed: 0 → 1" in caught.value.message and "vsd.guidance: 4.5 → 2.0" in caught.value.message
+
+
+def test_resume_with_other_prompts_or_teacher_is_refused(
+    make_config: MakeConfig, prompts_file: Path, v_teacher_folder: Path, tmp_path: Path
+) -> None:
+    prompts, teacher = tmp_path / "p.txt", copy_folder(v_teacher_folder, tmp_path / "teacher")
+    prompts.write_text(prompts_file.read_text())
+    config = make_config(prompts=prompts, teacher=teacher, max_steps=1, warm_start__steps=0)
+    run(config, tmp_path / "run")
+    prompts.write_text("a blue tree\n")
+    edit_json(teacher / "scheduler" / "scheduler_config.json", comment="another")
+    with pytest.raises(UsageError) as caught:
+        run(config, tmp_path / "run", resume=True)
+    assert "prompts have changed" in caught.value.message and "teacher's weights have changed" in caught.value.message
+
+
+def test_teacher_without_unet_is_refused(make_config: MakeConfig, v_teacher_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.rmtree(copy_folder(v_teacher_folder, tmp_path / "teacher") / "unet")
+    with pytest.raises(ModelFolderError, match="unet"):
+        run(make_config(teacher=tmp_path / "teacher"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_student_of_another_prediction_type_is_refused(
+    make_config: MakeConfig, tiny_student_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelFolderError, match="predicts epsilon, and the teacher v_prediction"):
+        run(make_config(student__init=tiny_student_folder), tmp_path / "run")
+
+
+@pytest.mark.parametrize("how", ["weights", "optimizer"])
+def test_full_disk_keeps_the_checkpoint_before(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    import errno
+
+    from safetensors import SafetensorError
+
+    import tiue_cli.distill.checkpoint as checkpoint
+
+    real_save, real_torch_save, count = checkpoint.save_file, torch.save, [0]
+
+    def save_file(*arguments: Any) -> None:
+        count[0] += 1
+        if how == "weights" and count[0] > 2:
+            raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+        real_save(*arguments)
+
+    def torch_save(*arguments: Any) -> None:
+        if how == "optimizer" and count[0] > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real_torch_save(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
+    monkeypatch.setattr(torch, "save", torch_save)
+    config = make_config(checkpoint__every=1, max_steps=3)
+    with pytest.raises(OutputError) as caught:
+        run(config, tmp_path / "run")
+    assert "space" in says(caught.value)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000001"]
+    events = run(config, tmp_path / "run", resume=True)
+    assert isinstance(events[-1], Finished) and events[-1].step == 3
+
+
+def test_damaged_checkpoint_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    run(make_config(max_steps=1, warm_start__steps=0), tmp_path / "run")
+    file = next((tmp_path / "run" / "checkpoints").glob("*/lora/*"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(OutputError, match="damaged"):
+        run(make_config(max_steps=2, warm_start__steps=0), tmp_path / "run", resume=True)
+
+
+def test_unknown_tracker_is_one_clear_error(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"tracking\.trackers"):
+        run(make_config(tracking__trackers=["nonesuch"]), tmp_path / "run")
+
+
+def test_prompts_are_counted_in_a_note(make_config: MakeConfig, tmp_path: Path) -> None:
+    events = run(make_config(max_steps=1, warm_start__steps=0), tmp_path / "run")
+    notes = [event.text for event in events if isinstance(event, Note)]
+    assert notes[0] == "5 prompts (0 duplicates and 0 empty ones dropped)"
