@@ -6,11 +6,13 @@ exported, so that the two have as little code in common as possible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from tiue_cli.export.manifest import Size
 from tiue_cli.model.autoencoder import ImageDecoder
@@ -43,8 +45,7 @@ class Case:
 @torch.no_grad()
 def run_chain(student: StudentModel, case: Case) -> dict[str, np.ndarray]:
     """All tensors of a case by their names in the graphs: float32, tokens and timesteps int64, images uint8."""
-    prompts = [CHECK_PROMPTS[index % len(CHECK_PROMPTS)] for index in range(case.batch)]
-    input_ids = tokenize(student, prompts)
+    input_ids = tokenize(student, check_prompts(case.batch))
     channels = int(student.unet.config["in_channels"])
     noise = torch.from_numpy(draw_noise(range(case.batch), (channels, *case.latent)))
     text_states = student.text_encoder(input_ids)[0]
@@ -63,6 +64,28 @@ def run_chain(student: StudentModel, case: Case) -> dict[str, np.ndarray]:
         "latents": latents.numpy(),
     }
     return {**tensors, "images": ImageDecoder(student.vae).decode(latents)}
+
+
+def check_prompts(batch: int) -> list[str]:
+    """The fixed prompts of a batch, over and over."""
+    return [CHECK_PROMPTS[index % len(CHECK_PROMPTS)] for index in range(batch)]
+
+
+@contextlib.contextmanager
+def largest_magnitude(module: nn.Module) -> Iterator[Callable[[], float]]:
+    """Watch a module at work: yields a function that says the largest magnitude of any layer's output so far."""
+    largest = [0.0]
+
+    def look(_: nn.Module, __: object, output: object) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point():
+            largest.append(max(largest.pop(), float(output.abs().max())))
+
+    handles = [part.register_forward_hook(look) for part in module.modules()]
+    try:
+        yield lambda: largest[0]
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def tokenize(student: StudentModel, prompts: Sequence[str]) -> torch.Tensor:

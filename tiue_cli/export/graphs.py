@@ -114,7 +114,7 @@ def folded_time(unet: UNet2DConditionModel, timestep: int) -> Iterator[None]:
         yield
     finally:
         for resnet, projection in projections.items():
-            resnet.time_emb_proj = projection
+            resnet.time_emb_proj = projection.to(unet.dtype)  # it missed a cast of the UNet meanwhile
 
 
 def encoder_resnets(unet: UNet2DConditionModel) -> list[Any]:

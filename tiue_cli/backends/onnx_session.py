@@ -1,0 +1,190 @@
+"""ONNX Runtime, with its silence turned into errors: the provider that was asked for runs, or the reason is said.
+
+ONNX Runtime itself falls back to the CPU with a line on stderr where a provider cannot start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from tiue_cli.errors import DeviceError, MissingDependencyError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime
+
+ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
+PROVIDERS: Final = {
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "cpu": "CPUExecutionProvider",
+}
+_DOCTOR = "see what is missing: tiue doctor"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """The execution provider that sessions are made for; ``note`` says why ``auto`` did not take a GPU that is there."""
+
+    name: str
+    note: str | None = None
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``: where the tensors lie."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
+
+def choose_provider(asked: str) -> Provider:
+    """The provider for ``--provider``; ``auto`` takes CUDA where it starts, else the CPU.
+
+    Raises DeviceError with the reason where the one that was asked for cannot start, MissingDependencyError without
+    ONNX Runtime.
+    """
+    if asked == "cpu":
+        return Provider("cpu")
+    if asked == "auto":
+        if cuda_devices() == 0:
+            return Provider("cpu")
+        problem = _why_not("cuda")
+        if problem is None:
+            return Provider("cuda")
+        return Provider("cpu", note=f"there is a GPU, and ONNX Runtime runs on the CPU: {problem}; {_DOCTOR}")
+    problem = _why_not(asked)
+    if problem is not None:
+        raise DeviceError(f"--provider {asked} was asked for: {problem}", hint=f"use --provider cpu, or {_DOCTOR}")
+    return Provider(asked)
+
+
+def open_session(path: Path, provider: Provider, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """A session for one graph on ``provider``; ``threads`` None takes every core. Raises DeviceError."""
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = _cores() if threads is None else threads
+    options.inter_op_num_threads = 1
+    # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    wanted = PROVIDERS[provider.name]
+    chain: list[Any] = [(wanted, _options(provider))]
+    if provider.name == "tensorrt":
+        chain.append((PROVIDERS["cuda"], {}))
+    if provider.name != "cpu":
+        chain.append(PROVIDERS["cpu"])  # shape arithmetic runs there by design
+    with session_errors(path.name):
+        session = ort.InferenceSession(path, options, providers=chain)
+    if session.get_providers()[0] != wanted:
+        raise DeviceError(
+            f"ONNX Runtime {ort.__version__} did not start {wanted} for {path.name}"
+            f" (it took {', '.join(session.get_providers())})",
+            hint=f"use --provider cpu, or {_DOCTOR}",
+        )
+    return session
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue], provider: Provider
+) -> dict[str, onnxruntime.OrtValue]:
+    """Run a graph; outputs stay on the provider's device, and inputs that lie there already are not copied."""
+    ort = import_onnxruntime()
+    binding = session.io_binding()
+    placed = {name: _placed(ort, value, provider.device) for name, value in inputs.items()}
+    for name, value in placed.items():
+        binding.bind_ortvalue_input(name, value)
+    names = [output.name for output in session.get_outputs()]
+    for name in names:
+        binding.bind_output(name, provider.device)
+    session.run_with_iobinding(binding)
+    return dict(zip(names, binding.get_outputs(), strict=True))
+
+
+@contextlib.contextmanager
+def session_errors(what: str) -> Iterator[None]:
+    """Turn what ONNX Runtime raises while it handles ``what`` into a DeviceError."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented")
+    kinds = tuple(getattr(state, name) for name in (*names, "RuntimeException") if hasattr(state, name))
+    try:
+        yield
+    except (*kinds, MemoryError) as error:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or any(word in text.lower() for word in ("alloc", "out of memory")):
+            raise DeviceError(
+                "the memory is full", hint="try --batch 1, a smaller --size, or another --provider"
+            ) from error
+        raise DeviceError(
+            f"ONNX Runtime failed at {what}: {text[:300]}",
+            hint="export the student again with this version: tiue export STUDENT",
+        ) from error
+
+
+def import_onnxruntime() -> Any:
+    """The module. Raises MissingDependencyError where it is not installed."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"ONNX Runtime cannot be imported: {error}",
+            hint="install it: python -m pip install onnxruntime-gpu (or onnxruntime where there is no NVIDIA GPU)",
+        ) from error
+    return onnxruntime
+
+
+def cuda_devices() -> int:
+    """NVIDIA GPUs that the driver offers; 0 without a driver. Asks the driver itself, in a millisecond."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def _why_not(name: str) -> str | None:
+    """Why a GPU provider cannot start, None where nothing speaks against it."""
+    ort = import_onnxruntime()
+    if PROVIDERS[name] not in ort.get_available_providers():
+        return f"the installed ONNX Runtime {ort.__version__} is built without {PROVIDERS[name]}"
+    if cuda_devices() == 0:
+        return "the NVIDIA driver offers no GPU"
+    # CUDA and cuDNN from Python packages are found only once they are loaded; torch would do that by being imported.
+    ort.preload_dlls()
+    library = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
+    if library.exists():
+        try:
+            ctypes.CDLL(str(library.with_name("libonnxruntime_providers_shared.so")), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library))
+        except OSError as error:
+            return f"{library.name} cannot be loaded: {error}"
+    return None
+
+
+def _options(provider: Provider) -> dict[str, Any]:
+    """What each provider is told."""
+    if provider.name == "cuda":
+        # Sizes change from call to call: an exhaustive search for each would cost more than it brings.
+        return {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    if provider.name == "tensorrt":
+        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tiue" / "onnxruntime-tensorrt"
+        cache.mkdir(parents=True, exist_ok=True)
+        return {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": True}
+    return {}
+
+
+def _placed(ort: Any, value: Any, device: str) -> Any:
+    return value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(value, device, 0)
+
+
+def _cores() -> int:
+    """Cores this process may use: ONNX Runtime would count the machine's, which in a container are more."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
