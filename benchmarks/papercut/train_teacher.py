@@ -45,7 +45,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
 }
-SCENES, BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA = 120_000, 64, 1.5e-3, 0.999, 0.1, 5.0
+SCENES, BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA, FLOOR = 120_000, 64, 1.5e-3, 0.999, 0.1, 5.0, 0.08
 
 
 def latents_of(count: int, device: str) -> tuple[list[SceneSpec], torch.Tensor]:
@@ -200,8 +200,10 @@ def training_step(
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     prediction = unet(noisy.to(memory_format=torch.channels_last), timesteps, states).sample
-    # v's squared error is (SNR + 1) times that of x_0: clip that factor.
-    weight = ((1 - alpha) * GAMMA).clamp(max=1)
+    # v's squared error is (SNR + 1) times that of x_0. A little is added to min(SNR, γ), so that layout, which is
+    # decided where SNR is nearly zero, is not forgotten.
+    snr = alpha / (1 - alpha)
+    weight = (snr.clamp(max=GAMMA) + FLOOR) / (snr + 1)
     loss = (weight * (prediction - velocity).square()).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
