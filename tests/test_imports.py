@@ -25,6 +25,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     "prompts": (1, "images"),
     "pngmeta": (1, "images"),
     "sheet": (1, "images"),
+    "tokenizer": (1, "images"),
     "model": (1, "model"),
     "machine": (1, "machine"),
     "papercut": (1, "papercut"),
@@ -118,6 +119,13 @@ def test_heavy_libraries_stay_in_their_rooms(module: str) -> None:
             continue
         allowed = (module, library) in HEAVY_FUNCTIONS or module in LIGHT_MODULES_OF_HEAVY_ROOMS
         assert allowed and statement not in MODULES[module].body, f"{module} line {statement.lineno} imports {library}"
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("backends.onnx", "backends.trt"))])
+def test_runtimes_of_exported_models_know_no_torch(module: str) -> None:
+    for imported, statement in imports(MODULES[module]):
+        library = imported.partition(".")[0]
+        assert library not in {"torch", "diffusers", "transformers"}, f"{module} line {statement.lineno}: {library}"
 
 
 def inside_type_checking(tree: ast.Module, statement: ast.stmt) -> bool:
