@@ -31,6 +31,8 @@ ROOMS: dict[str, tuple[int, str]] = {
     "papercut": (1, "papercut"),
     "distill": (2, "distill"),
     "backends": (2, "backends"),
+    # A format, like those in artifacts: what export writes and the backends read.
+    "export.manifest": (0, "base"),
     "export": (3, "export"),
     "request": (3, "generate"),
     "generate": (3, "generate"),
@@ -47,7 +49,14 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensor
 # Rooms whose modules may load them when they are imported; elsewhere only the functions listed below may, when called.
 HEAVY_ROOMS = {"model", "papercut", "distill", "export", "bench", "backends"}
 HEAVY_FUNCTIONS = {("machine", "torch"), ("machine", "onnxruntime")}
-LIGHT_MODULES_OF_HEAVY_ROOMS = {"model.folder", "model.hub", "model.schedule", "model.sd_configs", "backends.base"}
+LIGHT_MODULES_OF_HEAVY_ROOMS = {
+    "model.folder",
+    "model.hub",
+    "model.schedule",
+    "model.sd_configs",
+    "backends.base",
+    "export.manifest",
+}
 
 
 def modules() -> dict[str, ast.Module]:
