@@ -259,7 +259,8 @@ class ProfileSpec(_Model):
 class PlanSpec(_Model):
     """One TensorRT plan: the graph that it was built from, and the build's figures.
 
-    ``shapes`` holds for each profile, in the order of ``EngineManifest.profiles``, each input's (min, opt, max) shape.
+    ``shapes`` holds for each profile, in the order of ``EngineManifest.profiles``, each input's (min, opt, max) shape;
+    it is empty for a profile of another size. Profiles that give a graph the same shapes share one inside the plan.
     """
 
     graph: GraphName
@@ -273,6 +274,19 @@ class PlanSpec(_Model):
     build_s: float
     layers: int | None = None
     device_memory_bytes: int | None = None
+
+    @property
+    def distinct_shapes(self) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]:
+        """What TensorRT was given: the shapes that are not empty, each once, in order."""
+        distinct: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = []
+        for shapes in self.shapes:
+            if shapes and shapes not in distinct:
+                distinct.append(shapes)
+        return tuple(distinct)
+
+    def plan_profile(self, index: int) -> int:
+        """The number inside the plan of profile ``index`` of the engine, which must be one that the plan serves."""
+        return self.distinct_shapes.index(self.shapes[index])
 
 
 class PlanParity(_Model):

@@ -1,0 +1,272 @@
+"""The TensorRT backend: the plans of an export, checked before they are opened, in one launch an image.
+
+    prompts ─ tokenizer ─▶ text_encoder ─▶ unet_encoder ─▶ unet_decoder ─▶ vae_decoder ─▶ pixels
+
+Tokens, noise and weights go in; latents (to be checked) and pixels come out; everything between stays where it was made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tiue_cli.backends.trt_device import check_device, current_device, find_engine, rebuild_command
+from tiue_cli.errors import DeviceError, ManifestError, OutputError, ProfileError
+from tiue_cli.export.manifest import (
+    ENGINE_MANIFEST,
+    GRAPHS,
+    EngineManifest,
+    ExportManifest,
+    GraphSpec,
+    PlanSpec,
+    Size,
+    check_files,
+    read_engine_manifest,
+    read_export_manifest,
+)
+from tiue_cli.tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiue_cli.backends.base import ProgressFn
+    from tiue_cli.backends.trt_runner import Plan, PlanChain
+
+
+class TrtBackend:
+    """The engine of an export folder, held ready on the GPU; see ``backends.base.Backend``."""
+
+    name = "trt"
+    device = "cuda"
+
+    def __init__(self, folder: Path | str, *, engine: Path | None = None, graphs: bool = True) -> None:
+        """``folder`` is an export folder or one of the engine folders in it; ``engine`` names one that lies elsewhere.
+
+        Reads manifests and compares them with this machine; opens no plan. ``graphs`` False runs without CUDA graphs.
+        Raises ManifestError, DeviceError, MissingDependencyError.
+        """
+        folder = Path(folder)
+        if engine is None and (folder / ENGINE_MANIFEST).is_file():
+            folder, engine = folder.resolve().parent, folder
+        self.folder = folder
+        self.manifest: ExportManifest = read_export_manifest(folder)
+        here = current_device()
+        if engine is None:
+            engine, self.engine = find_engine(folder, here, self.manifest.precision)
+        else:
+            self.engine = read_engine_manifest(engine)
+            check_device(engine, self.engine, here, rebuild=rebuild_command(folder))
+        self.engine_folder: Path = engine
+        _check_source(engine, self.engine, self.manifest, rebuild=rebuild_command(folder))
+        self._use_graphs = graphs
+        self._stack = ExitStack()
+        self._stream: Any = None
+        self._tokenizer: PromptTokenizer | None = None
+        self._plans: dict[tuple[str, Size | None], Plan] = {}
+        self._chains: dict[int, PlanChain] = {}
+
+    @property
+    def dtype(self) -> str:
+        """The precision of the export."""
+        return self.manifest.precision
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the engine."""
+        notes = list(self.engine.notes)
+        if self.engine.parity is None:
+            notes.append("this engine was not compared with its ONNX graphs (--no-check)")
+        return tuple(notes)
+
+    @property
+    def default_size(self) -> Size:
+        """(height, width) in pixels that the model was made for."""
+        return self.manifest.default_size
+
+    @property
+    def graph_problem(self) -> str | None:
+        """Why runs stay plain where a CUDA graph could not be captured; None where nothing spoke against it."""
+        return next((chain.graph_problem for chain in self._chains.values() if chain.graph_problem is not None), None)
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError or ProfileError."""
+        shape = self.manifest.latent_shape(size)
+        if self.largest_batch(size) is None:
+            have = ", ".join(_profile_sizes(self.engine))
+            raise ProfileError(
+                f"{size[0]}x{size[1]} pixels are outside the engine's range: it takes {have} ({self.engine_folder})",
+                hint=f"choose one of them, or build it for more: {rebuild_command(self.folder)} --profile FILE.toml",
+            )
+        return shape
+
+    def largest_batch(self, size: Size) -> int | None:
+        """The most images of ``size`` (H, W) pixels in one run; None where the engine does not take the size."""
+        fitting = [
+            profile.batch[2]
+            for profile in self.engine.profiles
+            if profile.height[0] <= size[0] <= profile.height[2] and profile.width[0] <= size[1] <= profile.width[2]
+        ]
+        return max(fitting, default=None)
+
+    def cut_text(self, prompts: Sequence[str]) -> list[str]:
+        """The end of each prompt that does not fit; "" where it does."""
+        return self._entered.cut_text(prompts)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        *,
+        steps: int | None = None,
+        progress: ProgressFn | None = None,
+    ) -> np.ndarray:
+        """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.generate``.
+
+        Raises ProfileError for a batch, size or K outside the engine's range, UsageError for steps that the student
+        lacks, DeviceError where memory or range do not suffice.
+        """
+        import numpy as np
+
+        combine, factor = self.manifest.combine(steps), self.manifest.latent_factor
+        size = (noise.shape[2] * factor, noise.shape[3] * factor)
+        chain = self._chain(self._profile(batch=len(noise), steps=combine.steps, size=size))
+        inputs = {
+            "input_ids": self._entered(prompts),
+            "noise": noise,
+            "timesteps": np.array(combine.timesteps),
+            "weights": np.array(combine.weights, dtype=np.float32),
+        }
+        results = chain.run(inputs, ["latents", "images"])
+        if not np.isfinite(results["latents"]).all():
+            raise DeviceError(
+                f"the latents are not numbers somewhere: this student leaves the range of {self.dtype}",
+                hint="export it with --precision fp32, and build the engine again",
+            )
+        if progress is not None:
+            progress(1.0)
+        return results["images"]
+
+    def __enter__(self) -> Self:
+        from tiue_cli.backends.trt_runner import open_stream
+
+        check_files(self.folder, [self.manifest.tokenizer])
+        self._tokenizer = PromptTokenizer(self.folder / self.manifest.tokenizer.file)
+        with ExitStack() as stack:
+            self._stream = stack.enter_context(open_stream())
+            for name in GRAPHS:
+                self._plan(self.manifest.graph(name))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # What uses the stream goes before it.
+        for chain in self._chains.values():
+            chain.close()
+        self._chains.clear()
+        self._plans.clear()
+        self._stack.close()
+        self._stream = self._tokenizer = None
+
+    @property
+    def _entered(self) -> PromptTokenizer:
+        assert self._tokenizer is not None, "the backend is used inside its with block"
+        return self._tokenizer
+
+    def _profile(self, *, batch: int, steps: int, size: Size) -> int:
+        """The first profile that takes the request: they are in order of preference. Raises ProfileError."""
+        refusals = []
+        for index, profile in enumerate(self.engine.profiles):
+            refusal = profile.refusal(batch=batch, steps=steps, size=size)
+            if refusal is None:
+                return index
+            refusals.append(f"{profile.name}: {refusal}")
+        raise ProfileError(
+            f"the engine has no profile for this request ({'; '.join(refusals)}) ({self.engine_folder})",
+            hint=f"build another: {rebuild_command(self.folder)} --batch 1:{max(1, batch // 2)}:{batch}",
+        )
+
+    def _chain(self, profile: int) -> PlanChain:
+        """The chain for one profile, made when it is first needed."""
+        if profile not in self._chains:
+            from tiue_cli.backends.trt_runner import PlanChain
+
+            spec = self.engine.profiles[profile]
+            graphs = [self.manifest.graph(name, size=(spec.height[1], spec.width[1])) for name in GRAPHS]
+            plans = [
+                (self._plan(graph), _plan_spec(self.engine, graph, self.engine_folder).plan_profile(profile))
+                for graph in graphs
+            ]
+            self._chains[profile] = PlanChain(plans, self._stream, graphs=self._use_graphs).__enter__()
+        return self._chains[profile]
+
+    def _plan(self, graph: GraphSpec) -> Plan:
+        key = (graph.name, graph.size)
+        if key not in self._plans:
+            from tiue_cli.backends.trt_runner import open_plan
+
+            spec = _plan_spec(self.engine, graph, self.engine_folder)
+            data = read_plan(self.engine_folder, spec, rebuild=rebuild_command(self.folder))
+            self._plans[key] = open_plan(spec.plan.file, data)
+        return self._plans[key]
+
+
+# --- checks --------------------------------------------------------------------------------------------------------
+
+
+def read_plan(folder: Path, spec: PlanSpec, *, rebuild: str) -> bytes:
+    """A plan's bytes, if they are the ones that were built: what is hashed is what will be opened.
+
+    Raises ManifestError for a file that is missing or not the one in the manifest.
+    """
+    path = folder / spec.plan.file
+    hint = f"build the engine again: {rebuild}"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ManifestError(f"{path} is missing", hint=hint) from None
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
+    if len(data) != spec.plan.size_bytes:
+        problem = f"it has {len(data)} bytes, and engine.json says {spec.plan.size_bytes}"
+    elif (found := hashlib.sha256(data).hexdigest()) != spec.plan.sha256:
+        problem = f"its SHA-256 is {found[:12]}…, and engine.json says {spec.plan.sha256[:12]}…"
+    else:
+        return data
+    raise ManifestError(f"{path} is not the plan that was built, and is not opened: {problem}", hint=hint)
+
+
+def _check_source(folder: Path, engine: EngineManifest, export: ExportManifest, *, rebuild: str) -> None:
+    """Refuse an engine of other graphs than this export's. Raises ManifestError."""
+    for graph in export.graphs:
+        plan = _plan_spec(engine, graph, folder)
+        if plan.onnx_sha256 != graph.digest:
+            raise ManifestError(
+                f"{folder} was built from another {graph.name} (SHA-256 {plan.onnx_sha256[:12]}…) than this export's"
+                f" ({graph.digest[:12]}…)",
+                hint=f"build it again: {rebuild}",
+            )
+
+
+def _plan_spec(engine: EngineManifest, graph: GraphSpec, folder: Path) -> PlanSpec:
+    for plan in engine.plans:
+        if (plan.graph, plan.size) == (graph.name, graph.size):
+            return plan
+    size = "" if graph.size is None else f" for {graph.size[0]}x{graph.size[1]} pixels"
+    raise ManifestError(
+        f"{folder} has no plan of {graph.name}{size}", hint=f"build it again: {rebuild_command(folder.parent)}"
+    )
+
+
+def _profile_sizes(engine: EngineManifest) -> list[str]:
+    """The sizes of an engine in words, each once."""
+    texts = []
+    for profile in engine.profiles:
+        corners = dict.fromkeys((profile.height[index], profile.width[index]) for index in (0, 2))
+        texts.append(" to ".join(f"{height}x{width}" for height, width in corners))
+    return list(dict.fromkeys(texts))
