@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
 from tiue_cli.artifacts import atomic_file, output_error
-from tiue_cli.model.hub import EMBEDDED
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 from tiue_cli.noise import draw_noise
+from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, RELATIONS, unknown_words
 from tiue_cli.pngmeta import GridRecord, ImageRecord, ImageSpec, read_pixels, save_png
 from tiue_cli.prompts import PromptRow
 from tiue_cli.request import GenerateConfig, ModelTarget, Plan, PlannedImage, open_target, plan_images
@@ -160,6 +161,7 @@ class Session:
         for size in {spec.size for spec in specs}:
             backend.latent_shape(size)
         self._note_cuts(backend, [plan.images[index] for index in todo])
+        self._note_unknown_words(specs)
         pipeline = OnePassPipeline(backend, batch=plan.config.batch)
         started = time.perf_counter()
         for position, pixels in pipeline.images(specs, progress=progress):
@@ -203,6 +205,18 @@ class Session:
                     f"{where} is longer than the {kept} tokens that the model reads; "
                     f"it does not see the last {len(cut)} of {len(prompt)} characters: {_ends_of(cut)}"
                 )
+
+    def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:
+        """The embedded model knows three dozen words: a newcomer should learn why a dragon is not one."""
+        if self.target.source not in (EMBEDDED, EMBEDDED_TEACHER):
+            return
+        words = list(dict.fromkeys(word for spec in specs for word in unknown_words(spec.prompt)))
+        if words:
+            self._say(
+                f"{EMBEDDED} has never seen: {', '.join(words[:8])}{' …' if len(words) > 8 else ''}. "
+                f"It knows {', '.join(OBJECTS)}; {', '.join(COLORS)}; {', '.join(RELATIONS)}; "
+                f"{', '.join(BACKGROUNDS.values())}"
+            )
 
     def _record(self, spec: ImageSpec, backend: Backend) -> ImageRecord:
         return ImageRecord(

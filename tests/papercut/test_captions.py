@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tiue_cli.cli import main
 from tiue_cli.papercut.captions import (
     WORDS,
     SceneSpec,
@@ -58,3 +59,11 @@ def test_specs_are_deterministic_per_seed_and_hold_the_asked_share_of_pairs():
     assert random_specs(50, 7) == random_specs(50, 7) != random_specs(50, 8)
     share = sum(spec.relation is not None for spec in random_specs(2000, 1, pair_share=0.7)) / 2000
     assert abs(share - 0.7) < 0.04
+
+
+def test_the_embedded_model_names_the_words_it_has_never_seen(tmp_path, capsys):
+    command = ["--model", "papercut-teacher", "--teacher-steps", "1", "--seed", "1", "--out", str(tmp_path)]
+    assert main(["generate", "a red dragon", *command]) == 0
+    assert "never seen: dragon." in " ".join(capsys.readouterr().err.split())
+    assert main(["generate", "a red star at night", *command]) == 0
+    assert "never seen" not in capsys.readouterr().err
