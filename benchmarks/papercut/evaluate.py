@@ -1,9 +1,9 @@
-"""Measure the shipped papercut teacher: prompt following by the checker, and a contact sheet.
+"""Measure a papercut model, teacher or student: prompt following by the checker, and a contact sheet.
 
-    python benchmarks/papercut/evaluate.py --prompts 512 --out benchmarks/papercut/results
+    python benchmarks/papercut/evaluate.py --model papercut-teacher --name teacher
 
-Writes `<model>.json` (every figure, with its setting) and `<model>.png`. The prompts are held out by seed; the
-captions' language is small, so single-object captions also occur in the training.
+Writes `results/<name>.json` (every figure, with its setting) and `results/<name>.png`. The prompts are held out
+by seed; the captions' language is small, so single-object captions also occur in the training.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tiue_cli.model.teacher import load_teacher
+import tiue_cli
+from tiue_cli.generate import open_backend
+from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.hub import resolve_model
 from tiue_cli.noise import draw_noise
 from tiue_cli.papercut.captions import SceneSpec, random_specs
 from tiue_cli.papercut.checker import judge, load_checker, read
 from tiue_cli.papercut.scenes import render
+from tiue_cli.request import GenerateConfig, open_target
 
-SEED = 2026
+SEED, BATCH = 2026, 64
 
 
 def balanced_specs(count: int) -> list[SceneSpec]:
@@ -53,45 +57,72 @@ def contact_sheet(images: np.ndarray, columns: int, *, scale: int = 2) -> Image.
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
+def draw(model: str, prompts: list[str], *, steps: int, guidance: float | None, device: str) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 by the code path of `tiue generate`; image i has seed i."""
+    is_teacher = guidance is not None
+    config = GenerateConfig(
+        model=model,
+        device=device,
+        guidance=guidance,
+        teacher_steps=steps if is_teacher else None,
+        steps=None if is_teacher else steps,
+    )
+    parts = []
+    with open_backend(config, open_target(config)) as backend:
+        shape = backend.latent_shape(backend.default_size)
+        for start in range(0, len(prompts), BATCH):
+            part = prompts[start : start + BATCH]
+            noise = draw_noise(range(start, start + len(part)), shape)
+            parts.append(backend.generate(part, noise, steps=steps))
+    return np.concatenate(parts)
+
+
+def settings(args: argparse.Namespace) -> list[tuple[str, int, float | None]]:
+    """(label, steps, guidance): a teacher over guidances, a student over decoder timesteps."""
+    info = check_model_folder(resolve_model(args.model))
+    if info.kind == "teacher":
+        return [(f"{args.steps or 25} steps, guidance {g:g}", args.steps or 25, g) for g in args.guidance]
+    trained = len(info.decoder_timesteps or ())
+    return [(f"K = {k}", k, None) for k in ([args.steps] if args.steps else range(trained, 0, -1))]
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--model", default="papercut-teacher")
     options.add_argument("--prompts", type=int, default=512)
-    options.add_argument("--steps", type=int, default=25)
+    options.add_argument("--steps", type=int, default=None, help="one number instead of the usual ones")
     options.add_argument("--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.0, 5.0, 7.5])
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options.add_argument("--name", default="teacher")
     options.add_argument("--device", default="cpu")
     args = options.parse_args()
     specs = balanced_specs(args.prompts)
     prompts = [spec.caption for spec in specs]
-    teacher = load_teacher(args.model, device=args.device, dtype=torch.float32)
-    noise = torch.from_numpy(draw_noise(range(len(prompts)), (4, 16, 16)))
-    report: dict[str, object] = {
-        "model": args.model, "prompts": len(prompts), "steps": args.steps,
-        "renders (the checker's own ceiling)": summarize(render(specs, SEED), specs), "guidance": {},
-    }  # fmt: skip
+    runs = []
     best: tuple[float, np.ndarray] | None = None
-    for guidance in args.guidance:
+    for label, steps, guidance in settings(args):
         started = time.perf_counter()
-        parts = [
-            teacher.sample(prompts[i : i + 64], noise[i : i + 64], steps=args.steps, guidance=guidance)
-            for i in range(0, len(prompts), 64)
-        ]
-        images = np.concatenate([np.asarray(part) for part in parts])
-        figures = summarize(images, specs)
-        figures["seconds_per_image"] = round((time.perf_counter() - started) / len(prompts), 4)
-        print(json.dumps({"guidance": guidance, **figures}), flush=True)
-        report["guidance"][str(guidance)] = figures  # type: ignore[index]
+        images = draw(args.model, prompts, steps=steps, guidance=guidance, device=args.device)
+        seconds = time.perf_counter() - started
+        figures = {"setting": label, **summarize(images, specs), "seconds_per_image": round(seconds / len(prompts), 4)}
+        print(json.dumps(figures), flush=True)
+        runs.append(figures)
         score = figures["pair_all"] + figures["single_all"]
         if best is None or score > best[0]:
             best = (score, images)
-            report["best_guidance"] = guidance
     assert best is not None
+    report = {
+        "model": args.model,
+        "prompts": len(prompts),
+        "renders (the checker's own ceiling)": summarize(render(specs, SEED), specs),
+        "runs": runs,
+        "versions": {"tiue": tiue_cli.__version__, "torch": torch.__version__},
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "teacher.json").write_text(json.dumps(report, indent=2) + "\n")
+    (args.out / f"{args.name}.json").write_text(json.dumps(report, indent=2) + "\n")
     half = len(specs) // 2
     mixed = np.concatenate([best[1][:48], best[1][half : half + 80]])
-    contact_sheet(mixed, 16).save(args.out / "teacher.png", optimize=True)
+    contact_sheet(mixed, 16).save(args.out / f"{args.name}.png", optimize=True)
 
 
 if __name__ == "__main__":
