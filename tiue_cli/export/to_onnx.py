@@ -26,6 +26,7 @@ from tiue_cli import __version__
 from tiue_cli.artifacts import STUDENT_MANIFEST, atomic_folder, sha256_folder, write_json
 from tiue_cli.errors import ModelFolderError, SchedulerError, UsageError
 from tiue_cli.export.chain import Case, Tensors, check_prompts, largest_magnitude, run_chain
+from tiue_cli.export.compare import REQUIRED_PSNR_DB
 from tiue_cli.export.graphs import folded_time
 from tiue_cli.export.manifest import (
     ENGINE_MANIFEST,
@@ -45,7 +46,7 @@ from tiue_cli.export.manifest import (
     Versions,
     read_engine_manifest,
 )
-from tiue_cli.export.parity import PROVIDER, REQUIRED_PSNR_DB, check_cases, check_graph, check_images, image_case
+from tiue_cli.export.parity import PROVIDER, check_cases, check_graph, check_images, image_case
 from tiue_cli.export.trace import OPSETS, Trace, export_graph, file_spec
 from tiue_cli.export.traces import trace_text_encoder, trace_unet_decoder, trace_unet_encoder, trace_vae_decoder
 from tiue_cli.model.autoencoder import ImageDecoder
