@@ -2,7 +2,7 @@
 
     prompts ─ tokenizer ─▶ text_encoder ─▶ unet_encoder ─▶ unet_decoder ─▶ vae_decoder ─▶ pixels
 
-Tokens, noise and weights go in; latents (to be checked) and pixels come out; everything between stays where it was made.
+Tokens, noise and weights go in; latents (to be checked) and pixels come out; what is between stays where it was made.
 """
 
 from __future__ import annotations
@@ -157,8 +157,9 @@ class TrtBackend:
         self._tokenizer = PromptTokenizer(self.folder / self.manifest.tokenizer.file)
         with ExitStack() as stack:
             self._stream = stack.enter_context(open_stream())
-            for name in GRAPHS:
-                self._plan(self.manifest.graph(name))
+            # The first profile is the one that most runs use; what others need is opened when they do.
+            for graph in self._graphs(0):
+                self._plan(graph)
             self._stack = stack.pop_all()
         return self
 
@@ -196,14 +197,17 @@ class TrtBackend:
         if profile not in self._chains:
             from tiue_cli.backends.trt_runner import PlanChain
 
-            spec = self.engine.profiles[profile]
-            graphs = [self.manifest.graph(name, size=(spec.height[1], spec.width[1])) for name in GRAPHS]
             plans = [
                 (self._plan(graph), _plan_spec(self.engine, graph, self.engine_folder).plan_profile(profile))
-                for graph in graphs
+                for graph in self._graphs(profile)
             ]
             self._chains[profile] = PlanChain(plans, self._stream, graphs=self._use_graphs).__enter__()
         return self._chains[profile]
+
+    def _graphs(self, profile: int) -> list[GraphSpec]:
+        """The graphs of an image under one profile."""
+        spec = self.engine.profiles[profile]
+        return [self.manifest.graph(name, size=(spec.height[1], spec.width[1])) for name in GRAPHS]
 
     def _plan(self, graph: GraphSpec) -> Plan:
         key = (graph.name, graph.size)
@@ -243,12 +247,13 @@ def read_plan(folder: Path, spec: PlanSpec, *, rebuild: str) -> bytes:
 
 def _check_source(folder: Path, engine: EngineManifest, export: ExportManifest, *, rebuild: str) -> None:
     """Refuse an engine of other graphs than this export's. Raises ManifestError."""
-    for graph in export.graphs:
-        plan = _plan_spec(engine, graph, folder)
-        if plan.onnx_sha256 != graph.digest:
+    digests = {(graph.name, graph.size): graph.digest for graph in export.graphs}
+    for plan in engine.plans:
+        digest = digests.get((plan.graph, plan.size), "none")
+        if plan.onnx_sha256 != digest:
             raise ManifestError(
-                f"{folder} was built from another {graph.name} (SHA-256 {plan.onnx_sha256[:12]}…) than this export's"
-                f" ({graph.digest[:12]}…)",
+                f"{folder} was built from another {plan.graph} (SHA-256 {plan.onnx_sha256[:12]}…) than this export's"
+                f" ({digest[:12]}…)",
                 hint=f"build it again: {rebuild}",
             )
 
