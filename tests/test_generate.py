@@ -403,7 +403,7 @@ def test_prompt_beyond_the_models_reach_is_cut_and_said(fake, student, capsys) -
         (["a", "--steps", "9"], 2, "trained with 4 steps"),
         (["a", "--guidance", "3"], 2, "--guidance is for teachers"),
         (["a", "--teacher-steps", "3"], 2, "--teacher-steps is for teachers"),
-        (["a", "--backend", "onnx"], 2, "not part of tiue"),
+        (["a", "--backend", "onnx"], 2, "runs exported students"),
         (["a", "--images", "0"], 2, "--images"),
         (["a", "--seed", "-1"], 2, "--seed"),
         (["a", "--seed", str(MAX_SEED), "--images", "2"], 2, "out of range"),

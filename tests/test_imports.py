@@ -34,6 +34,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     # A format, like those in artifacts: what export writes and the backends read.
     "export.manifest": (0, "base"),
     "export": (3, "export"),
+    "exported": (2, "exported"),
     "request": (3, "generate"),
     "generate": (3, "generate"),
     "inspection": (3, "inspection"),
@@ -42,6 +43,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     "console": (5, "cli"),
     "run": (5, "cli"),
     "run_distill": (5, "cli"),
+    "run_export": (5, "cli"),
     "cli": (5, "cli"),
     "__main__": (5, "cli"),
 }
@@ -55,6 +57,7 @@ LIGHT_MODULES_OF_HEAVY_ROOMS = {
     "model.schedule",
     "model.sd_configs",
     "backends.base",
+    "export.config",
     "export.manifest",
 }
 

@@ -14,9 +14,11 @@ import typer
 from tiue_cli import __version__, console
 from tiue_cli.console import Console, Format
 from tiue_cli.errors import TiueError, UsageError
+from tiue_cli.export.config import OPSETS, ExportConfig
+from tiue_cli.export.manifest import Precision
 from tiue_cli.noise import MAX_SEED
 from tiue_cli.prompts import parse_size, read_prompts, rows_from_arguments
-from tiue_cli.request import TEACHER_STEPS, BackendName, DeviceName, DtypeName, GenerateConfig
+from tiue_cli.request import TEACHER_STEPS, BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
 
 app = typer.Typer(
     name="tiue",
@@ -66,6 +68,7 @@ def tiue(
         "tiue generate --prompts captions.txt --out pictures --batch 16",
         'tiue generate "a lighthouse" --model runs/student --steps 2 --size 512x768',
         'tiue generate "a lighthouse" --model OWNER/NAME --teacher-steps 50 --guidance 5',
+        'tiue generate "a lighthouse" --model engines/student --provider cuda',
         "tiue generate --interactive",
     )
 )
@@ -95,7 +98,8 @@ def generate(
         str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
     ] = None,
     model: Annotated[
-        str, typer.Option(metavar="FOLDER|HUB_ID", help="Student or teacher folder.", rich_help_panel=_MODEL)
+        str,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Student, teacher or export folder.", rich_help_panel=_MODEL),
     ] = _DEFAULTS.model,
     steps: Annotated[
         int | None,
@@ -147,7 +151,15 @@ def generate(
             rich_help_panel=_MACHINE,
         ),
     ] = _DEFAULTS.batch,
-    backend: Annotated[BackendName, typer.Option(help="What computes.", rich_help_panel=_MACHINE)] = _DEFAULTS.backend,
+    backend: Annotated[
+        BackendName,
+        typer.Option(
+            help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=_MACHINE
+        ),
+    ] = _DEFAULTS.backend,
+    provider: Annotated[
+        ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=_MACHINE)
+    ] = _DEFAULTS.provider,
     device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=_MACHINE)] = _DEFAULTS.device,
     dtype: Annotated[
         DtypeName, typer.Option(help="Precision; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=_MACHINE)
@@ -177,6 +189,7 @@ def generate(
         backend=backend,
         device=device,
         dtype=dtype,
+        provider=provider,
         out=out,
         grid=grid,
         metadata=not no_metadata,
@@ -196,10 +209,12 @@ def generate(
     )
 )
 def inspect(
-    source: Annotated[str, typer.Argument(metavar="FILE.png|FOLDER", help="A picture, or a model folder.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FILE.png|FOLDER", help="A picture, or a model, export or engine folder.")
+    ],
     format_: FormatOption = "human",
 ) -> None:
-    """Say how a picture was made, or what a model folder is."""
+    """Say how a picture was made, or what a folder is."""
     from tiue_cli.inspection import inspect_source
 
     Console(format_).inspection(inspect_source(source))
@@ -214,6 +229,60 @@ def doctor(format_: FormatOption = "human") -> None:
     Console(format_).diagnosis(diagnosis)
     if not diagnosis.ok:
         raise typer.Exit(1)
+
+
+_EXPORT = ExportConfig(student="")
+
+
+@app.command(
+    epilog=_examples(
+        "tiue export papercut",
+        "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
+    )
+)
+def export(
+    student: Annotated[str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The export folder; engines/NAME if not given.", rich_help_panel=_OUTPUT),
+    ] = _EXPORT.out,
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights and most of the arithmetic.")
+    ] = _EXPORT.precision,
+    opset: Annotated[
+        int,
+        typer.Option(metavar="N", min=OPSETS[0], max=OPSETS[-1], help="ONNX operator set; 23 has attention as one."),
+    ] = _EXPORT.opset,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N|HxW", help="Fix this size in pixels; several make graphs each. Without it: any size."),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=_MODEL),
+    ] = _EXPORT.vae,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare the graphs with torch.")
+    ] = not _EXPORT.check,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the export that is there.", rich_help_panel=_OUTPUT)
+    ] = _EXPORT.overwrite,
+    format_: FormatOption = "human",
+) -> None:
+    """Turn a student into ONNX graphs that run without torch, and show that they compute the same."""
+    from tiue_cli.run_export import run_export
+
+    config = ExportConfig(
+        student=student,
+        out=out,
+        precision=precision,
+        opset=opset,
+        sizes=tuple(parse_size(text) for text in size or ()),
+        vae=vae,
+        check=not no_check,
+        overwrite=overwrite,
+    )
+    run_export(config, Console(format_))
 
 
 @app.command(

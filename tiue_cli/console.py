@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
     from tiue_cli.doctor import Diagnosis
+    from tiue_cli.export.manifest import ExportParity
+    from tiue_cli.export.to_onnx import ExportResult
     from tiue_cli.inspection import Report
 
 Format = Literal["human", "json", "quiet"]
@@ -140,7 +143,67 @@ class Console:
                 _line(sys.stdout, line)
             self._held_lines.clear()
 
+    @contextlib.contextmanager
+    def steps(self) -> Iterator[Callable[[str, int, int], None]]:
+        """Long steps one after the other on stderr; yields a function of (what begins, its number from 1, how many).
+
+        A line a step; on a terminal the running one shows its time.
+        """
+        if self._format != "human":
+            yield _ignore_step
+            return
+        if not sys.stderr.isatty():
+            yield lambda what, number, total: _line(sys.stderr, f"{number}/{total} {what}")
+            return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        bar = Progress(
+            SpinnerColumn(finished_text="✓"),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            console=_rich(sys.stderr),
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        with bar:
+
+            def begin(what: str, number: int, total: int) -> None:
+                for task in bar.tasks:
+                    bar.update(task.id, total=1, completed=1)
+                bar.add_task(f"{number}/{total} {what}", total=None)
+
+            yield begin
+            for task in bar.tasks:
+                bar.update(task.id, total=1, completed=1)
+
     # --- stdout ---
+
+    def export(self, result: ExportResult) -> None:
+        """What ``tiue export`` wrote: the parity table, the folder, and what to do next."""
+        self.document(result.as_dict())
+        if self._format == "human":
+            self._parity(result.manifest.parity)
+            for note in result.notes:
+                self.note(note)
+        self.path(str(result.folder))
+        if self._format == "human":
+            _line(sys.stdout, f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
+
+    def _parity(self, parity: ExportParity | None) -> None:
+        from rich.table import Table
+
+        if parity is None:
+            self.note("nothing was compared (--no-check)")
+            return
+        table = Table("graph", "output", "max error", "relative error", box=None, pad_edge=False)
+        for row in parity.rows():
+            table.add_row(row.graph, row.output, f"{row.max_error:.2g}", f"{row.relative_error:.1e}")
+        _rich(sys.stdout).print(table)
+        _line(
+            sys.stdout,
+            f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
+            f" ({len(parity.prompts)} prompts)",
+        )
 
     def path(self, text: str) -> None:
         """The path of something that was written (or found to be there already)."""
@@ -188,12 +251,12 @@ class Console:
 
     def inspection(self, report: Report) -> None:
         """What ``tiue inspect`` found."""
-        from tiue_cli.inspection import FolderReport, GridReport
+        from tiue_cli.inspection import ExportReport, FolderReport, GridReport
 
         self.document(report.as_dict())
         if self._format == "json":
             return
-        if isinstance(report, FolderReport):
+        if isinstance(report, FolderReport | ExportReport):
             self._table(report.title, list(report.rows.items()))
             for note in report.notes:
                 _line(sys.stdout, f"note: {note}")
@@ -303,6 +366,10 @@ class _StageLines:
 
 def _ignore_stage(stage: str, done: int, total: int, figures: str) -> None:
     """Progress that nobody looks at."""
+
+
+def _ignore_step(what: str, number: int, total: int) -> None:
+    """Steps that nobody looks at."""
 
 
 def _ignore(done: float) -> None:

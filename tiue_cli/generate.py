@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
 from tiue_cli.artifacts import atomic_file, output_error
+from tiue_cli.exported import ExportInfo
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 from tiue_cli.noise import draw_noise
 from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, RELATIONS, unknown_words
@@ -208,7 +209,7 @@ class Session:
 
     def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:
         """The embedded model knows three dozen words: a newcomer should learn why a dragon is not one."""
-        if self.target.source not in (EMBEDDED, EMBEDDED_TEACHER):
+        if self.target.origin not in (EMBEDDED, EMBEDDED_TEACHER):
             return
         words = list(dict.fromkeys(word for spec in specs for word in unknown_words(spec.prompt)))
         if words:
@@ -236,16 +237,27 @@ class Session:
 
 
 def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
-    """The backend that ``config`` asks for, not yet entered. Raises DeviceError."""
+    """The backend that ``config`` asks for, not yet entered. Raises DeviceError and what the backends raise."""
+    info = target.info
+    if isinstance(info, ExportInfo):
+        return _open_export(info, target)
     from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 
-    if target.info.kind == "student":
-        return StudentTorchBackend(target.info, vae=target.vae_folder, device=config.device, dtype=config.dtype)
+    if info.kind == "student":
+        return StudentTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype)
     guidance = target.guidance(config)
     assert guidance is not None
-    return TeacherTorchBackend(
-        target.info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance
-    )
+    return TeacherTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance)
+
+
+def _open_export(info: ExportInfo, target: ModelTarget) -> Backend:
+    if target.backend == "trt":
+        from tiue_cli.backends.trt_backend import TrtBackend
+
+        return TrtBackend(info.path, engine=info.engine)
+    from tiue_cli.backends.onnx_backend import OnnxBackend
+
+    return OnnxBackend(info.path, provider=target.provider)
 
 
 def report(session: Session, plan: Plan, made: Sequence[Made]) -> dict[str, Any]:

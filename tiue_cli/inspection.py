@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tiue_cli.errors import UsageError
+from tiue_cli.export.manifest import ENGINE_MANIFEST, EngineManifest, read_engine_manifest
+from tiue_cli.exported import ExportInfo, find_export
 from tiue_cli.fingerprint import fingerprint
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, is_hub_id, resolve_model
@@ -102,11 +104,50 @@ class FolderReport:
         return {"what": "model", "source": self.source, "id": self.model_id, **self.info.model_dump(mode="json")}
 
 
-Report = ImageReport | GridReport | FolderReport
+@dataclass(frozen=True)
+class ExportReport:
+    """An export folder, or one of the engine folders in it."""
+
+    source: str
+    info: ExportInfo
+    engine: EngineManifest | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name and what it is."""
+        return f"{self.source}: {'TensorRT engines' if self.engine is not None else 'an exported student'}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about it."""
+        return self.info.notes if self.engine is None else self.engine.notes
+
+    @property
+    def rows(self) -> dict[str, str]:
+        """What there is to know, for people."""
+        rows = export_rows(self.info) if self.engine is None else engine_rows(self.engine)
+        return {
+            **rows,
+            "folder": str(self.info.path if self.info.engine is None else self.info.engine),
+            "try it": f'tiue generate --model {shlex.quote(self.source)} "a prompt"',
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``: the manifest as it lies there."""
+        manifest = self.info.manifest if self.engine is None else self.engine
+        return {
+            "what": manifest.kind,
+            "source": self.source,
+            "id": self.info.model_id,
+            **manifest.model_dump(mode="json"),
+        }
+
+
+Report = ImageReport | GridReport | FolderReport | ExportReport
 
 
 def inspect_source(source: str) -> Report:
-    """Say what ``source`` is: a PNG, a model folder, or the name of an embedded model.
+    """Say what ``source`` is: a PNG, a model, export or engine folder, or the name of an embedded model.
 
     Raises UsageError for anything else, ManifestError for a damaged record, and what ``check_model_folder`` raises.
     """
@@ -121,6 +162,8 @@ def inspect_source(source: str) -> Report:
                 f"{source} is not on this disk, and inspect reads local files only",
                 hint="check the path; tiue generate --model OWNER/NAME downloads a model from the hub",
             )
+    if (info := find_export(source)) is not None:
+        return ExportReport(source, info, None if info.engine is None else read_engine_manifest(info.engine))
     folder = resolve_model(source)
     return FolderReport(source, check_model_folder(folder), fingerprint(folder))
 
@@ -156,6 +199,72 @@ def _settings(record: ImageRecord) -> dict[str, str]:
     if record.vae is not None:
         settings["autoencoder"] = f"{record.vae} (id {record.vae_id})"
     return settings
+
+
+def export_rows(info: ExportInfo) -> dict[str, str]:
+    """An export, for people."""
+    manifest = info.manifest
+    student, parity = manifest.student, manifest.parity
+    sizes = ", ".join(_pair(size) for size in manifest.sizes) or f"any multiples of {manifest.latent_factor}"
+    trained = manifest.combines[-1]
+    graphs = {
+        graph.onnx.file.removesuffix(
+            ".onnx"
+        ): f"{_size(graph.size_bytes)}, {graph.precision}, sha256 {graph.digest[:12]}"
+        for graph in manifest.graphs
+    }
+    return {
+        "student": f"{student.source} (sha256 {student.sha256[:12]})",
+        "teacher": student.teacher,
+        "training": f"{student.training_steps:,} steps" if student.training_steps else "not trained yet",
+        "licence": student.license,
+        "image size": f"{_pair(manifest.default_size)} pixels; sizes: {sizes}",
+        "latents": f"{manifest.latent_channels} channels, {manifest.latent_factor} pixels a latent",
+        "autoencoder": f"{student.vae_class}, {student.vae_source or 'of the student'}",
+        "prompt": f"up to {manifest.text_tokens} tokens, width {manifest.text_width}",
+        "timesteps": f"{', '.join(map(str, trained.timesteps))} ({manifest.spacing} spacing; UNet encoder at "
+        f"{manifest.encoder_timestep}); --steps {', '.join(map(str, manifest.steps))}",
+        "precision": f"{manifest.precision}, opset {manifest.opset}",
+        **graphs,
+        "checked": "no (--no-check)"
+        if parity is None
+        else f"images {parity.image_psnr_db:.1f} dB against torch in fp32 ({parity.required_psnr_db:.0f} needed), "
+        f"largest relative error of an output {max(output.relative_error for output in parity.outputs):.1e}",
+        "written by": f"tiue {manifest.versions.tiue}, torch {manifest.versions.torch}, onnx {manifest.versions.onnx}, "
+        f"ONNX Runtime {manifest.versions.onnxruntime}",
+        "engines": ", ".join(path.parent.name for path in sorted(info.path.glob(f"*/{ENGINE_MANIFEST}"))) or "none",
+        "id": info.model_id,
+    }
+
+
+def engine_rows(engine: EngineManifest) -> dict[str, str]:
+    """Engines, for people."""
+    device, parity = engine.device, engine.parity
+    profiles = "; ".join(
+        f"{profile.name}: batch {_range(profile.batch)}, K {_range(profile.steps)}, height {_range(profile.height)}, "
+        f"width {_range(profile.width)}"
+        for profile in engine.profiles
+    )
+    plans = {
+        plan.plan.file.removesuffix(".plan"): f"{_size(plan.plan.size_bytes)}, built in {plan.build_s:.0f} s"
+        for plan in engine.plans
+    }
+    return {
+        "GPU": f"{device.gpu} (compute capability {device.compute_capability})",
+        "built with": f"TensorRT {device.tensorrt}, CUDA {device.cuda}, driver {device.driver}",
+        "written by": f"tiue {engine.tiue_version}",
+        "precision": engine.precision,
+        "profiles": profiles,
+        **plans,
+        "checked": "no (--no-check)"
+        if parity is None
+        else f"images {parity.image_psnr_db:.1f} dB against {parity.reference} ({parity.required_psnr_db:.0f} needed)",
+    }
+
+
+def _range(range_: tuple[int, int, int]) -> str:
+    low, best, high = range_
+    return str(low) if low == high else f"{low} to {high} (best {best})"
 
 
 def _student_rows(info: ModelInfo) -> dict[str, str]:

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tiue_cli import __version__
 from tiue_cli.artifacts import output_error
 from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
+from tiue_cli.exported import ExportInfo, backend_for, check_export_options, find_export
 from tiue_cli.fingerprint import fingerprint
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, resolve_model, resolve_vae
@@ -29,9 +29,7 @@ from tiue_cli.prompts import PromptRow
 BackendName = Literal["auto", "torch", "onnx", "trt"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
-
-BACKENDS = ("auto", "torch")
-"""Those of the names above that this version has."""
+ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
@@ -67,6 +65,7 @@ class GenerateConfig:
     backend: BackendName = "auto"
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
+    provider: ProviderName = "auto"
     out: Path = Path("images")
     grid: bool = False
     metadata: bool = True
@@ -81,11 +80,20 @@ class ModelTarget:
     """The model that a session uses, checked and not loaded."""
 
     source: str
-    info: ModelInfo
+    info: ModelInfo | ExportInfo
     model_id: str
+    backend: str
+    """``torch``, ``onnx`` or ``trt``."""
     vae: str | None
     vae_folder: Path | None
     vae_id: str | None
+    provider: str = "auto"
+    """Of ONNX Runtime."""
+
+    @property
+    def origin(self) -> str:
+        """What the model is called where it comes from: an export's student, else ``source``."""
+        return self.info.manifest.student.source if isinstance(self.info, ExportInfo) else self.source
 
     def steps(self, config: GenerateConfig, row: PromptRow | None = None) -> int:
         """Decoder timesteps of a student (checked against its training), or sampler steps of a teacher."""
@@ -105,10 +113,12 @@ class ModelTarget:
 
 def open_target(config: GenerateConfig) -> ModelTarget:
     """Find and check the model and autoencoder of ``config``; raises what ``model.folder`` raises, and UsageError."""
-    if config.backend not in BACKENDS:
-        raise UsageError(
-            f"the {config.backend} backend is not part of tiue {__version__}", hint="leave --backend out, or give torch"
-        )
+    export = find_export(config.model)
+    backend = backend_for(export, config.model, backend=config.backend)
+    if export is not None:
+        return _export_target(config, export, backend=backend)
+    if config.provider != "auto":
+        raise UsageError("--provider is for exported students", hint="use --device for a model folder")
     folder = resolve_model(config.model)
     info = check_model_folder(folder)
     _refuse_other_kinds_options(config, info)
@@ -118,15 +128,40 @@ def open_target(config: GenerateConfig) -> ModelTarget:
         source=EMBEDDED_TEACHER if config.model == EMBEDDED and info.kind == "teacher" else config.model,
         info=info,
         model_id=fingerprint(folder),
+        backend=backend,
         vae=config.vae,
         vae_folder=vae_folder,
         vae_id=None if vae_folder is None else fingerprint(vae_folder),
     )
 
 
+def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) -> ModelTarget:
+    _refuse_other_kinds_options(config, info)
+    provider = check_export_options(
+        info,
+        backend=backend,
+        vae=config.vae,
+        dtype=config.dtype,
+        device=config.device,
+        provider=config.provider,
+    )
+    return ModelTarget(
+        source=config.model,
+        info=info,
+        model_id=info.model_id,
+        backend=backend,
+        vae=None,
+        vae_folder=None,
+        vae_id=None,
+        provider=provider,
+    )
+
+
 @functools.lru_cache(maxsize=64)
-def student_timesteps(info: ModelInfo, steps: int | None) -> tuple[int, ...]:
+def student_timesteps(info: ModelInfo | ExportInfo, steps: int | None) -> tuple[int, ...]:
     """The decoder timesteps of a run with ``steps`` of them (None: the student's own). Raises UsageError."""
+    if isinstance(info, ExportInfo):
+        return info.manifest.combine(steps).timesteps
     from tiue_cli.model.schedule import combine_for_run, decoder_timesteps
 
     scheduler_config = read_json(info.path / "scheduler" / "scheduler_config.json")
@@ -137,7 +172,7 @@ def student_timesteps(info: ModelInfo, steps: int | None) -> tuple[int, ...]:
     return combine_for_run(scheduler_config, trained, spacing=spacing, steps=steps).timesteps
 
 
-def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo) -> None:
+def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo | ExportInfo) -> None:
     if info.kind == "teacher" and config.steps is not None:
         raise UsageError(
             f"--steps counts the decoder timesteps of a student, and {config.model} is a teacher",
@@ -229,7 +264,9 @@ def _specs_of_row(config: GenerateConfig, target: ModelTarget, row: PromptRow, *
     size = row.size or config.size or info.image_size
     try:
         steps = target.steps(config, row)
-        if target.vae is None:
+        if isinstance(info, ExportInfo):
+            info.manifest.latent_shape(size)
+        elif target.vae is None:
             _check_size(size, info.factor)
     except UsageError as error:
         if row.size is None and row.steps is None:

@@ -31,7 +31,7 @@ _DOCTOR = "see what is missing: tiue doctor"
 
 @dataclass(frozen=True)
 class Provider:
-    """The execution provider that sessions are made for; ``note`` says why ``auto`` did not take a GPU that is there."""
+    """The execution provider that sessions are made for; ``note`` says why ``auto`` left out a GPU that is there."""
 
     name: str
     note: str | None = None

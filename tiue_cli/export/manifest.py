@@ -145,6 +145,23 @@ class ExportParity(_Model):
     image_psnr_db: float
     required_psnr_db: float
 
+    def rows(self) -> list[OutputParity]:
+        """The outputs with the skips of a graph in one row, the worst of them: a table that people can read."""
+        rows = []
+        by_kind = itertools.groupby(self.outputs, key=lambda output: (output.graph, output.output.startswith("skip_")))
+        for (_, is_skip), group in by_kind:
+            outputs = list(group)
+            if not is_skip:
+                rows += outputs
+                continue
+            worst = {
+                "output": f"{outputs[0].output} … {outputs[-1].output}",
+                "max_error": max(output.max_error for output in outputs),
+                "relative_error": max(output.relative_error for output in outputs),
+            }
+            rows.append(outputs[0].model_copy(update=worst))
+        return rows
+
 
 class ExportManifest(_Model):
     """``manifest.json``: everything needed to run the graphs without torch, and to know what they are."""

@@ -14,9 +14,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx
 import onnxruntime
@@ -24,9 +24,10 @@ import torch
 
 from tiue_cli import __version__
 from tiue_cli.artifacts import STUDENT_MANIFEST, atomic_folder, sha256_folder, write_json
-from tiue_cli.errors import ModelFolderError, SchedulerError, UsageError
+from tiue_cli.errors import ModelFolderError, SchedulerError
 from tiue_cli.export.chain import Case, Tensors, check_prompts, largest_magnitude, run_chain
 from tiue_cli.export.compare import REQUIRED_PSNR_DB
+from tiue_cli.export.config import ExportConfig
 from tiue_cli.export.graphs import folded_time
 from tiue_cli.export.manifest import (
     ENGINE_MANIFEST,
@@ -47,7 +48,7 @@ from tiue_cli.export.manifest import (
     read_engine_manifest,
 )
 from tiue_cli.export.parity import PROVIDER, check_cases, check_graph, check_images, image_case
-from tiue_cli.export.trace import OPSETS, Trace, export_graph, file_spec
+from tiue_cli.export.trace import Trace, export_graph, file_spec
 from tiue_cli.export.traces import trace_text_encoder, trace_unet_decoder, trace_unet_encoder, trace_vae_decoder
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
@@ -56,30 +57,11 @@ from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.schedule import combine_for_run
 from tiue_cli.model.student import StudentModel, load_student
 
-ENGINES: Final = Path("engines")
 FLOAT16_LIMIT: Final = 65504 / 2
 """Half of the largest float16: a layer that comes closer on the check's prompts may overflow on others."""
 
 StageFn = Callable[[str, int, int], None]
 """Called when a stage begins, with what it is, its number from 1, and how many there are."""
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """What ``tiue export`` can be asked, with the defaults of its options.
-
-    ``out`` None is ``engines/NAME``. ``sizes`` in pixels (H, W) fix height and width, each with graphs of its own;
-    empty leaves them free. ``vae`` replaces the student's autoencoder.
-    """
-
-    student: str
-    out: Path | None = None
-    precision: Precision = "fp32"
-    opset: int = 21
-    sizes: tuple[Size, ...] = ()
-    vae: str | None = None
-    check: bool = True
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +84,16 @@ class ExportResult:
     seconds: float
     notes: tuple[str, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``; times in seconds."""
+        return {
+            "folder": str(self.folder),
+            "seconds": round(self.seconds, 1),
+            "timings": [asdict(timing) for timing in self.timings],
+            "notes": list(self.notes),
+            "manifest": self.manifest.model_dump(mode="json"),
+        }
+
 
 def export_student(config: ExportConfig, *, stage: StageFn | None = None) -> ExportResult:
     """Write the export folder of a student; a failure or a kill leaves the old one or none.
@@ -110,18 +102,13 @@ def export_student(config: ExportConfig, *, stage: StageFn | None = None) -> Exp
     """
     started = time.perf_counter()
     info = _checked(config)
-    out = ENGINES / export_name(config.student) if config.out is None else config.out
+    out = config.folder
     with atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
         student = load_student(config.student, vae=config.vae)
         job = _Job(config, info, student, folder, stage)
         manifest = job.run(name=out.resolve().name)
         notes = (*student.notes, *manifest.notes, *_carry_engines(out, folder, manifest))
     return ExportResult(out, manifest, tuple(job.timings), time.perf_counter() - started, notes)
-
-
-def export_name(student: str) -> str:
-    """The folder's name under ``engines/``: the student folder's, or the last part of a hub id."""
-    return Path(student).resolve().name if Path(student).exists() else student.rpartition("/")[2]
 
 
 # --- the job -------------------------------------------------------------------------------------------------------
@@ -307,16 +294,13 @@ class _Job:
 
 
 def _checked(config: ExportConfig) -> ModelInfo:
-    """The student's folder, if the options fit it. Raises UsageError and what ``check_model_folder`` raises."""
-    if config.opset not in OPSETS:
-        raise UsageError(f"opset {config.opset} is impossible", hint=f"choose {OPSETS[0]} to {OPSETS[-1]}")
-    if len(set(config.sizes)) != len(config.sizes):
-        raise UsageError("the same size was given twice", hint="name each size once")
+    """The student's folder, if it is one. Raises UsageError and what ``check_model_folder`` raises."""
+    config.validate()
     info = check_model_folder(resolve_model(config.student))
     if info.kind == "teacher":
         raise ModelFolderError(
             f"{config.student} is a many-step teacher (it has no {STUDENT_MANIFEST}), and only students are exported",
-            hint=f"distil one first: tiue distill {config.student}",
+            hint=f"distil one first: tiue distill --teacher {config.student}",
         )
     return info
 
