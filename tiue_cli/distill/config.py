@@ -71,8 +71,8 @@ class WarmStartSettings(_Section):
     pairs: _Positive = 2048
     """Pairs of noise and solution that are generated once, cached and gone through again and again."""
     teacher_steps: _Positive = 25
-    solver: Literal["ddim", "dpm++"] = "ddim"
-    """dpm++ (second order, multistep) solves the same equation in fewer steps."""
+    solver: Literal["ddim", "unipc"] = "ddim"
+    """unipc (second order, multistep) solves the same equation in half the steps."""
     guidance: float = Field(default=4.5, ge=1.0)
     learning_rate: _Rate = 1e-4
     decay: Decay = "linear"

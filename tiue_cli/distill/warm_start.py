@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from tiue_cli.distill.cache import RowCache
@@ -29,25 +29,21 @@ def solve(
     empty_states: Tensor,
     steps: int,
     guidance: float,
-    solver: Literal["ddim", "dpm++"],
+    solver: Literal["ddim", "unipc"],
 ) -> Tensor:
     """The guided teacher's x_0 (B, C, h, w) in float32 from noise (B, C, h, w), by the probability-flow ODE.
 
-    ``ddim`` spaces its steps as the scheduler config says, so it equals ``tiue generate``'s teacher; ``dpm++`` is
-    DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095), multistep of second order, steps uniform in log-SNR: where images
-    are Gaussian (the tests' closed form), 8 of its steps are four times nearer to the solution than 25 of DDIM's.
+    ``ddim`` spaces its steps as the scheduler config says, so it equals ``tiue generate``'s teacher; ``unipc`` is
+    UniPC (Zhao et al. 2023, arXiv 2302.04867), second order, Karras' spacing. Against 200 DDIM steps of papercut's
+    teacher at guidance 3, 12 of its steps are off by 2.3 % of the latents' deviation, 25 of DDIM's by 3.3 %.
     """
     config = ddim_config(scheduler_config)
     scheduler: Any
     if solver == "ddim":
         scheduler = DDIMScheduler.from_config(config)
     else:
-        scheduler = DPMSolverMultistepScheduler.from_config(
-            {**config, "_class_name": "DPMSolverMultistepScheduler"},
-            algorithm_type="dpmsolver++",
-            solver_order=2,
-            use_lu_lambdas=True,
-            final_sigmas_type="sigma_min",
+        scheduler = UniPCMultistepScheduler.from_config(
+            {**config, "_class_name": "UniPCMultistepScheduler"}, use_karras_sigmas=True, final_sigmas_type="sigma_min"
         )
     scheduler.set_timesteps(steps, device=noise.device)
     latents = noise.float()

@@ -1,0 +1,72 @@
+"""The optional CLIP loss: pictures of the student, decoded and read by a CLIP model, pulled to their prompts.
+
+A rewarding of what CLIP sees: useful late and lightly, hence the clamp and the falling weight (SwiftBrush v2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+from transformers import CLIPModel, CLIPTokenizer
+
+from tiue_cli.distill.config import ClipSettings
+from tiue_cli.distill.losses import clamped_clip_loss
+from tiue_cli.errors import ModelFolderError
+from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.components import load_vae, quiet
+from tiue_cli.model.hub import resolve_vae
+
+# What all of OpenAI's and LAION's CLIP models were trained with (their preprocessor_config.json).
+_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ClipLoss:
+    """Called with latents (B, C, h, w) and their prompts: the clamped loss, differentiable by the latents."""
+
+    def __init__(self, clip: CLIPModel, tokenizer: CLIPTokenizer, decoder: ImageDecoder, *, threshold: float) -> None:
+        self._clip, self._tokenizer, self._decoder, self._threshold = clip, tokenizer, decoder, threshold
+        config: Any = clip.config
+        self._side = int(config.vision_config.image_size)
+        statistics = torch.tensor([_MEAN, _DEVIATION], device=clip.device).reshape(2, 1, 3, 1, 1)
+        self._mean, self._deviation = statistics.unbind()
+
+    def __call__(self, latents: Tensor, prompts: Sequence[str]) -> Tensor:
+        images = self.preprocess(self._decoder.decode_float(latents))
+        tokens = self._tokenizer(list(prompts), padding=True, truncation=True, return_tensors="pt").to(
+            self._clip.device
+        )
+        with torch.no_grad():
+            text = self._clip.get_text_features(**tokens).pooler_output
+        seen = self._clip.get_image_features(pixel_values=images).pooler_output
+        return clamped_clip_loss(text, seen, self._threshold)
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] as CLIP takes them: its side's squares, normalised."""
+        side = (self._side, self._side)
+        sized = F.interpolate(images, size=side, mode="bicubic", antialias=True, align_corners=False)
+        return ((sized / 2 + 0.5).clamp(0, 1) - self._mean) / self._deviation
+
+
+def make_clip_loss(
+    settings: ClipSettings, *, teacher_vae: AutoencoderKL | AutoencoderTiny, device: torch.device
+) -> ClipLoss:
+    """Load the CLIP model and the decoder of ``settings``, frozen. Raises ModelFolderError."""
+    try:
+        with quiet():
+            clip = CLIPModel.from_pretrained(settings.model, use_safetensors=True)
+            tokenizer = CLIPTokenizer.from_pretrained(settings.model)
+    except (OSError, ValueError) as error:
+        raise ModelFolderError(
+            f"clip.model {settings.model} cannot be loaded: {str(error).splitlines()[0]}",
+            hint="give a CLIPModel's folder or hub id with safetensors, or set clip.weight=0",
+        ) from error
+    vae: Any = teacher_vae if settings.vae is None else load_vae(resolve_vae(settings.vae))
+    for module in (clip, vae):
+        module.requires_grad_(False).eval().to(device)
+    return ClipLoss(clip, tokenizer, ImageDecoder(vae), threshold=settings.threshold)
