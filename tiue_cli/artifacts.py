@@ -26,6 +26,9 @@ from tiue_cli.errors import ManifestError, OutputError, TiueError, UsageError
 STUDENT_MANIFEST = "tiue.json"
 """Name of the manifest beside a student's model_index.json."""
 
+RUN_MANIFEST = "run.json"
+"""Name of the record in the folder of a distillation, whose result lies in its ``student/``."""
+
 HASHED_PATTERNS = ("*.safetensors", "*.json", "*.txt")
 """What makes a model folder the model it is: weights, configs and tokenizer files; not its README."""
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from tiue_cli.artifacts import RUN_MANIFEST
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
@@ -79,6 +80,8 @@ def _local(source: str | Path) -> Path:
             f"model folder {path} does not exist",
             hint=f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME",
         )
+    if (path / RUN_MANIFEST).is_file() and (path / "student").is_dir():
+        return path / "student"  # the folder of a distillation stands for what came out of it
     return path
 
 
