@@ -20,7 +20,14 @@ from tiue_cli.cli import main
 from tiue_cli.distill.request import DistillRequest
 from tiue_cli.errors import UsageError
 
-SETTINGS = ("lora.rank=2", "lora.targets=attention", "batch_size=2", "validation.every=0", "student.steps=2")
+SETTINGS = (
+    "lora.rank=2",
+    "lora.targets=attention",
+    "batch_size=2",
+    "validation.every=0",
+    "student.steps=2",
+    "tracking.every=1",
+)
 
 
 @pytest.fixture
@@ -137,19 +144,19 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(words: Callable[..., l
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_batch(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """accelerate launch with two CPU processes: they share the rows of each step, and their gradients are averaged."""
-    launched = words(
-        tmp_path / "two", "--warm-start", "2", "--set", "warm_start.pairs=4", "--set", "warm_start.teacher_steps=2"
-    )
-    options = ["--launch", "--", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    pairs = ["--warm-start", "2", "--set", "warm_start.pairs=4", "--set", "warm_start.teacher_steps=2"]
+    launch = "--launch -- --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     done = subprocess.run(
-        [sys.executable, "-m", "tiue_cli", *launched, *options],
+        [sys.executable, "-m", "tiue_cli", *words(tmp_path / "two", *pairs), *launch],
         capture_output=True, text=True, env=environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("student") == 1  # one of them talks
-    one = [word if word != "batch_size=2" else "batch_size=4" for word in launched]
-    assert main([word if word != str(tmp_path / "two") else str(tmp_path / "one") for word in one]) == 0
-    first, second = (load_file(tmp_path / name / "student" / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two"))  # fmt: skip
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "two" / "checkpoints" / "step_00000002"), str(tmp_path / "two" / "student"),
+    ]  # fmt: skip
+    assert main(words(tmp_path / "one", *pairs, "--set", "batch_size=4")) == 0
+    file = Path("student", "unet", "diffusion_pytorch_model.safetensors")
+    first, second = (load_file(tmp_path / name / file) for name in ("one", "two"))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
 
