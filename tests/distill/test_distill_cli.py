@@ -145,7 +145,19 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(words: Callable[..., l
 def test_two_processes_train_as_one_with_twice_the_batch(words: Callable[..., list[str]], tmp_path: Path) -> None:
     """accelerate launch with two CPU processes: they share the rows of each step, and their gradients are averaged."""
     pairs = ["--warm-start", "2", "--set", "warm_start.pairs=4", "--set", "warm_start.teacher_steps=2"]
-    launch = "--launch -- --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launch = [
+        "--launch",
+        "--",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "tiue_cli", *words(tmp_path / "two", *pairs), *launch],
         capture_output=True, text=True, env=environment(), check=False,
