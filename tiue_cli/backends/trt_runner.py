@@ -135,11 +135,15 @@ class PlanChain:
 
     def close(self) -> None:
         """Give everything back but the stream."""
+        from polygraphy.exception import PolygraphyException
+
         self._forget_graph()
         self._contexts.clear()
         for buffer in (*self._buffers.values(), self._memory):
-            if buffer is not None:
-                buffer.free()
+            # A GPU that failed refuses this as well, and the failure itself is what the caller must see.
+            with contextlib.suppress(PolygraphyException):
+                if buffer is not None:
+                    buffer.free()
         self._buffers.clear()
         self._memory = None
         self._shapes = {}

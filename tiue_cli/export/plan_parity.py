@@ -51,18 +51,19 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class PlanCase:
-    """One run of an engine's profile: images, K and image size (H, W) in pixels."""
+    """One run of an engine's profile (its number and name): images, K and image size (H, W) in pixels."""
 
     profile: int
+    name: str
     batch: int
     steps: int
     size: Size
 
     @property
     def label(self) -> str:
-        """Such as ``4 images, K=4, 512x512``."""
+        """Such as ``batch-1-4-16: 16 images, K=4, 512x512``."""
         images = "1 image" if self.batch == 1 else f"{self.batch} images"
-        return f"{images}, K={self.steps}, {self.size[0]}x{self.size[1]}"
+        return f"{self.name}: {images}, K={self.steps}, {self.size[0]}x{self.size[1]}"
 
 
 def plan_cases(profiles: Sequence[ProfileSpec], manifest: ExportManifest) -> tuple[PlanCase, ...]:
@@ -76,7 +77,7 @@ def plan_cases(profiles: Sequence[ProfileSpec], manifest: ExportManifest) -> tup
         sizes = dict.fromkeys((profile.height[corner], profile.width[corner]) for corner in (1, 0))
         for size in sizes:
             corners = [(profile.batch[0], steps[-1]), (profile.batch[2], steps[0])]
-            cases += [PlanCase(index, batch, k, size) for batch, k in dict.fromkeys(corners)]
+            cases += [PlanCase(index, profile.name, batch, k, size) for batch, k in dict.fromkeys(corners)]
     return tuple(cases)
 
 
