@@ -167,9 +167,9 @@ def main() -> None:
         if run.step % 200 == 0:
             run.log(loss=round(float(np.mean(losses)), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1))
             losses.clear()
+            run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
         if run.elapsed_s > next_evaluation:
             next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
-            run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
             run.log(**evaluate(ema.eval(), text, name, count=192, steps=20))
     run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
     run.log(final=True, **evaluate(ema.eval(), text, name, count=1024))
