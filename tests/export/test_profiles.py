@@ -1,4 +1,4 @@
-"""Profiles: users speak in images and pixels, TensorRT in tensor shapes; here the translation is written out by hand."""
+"""Profiles: users speak in images and pixels, TensorRT in tensor shapes; the translation is written out by hand."""
 
 from __future__ import annotations
 

@@ -328,6 +328,11 @@ def _new_context(engine: Any) -> Any:
     return context
 
 
+def working_memory(plan: Plan) -> int:
+    """Bytes of GPU memory that a plan works in, beside its weights, inputs and outputs; for its largest profile."""
+    return max(_memory_size(plan.engine, profile) for profile in range(plan.engine.num_optimization_profiles))
+
+
 def _memory_size(engine: Any, profile: int) -> int:
     for name in ("get_device_memory_size_for_profile_v2", "get_device_memory_size_for_profile"):
         if hasattr(engine, name):

@@ -16,7 +16,7 @@ import numpy as np
 from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session, session_errors
 from tiue_cli.backends.trt_backend import TrtBackend, read_plan
 from tiue_cli.backends.trt_device import rebuild_command
-from tiue_cli.backends.trt_runner import PlanChain, open_plan, open_stream
+from tiue_cli.backends.trt_runner import Plan, PlanChain, open_plan, open_stream, working_memory
 from tiue_cli.export.compare import (
     IDENTICAL_DB,
     REQUIRED_PSNR_DB,
@@ -139,23 +139,28 @@ def check_plans(
     cases: Sequence[PlanCase],
     *,
     say: Callable[[float, str], None] | None = None,
-) -> tuple[PlanParity, ...]:
-    """Compare every plan, given the reference's inputs, in every case. Raises ParityError naming output and case."""
+) -> tuple[tuple[PlanParity, ...], dict[str, int]]:
+    """Compare every plan, given the reference's inputs, in every case; the figures, and each plan's working memory.
+
+    Memory is in bytes, by the plan's file name. Raises ParityError naming output and case.
+    """
     found: list[PlanParity] = []
+    memory_bytes: dict[str, int] = {}
     with open_stream() as stream:
         for number, spec in enumerate(engine.plans):
             if say is not None:
                 say(number / len(engine.plans), spec.plan.file)
             graph = manifest.graph(spec.graph, size=spec.size)
-            found += _check_plan(folder, spec, graph, reference, cases, stream)
-    return tuple(found)
+            plan = open_plan(spec.plan.file, read_plan(folder, spec, rebuild=rebuild_command(folder.parent)))
+            found += _check_plan(plan, spec, graph, reference, cases, stream)
+            memory_bytes[spec.plan.file] = working_memory(plan)
+    return tuple(found), memory_bytes
 
 
 def _check_plan(
-    folder: Path, spec: PlanSpec, graph: GraphSpec, reference: Reference, cases: Sequence[PlanCase], stream: object
+    plan: Plan, spec: PlanSpec, graph: GraphSpec, reference: Reference, cases: Sequence[PlanCase], stream: object
 ) -> list[PlanParity]:
     worst: dict[str, tuple[float, float]] = {output.name: (0.0, 0.0) for output in graph.outputs}
-    plan = open_plan(spec.plan.file, read_plan(folder, spec, rebuild=rebuild_command(folder.parent)))
     labels: list[str] = []
     for profile in dict.fromkeys(case.profile for case in cases if spec.shapes[case.profile]):
         with PlanChain([(plan, spec.plan_profile(profile))], stream, graphs=False) as chain:

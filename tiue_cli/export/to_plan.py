@@ -206,12 +206,16 @@ class _Job:
         cases = plan_cases(self._profiles, self._manifest)
         reference = Reference(self._config.export, self._manifest)
         reference.compute(cases, say=self._say("compare: reference"))
-        outputs = check_plans(self._folder, engine, self._manifest, reference, cases, say=self._say("compare: plans"))
+        say = self._say("compare: plans")
+        outputs, memory_bytes = check_plans(self._folder, engine, self._manifest, reference, cases, say=say)
         worst, notes = check_engine_images(
             self._folder, self._config.export, reference, cases, say=self._say("compare: images")
         )
         parity = engine_parity(reference, outputs, worst, self._manifest)
-        return engine.model_copy(update={"parity": parity, "notes": (*engine.notes, *notes)})
+        plans = tuple(
+            plan.model_copy(update={"device_memory_bytes": memory_bytes[plan.plan.file]}) for plan in engine.plans
+        )
+        return engine.model_copy(update={"plans": plans, "parity": parity, "notes": (*engine.notes, *notes)})
 
     def _say(self, title: str) -> Callable[[float, str], None]:
         return lambda share, detail: self._stage(title, share, detail)
