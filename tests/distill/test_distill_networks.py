@@ -25,9 +25,9 @@ from tiue_cli.model.teacher import load_teacher
 TEXT = (7, 32)
 
 
-def with_random_lora(unet: UNet2DConditionModel, settings: LoraSettings) -> ScoreModel:
+def with_random_lora(unet: UNet2DConditionModel, settings: LoraSettings, *, merge: bool) -> ScoreModel:
     """A LoRA teacher that has moved away from its teacher."""
-    score = ScoreModel(unet, settings, seed=0)
+    score = ScoreModel(unet, settings, seed=0, merged=merge)
     with torch.no_grad():
         for index, parameter in enumerate(score.adapter_parameters().values()):
             parameter.copy_(0.05 * seeded_noise(tuple(parameter.shape), seed=index))
@@ -43,7 +43,8 @@ def merged(unet: UNet2DConditionModel, score: ScoreModel, settings: LoraSettings
             if ".lora_A." in name:
                 b = adapters[name.replace(".lora_A.", ".lora_B.")]
                 layer = copied.get_submodule(name.split(".lora_A.")[0])
-                layer.weight += settings.alpha / settings.rank * (b @ a)
+                product = b.flatten(1) @ a.flatten(1)
+                layer.weight += settings.alpha / settings.rank * product.reshape(layer.weight.shape)
     return copied
 
 
@@ -58,16 +59,29 @@ def test_new_lora_teacher_is_the_teacher() -> None:
     torch.testing.assert_close(ScoreModel(unet, LoraSettings(rank=2), seed=0)(*inputs()), expected)
 
 
-def test_lora_teacher_adds_the_product_of_its_adapters_and_switches_off() -> None:
-    unet, settings = tiny_unet(), LoraSettings(rank=2, alpha=3.0, targets="linear")
+@pytest.mark.parametrize("merge", [True, False])
+def test_lora_teacher_adds_the_product_of_its_adapters_and_switches_off(merge: bool) -> None:
+    unet, settings = tiny_unet(), LoraSettings(rank=2, alpha=3.0, targets="all")
     plain = copy.deepcopy(unet)
-    score = with_random_lora(unet, settings)
+    score = with_random_lora(unet, settings, merge=merge)
     torch.testing.assert_close(
         score(*inputs()), merged(plain, score, settings)(*inputs(), return_dict=False)[0], rtol=1e-4, atol=1e-5
     )
     with score.adapters_off():
         torch.testing.assert_close(score(*inputs()), plain(*inputs(), return_dict=False)[0])
     assert not torch.allclose(score(*inputs()), plain(*inputs(), return_dict=False)[0])
+
+
+def test_adapters_have_the_same_gradients_merged_and_beside_their_layers() -> None:
+    found = []
+    for merge in (True, False):
+        score = with_random_lora(tiny_unet(), LoraSettings(rank=2, targets="all"), merge=merge)
+        with score.adapters_off():
+            score(*inputs())
+        score(*inputs()).square().mean().backward()
+        found.append({name: value.grad for name, value in score.adapter_parameters().items()})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-6)
 
 
 def test_only_adapters_can_be_trained() -> None:

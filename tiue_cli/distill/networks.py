@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
@@ -47,10 +48,17 @@ class ScoreModel(nn.Module):
     """The frozen teacher and, by adapters over the same weights, the LoRA teacher.
 
     Called as a module it is the LoRA teacher; within ``adapters_off`` it is the teacher. Only adapters can be trained.
+    ``merged`` adds the adapters' product to the weights anew in each call instead of running it beside each layer: the
+    same function and the same gradients, and faster where the rank is near the width. It needs weights in float32, as
+    half precision would round small changes away; None chooses it there.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, settings: LoraSettings, *, seed: int) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, settings: LoraSettings, *, seed: int, merged: bool | None = None
+    ) -> None:
         super().__init__()
+        self._merged = unet.dtype == torch.float32 if merged is None else merged
+        self._is_teacher = False
         unet.requires_grad_(False)
         adapter = LoraConfig(
             r=settings.rank,
@@ -63,23 +71,43 @@ class ScoreModel(nn.Module):
             unet.add_adapter(adapter)
         cast_training_params(unet, torch.float32)
         self.unet = unet
-        self._adapted = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
+        self._adapted: dict[str, Any] = layers
+        if self._merged:
+            self._enable(False)
+            for parameter in self.adapter_parameters().values():
+                parameter.requires_grad_(True)
 
     def forward(self, x_t: Tensor, timesteps: Tensor, text_states: Tensor) -> Tensor:
         """Prediction (B, C, h, w) at x_t (B, C, h, w), timesteps (B,), text states (B, L, D)."""
-        prediction: Tensor = self.unet(x_t, timesteps, encoder_hidden_states=text_states, return_dict=False)[0]
+        weights = self._merged_weights() if self._merged and not self._is_teacher else {}
+        inputs, options = (x_t, timesteps), {"encoder_hidden_states": text_states, "return_dict": False}
+        prediction: Tensor = torch.func.functional_call(self.unet, weights, inputs, options)[0]
         return prediction
 
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Within the block the module is the frozen teacher. No gradients may be taken in it."""
-        for layer in self._adapted:
-            layer.enable_adapters(False)
+        self._is_teacher = True
+        if not self._merged:
+            self._enable(False)
         try:
             yield
         finally:
-            for layer in self._adapted:
-                layer.enable_adapters(True)
+            self._is_teacher = False
+            if not self._merged:
+                self._enable(True)
+
+    def _enable(self, wish: bool) -> None:
+        for layer in self._adapted.values():
+            layer.enable_adapters(wish)
+
+    def _merged_weights(self) -> dict[str, Tensor]:
+        """W + alpha/rank·B·A of every adapted layer, by the name of W."""
+        return {
+            f"{name}.base_layer.weight": layer.base_layer.weight + layer.get_delta_weight("default")
+            for name, layer in self._adapted.items()
+        }
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, in the UNet's order."""
