@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +20,7 @@ from typing import Any, Final
 import onnx
 import onnxruntime
 import torch
+from transformers import CLIPTokenizer
 
 from tiue_cli import __version__
 from tiue_cli.artifacts import STUDENT_MANIFEST, atomic_folder, sha256_folder, write_json
@@ -134,7 +134,7 @@ class _Job:
 
     def run(self, *, name: str) -> ExportManifest:
         """Write everything into the folder; returns the manifest."""
-        tokenizer = self._write_tokenizer()
+        tokenizer = write_tokenizer(self._student.tokenizer, self._folder / TOKENIZER)
         references, images, vae_precision = self._references()
         graphs: list[GraphSpec] = []
         outputs: list[OutputParity] = []
@@ -192,12 +192,9 @@ class _Job:
                 references[size if fixed else None] = [(case, run_chain(self._student, case)) for case in cases]
                 case = image_case(steps=self._steps, default=latent, parameters=parameters, fixed=fixed)
                 images.append((case, _kept(run_chain(self._student, case), "noise", "images")))
-        precision = self._config.precision
-        if precision == "fp16" and largest() > FLOAT16_LIMIT:
-            self._notes.append(
-                f"vae_decoder is kept in fp32: its layers reach {largest():.0f}, and float16 ends at 65504"
-            )
-            precision = "fp32"
+        precision, note = fitting_precision(self._config.precision, largest())
+        if note is not None:
+            self._notes.append(note)
         # The text encoder does not know sizes: the cases of any size do.
         references.setdefault(None, next(iter(references.values())))
         return references, images, precision
@@ -210,8 +207,7 @@ class _Job:
         _cast(student.text_encoder, precision)
         yield replace(trace_text_encoder(student), precision=precision)
         _let_go(student.text_encoder)
-        with ExitStack() as stack:
-            stack.enter_context(folded_time(student.unet, student.manifest.encoder_timestep))
+        with folded_time(student.unet, student.manifest.encoder_timestep):
             _cast(student.unet, precision)
             for size in sizes:
                 yield replace(trace_unet_encoder(student, size), precision=precision)
@@ -227,17 +223,6 @@ class _Job:
         if trace.size is None or len(self._config.sizes) == 1:
             return f"{trace.name}.onnx"
         return f"{trace.name}_{trace.size[0]}x{trace.size[1]}.onnx"
-
-    def _write_tokenizer(self) -> FileSpec:
-        """The tokenizer with its padding and truncation set, in the file that ``tokenizer.PromptTokenizer`` reads."""
-        tokenizer = self._student.tokenizer
-        length = int(tokenizer.model_max_length)
-        backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-        backend.enable_truncation(max_length=length)
-        backend.enable_padding(length=length, pad_id=int(tokenizer.pad_token_id), pad_token=str(tokenizer.pad_token))
-        path = self._folder / TOKENIZER
-        path.write_text(backend.to_str(pretty=True) + "\n", encoding="utf-8")
-        return file_spec(path)
 
     def _image_parity(self, images: list[tuple[Case, Tensors]], outputs: list[OutputParity]) -> ExportParity:
         return ExportParity(
@@ -258,7 +243,7 @@ class _Job:
                 source=config.student,
                 sha256=sha256_folder(self._info.path),
                 teacher=student.manifest.teacher,
-                license=student.manifest.license,
+                license=self._info.license,
                 training_steps=student.manifest.training_steps,
                 vae_source=config.vae,
                 vae_sha256=None if vae_folder is None else sha256_folder(vae_folder),
@@ -303,6 +288,24 @@ def _checked(config: ExportConfig) -> ModelInfo:
             hint=f"distil one first: tiue distill --teacher {config.student}",
         )
     return info
+
+
+def write_tokenizer(tokenizer: CLIPTokenizer, path: Path) -> FileSpec:
+    """Write a tokenizer with its padding and truncation set: the file that ``tokenizer.PromptTokenizer`` reads."""
+    length = int(tokenizer.model_max_length)
+    # A copy: padding set on the original would pad whatever else it is used for.
+    copy = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    copy.enable_truncation(max_length=length)
+    copy.enable_padding(length=length, pad_id=int(tokenizer.pad_token_id), pad_token=str(tokenizer.pad_token))
+    path.write_text(copy.to_str(pretty=True) + "\n", encoding="utf-8")
+    return file_spec(path)
+
+
+def fitting_precision(asked: Precision, largest: float) -> tuple[Precision, str | None]:
+    """The precision of the VAE decoder whose layers reach ``largest``, and a note where it is not the one asked for."""
+    if asked == "fp32" or largest <= FLOAT16_LIMIT:
+        return asked, None
+    return "fp32", f"vae_decoder is kept in fp32: its layers reach {largest:.0f}, and float16 ends at 65504"
 
 
 def _combines(student: StudentModel) -> tuple[CombineSpec, ...]:
