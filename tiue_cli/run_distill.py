@@ -133,12 +133,12 @@ def _shown(figures: Mapping[str, float]) -> str:
     words = [f"{name} {value:.4g}" for name, value in losses.items()]
     if "images_per_s" in figures:
         words.append(f"{figures['images_per_s']:.3g} images/s")
-    if "peak_memory_bytes" in figures:
-        words.append(f"{figures['peak_memory_bytes'] / 2**30:.1f} GiB")
+    if "memory_bytes" in figures:
+        words.append(f"{figures['memory_bytes'] / 2**30:.1f} GiB")
     return "  ".join(words)
 
 
-_QUIET = ("images_per_s", "seconds_per_step", "learning_rate", "peak_memory_bytes")
+_QUIET = ("images_per_s", "seconds_per_step", "learning_rate", "memory_bytes")
 
 
 def _size(size_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -9,11 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import accelerate.tracking
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import GeneralTracker
 from helpers import copy_folder, edit_json
 from PIL import Image
 from safetensors.torch import load_file
@@ -24,7 +27,7 @@ from tiue_cli.distill.config import to_yaml
 from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.trainer import NotFiniteError, Trainer
-from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
+from tiue_cli.errors import MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
 
 MakeConfig = Callable[..., Any]
 
@@ -121,6 +124,8 @@ def test_interrupted_training_equals_uninterrupted(
     assert_same_state(uninterrupted, out)
 
 
+MEASURED = ("images_per_s", "seconds_per_step", "memory_bytes")
+
 KILLED_WHILE_WRITING = """
 import os, signal, sys
 from pathlib import Path
@@ -160,9 +165,7 @@ def test_run_killed_while_writing_a_checkpoint_equals_uninterrupted(
     mine, theirs = ((folder / "log.jsonl").read_text().splitlines() for folder in (out, uninterrupted))
     assert [json.loads(line)["step"] for line in mine] == [1, 2, 3, 4, 5]
     for a, b in zip(map(json.loads, mine), map(json.loads, theirs), strict=True):
-        assert {key: a[key] for key in a if "per_s" not in key and key != "seconds_per_step"} == {
-            key: b[key] for key in b if "per_s" not in key and key != "seconds_per_step"
-        }
+        assert {key: a[key] for key in a if key not in MEASURED} == {key: b[key] for key in b if key not in MEASURED}
 
 
 def test_batches_make_no_difference_to_what_is_seen(make_config: MakeConfig, uninterrupted: Path) -> None:
@@ -373,3 +376,39 @@ def test_prompts_are_counted_in_a_note(make_config: MakeConfig, tmp_path: Path) 
     events = run(make_config(max_steps=1, warm_start__steps=0), tmp_path / "run")
     notes = [event.text for event in events if isinstance(event, Note)]
     assert notes[0] == "5 prompts (0 duplicates and 0 empty ones dropped)"
+
+
+class MemoryTracker(GeneralTracker):
+    """A tracker as a third party would write one."""
+
+    name, requires_logging_directory, main_process_only = "memory", False, True
+    lines: ClassVar[list[dict[str, Any]]] = []
+    config: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, run_name: str, **options: Any) -> None:
+        super().__init__()
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.config.update(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **options: Any) -> None:
+        self.lines.append({"step": step, **values})
+
+
+def test_trackers_get_settings_and_figures(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "memory", MemoryTracker)
+    run(make_config(tracking__trackers=["memory"], max_steps=1, warm_start__steps=0), tmp_path / "run")
+    assert [line["step"] for line in MemoryTracker.lines] == [1] and "vsd" in MemoryTracker.lines[0]
+    assert MemoryTracker.config["kl.weight"] == "0.1"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
+def test_tracker_that_is_not_installed_is_named(make_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(MissingDependencyError, match="wandb is not installed"):
+        run(make_config(tracking__trackers=["wandb"]), tmp_path / "run")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from datetime import timedelta
+from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from tiue_cli.distill.config import DistillConfig
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import MissingDependencyError, UsageError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of frozen weights under Accelerate's names of mixed precision."""
@@ -20,19 +23,66 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """One process may fill a cache for hours while the others wait."""
 
 
-def make_accelerator(config: DistillConfig) -> Accelerator:
-    """The Accelerator of a run. Raises UsageError for what Accelerate refuses."""
-    precision = None if config.precision == "auto" else _PRECISIONS[config.precision]
-    if precision is None and "ACCELERATE_MIXED_PRECISION" not in os.environ:
-        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        precision = "bf16" if bf16 else "no"
+def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
+    """The Accelerator of a run; trackers that write files do so in ``logs``.
+
+    Raises UsageError for what Accelerate refuses, MissingDependencyError for a tracker that is not installed.
+    """
+    trackers = chosen_trackers(config)
     try:
-        return Accelerator(
-            mixed_precision=precision,
-            log_with=list(config.tracking.trackers) or None,
+        accelerator = Accelerator(
+            mixed_precision=chosen_precision(config),
+            log_with=list(trackers) or None,
+            project_dir=logs,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=_COLLECTIVE_TIMEOUT)],
         )
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"accelerate refuses these settings: {error}", hint="see precision and tracking.trackers"
         ) from error
+    # Accelerate drops a tracker whose package is missing, without a word.
+    missing = [name for name in trackers if name not in {str(found) for found in accelerator.log_with}]
+    if missing:
+        raise MissingDependencyError(
+            f"tracking.trackers: {missing[0]} is not installed", hint=f"python -m pip install {missing[0]}"
+        )
+    return accelerator
+
+
+def chosen_precision(config: DistillConfig) -> str | None:
+    """Accelerate's name of the mixed precision; None leaves it to what ``accelerate launch`` was told."""
+    if config.precision != "auto":
+        return _PRECISIONS[config.precision]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return None
+    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+
+
+def chosen_trackers(config: DistillConfig) -> tuple[str, ...]:
+    """The trackers asked for; TensorBoard where none were and it is installed."""
+    if config.tracking.trackers is not None:
+        return config.tracking.trackers
+    return ("tensorboard",) if importlib.util.find_spec("tensorboard") is not None else ()
+
+
+def describe(accelerator: Accelerator, config: DistillConfig) -> str:
+    """One sentence: processes, device, precision, trackers, and where the choices come from."""
+    processes = accelerator.num_processes
+    if config.precision != "auto":
+        origin = "from precision"
+    else:
+        origin = "from accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "chosen for this device"
+    words = [
+        f"{processes} process{'es' if processes > 1 else ''} on {accelerator.device.type}",
+        f"mixed precision {accelerator.mixed_precision} ({origin})",
+    ]
+    if trackers := chosen_trackers(config):
+        words.append(f"tracked by {', '.join(trackers)}")
+    return ", ".join(words)
+
+
+def memory_bytes() -> int:
+    """The most that this process has had: on the GPU where it trains on one, else in main memory."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return psutil.Process().memory_info().rss

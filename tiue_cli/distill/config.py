@@ -161,8 +161,8 @@ class ValidationSettings(_Section):
 
 
 class TrackingSettings(_Section):
-    trackers: tuple[str, ...] = ()
-    """Names of Accelerate's trackers: tensorboard, wandb, …"""
+    trackers: tuple[str, ...] | None = None
+    """Names of Accelerate's trackers: tensorboard, wandb, …; null is TensorBoard where it is installed."""
     project: str = "tiue"
     every: _Positive = 10
     """Steps between two lines of log.jsonl and of the trackers."""

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tiue_cli.artifacts import atomic_file
-from tiue_cli.distill.acceleration import HALF, make_accelerator
+from tiue_cli.distill.acceleration import HALF, describe, make_accelerator, memory_bytes
 from tiue_cli.distill.cache import RowCache, cache_key
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, write_checkpoint
-from tiue_cli.distill.config import DistillConfig, recipe_sha256
+from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
 from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.losses import NoiseSchedule
 from tiue_cli.distill.networks import ScoreModel
@@ -68,6 +68,7 @@ class Distillation:
     def _run(self) -> Iterator[Event]:
         yield Note(self.prompts.describe())
         self._load()
+        yield Note(describe(self._accelerator, self.config))
         yield from (Note(note) for note in self._student.notes)
         self._open_folder()
         yield from self._fill(self._texts.cache, self._texts.fill(process=self._process), "text states")
@@ -88,7 +89,7 @@ class Distillation:
 
     def _load(self) -> None:
         config = self.config
-        self._accelerator = make_accelerator(config)
+        self._accelerator = make_accelerator(config, logs=self.folder.trackers)
         self._is_main, device = self._accelerator.is_main_process, self._accelerator.device
         self._student = load_untrained(config)
         student, mixed = self._student, self._accelerator.mixed_precision
@@ -142,6 +143,8 @@ class Distillation:
         self._accelerator.wait_for_everyone()  # nobody writes before everybody has checked
         if self._is_main:
             write_record(self.out, record)
+            settings = {key: str(value) for key, value in flatten(self.config.model_dump(mode="json"))}
+            self._accelerator.init_trackers(self.config.tracking.project, config=settings)
             remove_leftovers(self.folder.checkpoints)
         self._accelerator.wait_for_everyone()
 
@@ -234,7 +237,7 @@ class Distillation:
             figures = trainer.step()
             step = trainer.state.step
             spent = (time.perf_counter() - started) / (step - first)
-            figures |= {"seconds_per_step": spent, "images_per_s": images / spent}
+            figures |= {"seconds_per_step": spent, "images_per_s": images / spent, "memory_bytes": memory_bytes()}
             self._log(trainer, figures)
             in_warm_start = step <= config.warm_start.steps
             yield Progress("warm start" if in_warm_start else "distillation", step, config.max_steps, figures)

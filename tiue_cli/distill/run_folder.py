@@ -4,6 +4,8 @@ OUT/run.json       what was asked for, and of what
     config.yaml    the same config, to read and to copy
     log.jsonl      a line of figures every few steps
     grids/         teacher beside student
+    trackers/      TensorBoard's files, where it is used
+    trackers/      TensorBoard's files, where it is used
     checkpoints/   see checkpoint.py
     student/       the result
 """
@@ -44,6 +46,11 @@ class RunFolder:
         self.out = out
         self.checkpoints, self.grids, self.student = out / "checkpoints", out / "grids", out / "student"
         self._log = out / "log.jsonl"
+
+    @property
+    def trackers(self) -> Path:
+        """Where trackers that write files do so."""
+        return self.out / "trackers"
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Append a line of figures. Raises OutputError."""
