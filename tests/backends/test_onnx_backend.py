@@ -1,0 +1,308 @@
+"""The ONNX Runtime backend: the same pictures as torch, without torch; and what it refuses, each in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exports import build_small_student, exported, torch_images
+from tiny_export import write_tiny_export
+
+from tiue_cli.backends import onnx_backend, onnx_session
+from tiue_cli.backends.onnx_backend import OnnxBackend
+from tiue_cli.backends.onnx_session import Provider, choose_provider, cuda_devices, open_session, run_session
+from tiue_cli.cli import main
+from tiue_cli.errors import DeviceError, ManifestError, TiueError, UsageError
+from tiue_cli.export.compare import psnr_db
+from tiue_cli.export.manifest import EXPORT_MANIFEST
+from tiue_cli.model.student import load_student
+from tiue_cli.noise import draw_noise
+
+PROMPTS = ["a red star above a blue house", "a tree", "a blue house and much more than the model can read " * 3]
+
+no_gpu = pytest.mark.skipif(cuda_devices() > 0, reason="a GPU is there")
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_student(tiny_student_folder, tmp_path_factory.mktemp("small") / "student")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A hand-made export that a test may damage."""
+    write_tiny_export(tmp_path / "tiny", precision="fp32")
+    return tmp_path / "tiny"
+
+
+# --- the same pictures ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [None, 1, 2, 3, 4])
+def test_same_seed_same_image_as_torch(student: Path, steps: int | None) -> None:
+    model = load_student(student)
+    with OnnxBackend(exported(student), provider="cpu") as backend:
+        for size in ((16, 16), (10, 34), (2, 2)):
+            noise = draw_noise([0, 5, 2**40], backend.latent_shape(size))
+            images = backend.generate(PROMPTS, noise, steps=steps)
+            expected = torch_images(model, PROMPTS, noise, steps=steps)
+            assert images.shape == (3, *size, 3) and images.dtype == np.uint8
+            assert all(psnr_db(image, other) >= 60 for image, other in zip(images, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_an_image_does_not_depend_on_its_batch(student: Path) -> None:
+    with OnnxBackend(exported(student), provider="cpu") as backend:
+        noise = draw_noise([7, 8, 9], backend.latent_shape((16, 16)))
+        together = backend.generate(PROMPTS, noise)
+        for index, prompt in enumerate(PROMPTS):
+            alone = backend.generate([prompt], noise[index : index + 1])
+            assert psnr_db(alone[0], together[index]) >= 60
+
+
+def test_groups_of_the_last_step_are_the_whole(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OnnxBackend(tiny, provider="cpu") as backend:
+        noise = draw_noise(range(5), backend.latent_shape((32, 32)))
+        whole = backend.generate(["a red heart"] * 5, noise)
+        monkeypatch.setattr(onnx_backend, "PIXELS_AT_ONCE", 2 * 32 * 32)
+        np.testing.assert_array_equal(backend.generate(["a red heart"] * 5, noise), whole)
+
+
+def test_graphs_of_fixed_sizes_are_chosen_by_size(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path / "free", precision="fp32")
+    write_tiny_export(tmp_path / "fixed", precision="fp32", sizes=[(32, 32), (16, 48)])
+    with OnnxBackend(tmp_path / "free", provider="cpu") as free, OnnxBackend(tmp_path / "fixed") as fixed:
+        assert free.default_size == fixed.default_size == (32, 32)
+        # The hand-made graphs draw their weights in order: only the first size's are those of the free ones.
+        noise = draw_noise([1, 2], free.latent_shape((32, 32)))
+        np.testing.assert_array_equal(fixed.generate(["a star"] * 2, noise), free.generate(["a star"] * 2, noise))
+        assert fixed.generate(["a star"], draw_noise([1], fixed.latent_shape((16, 48)))).shape == (1, 16, 48, 3)
+        with pytest.raises(UsageError, match="64x64 pixels: this export has fixed sizes") as caught:
+            fixed.latent_shape((64, 64))
+        assert "32x32, 16x48" in str(caught.value)
+
+
+def test_sizes_and_steps_that_do_not_fit(tiny: Path) -> None:
+    with OnnxBackend(tiny, provider="cpu") as backend:
+        with pytest.raises(UsageError, match="33x32 pixels: both sides must be multiples of 4"):
+            backend.latent_shape((33, 32))
+        with pytest.raises(UsageError, match="5 steps are impossible") as caught:
+            backend.generate(["a star"], draw_noise([0], (4, 8, 8)), steps=5)
+        assert "1, 2, 3, 4" in str(caught.value)
+
+
+def test_latents_that_are_no_numbers_are_an_error(tiny: Path) -> None:
+    noise = draw_noise([0], (4, 8, 8))
+    noise[0, 0, 0, 0] = np.nan
+    with OnnxBackend(tiny, provider="cpu") as backend, pytest.raises(DeviceError, match="latents are not numbers"):
+        backend.generate(["a star"], noise)
+
+
+def test_what_lies_on_the_device_is_not_copied(tiny: Path) -> None:
+    manifest = OnnxBackend(tiny, provider="cpu").manifest
+    provider = choose_provider("cpu")
+    encoder = open_session(tiny / manifest.graph("unet_encoder").onnx.file, provider)
+    text = np.ones((1, manifest.text_tokens, manifest.text_width), np.float32)
+    features = run_session(encoder, {"noise": draw_noise([0], (4, 8, 8)), "text_states": text}, provider)
+    placed = onnx_session._placed(onnx_session.import_onnxruntime(), features["mid"], provider.device)
+    assert placed.data_ptr() == features["mid"].data_ptr()
+    assert placed.device_name() == "cpu"
+
+
+# --- without torch -------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
+    """In a process where torch, diffusers and transformers cannot even be imported."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'transformers', 'safetensors', 'onnx'): sys.modules[name] = None\n"
+        "from tiue_cli.cli import main\n"
+        f"code = main(['generate', 'a red heart', '--model', {str(tiny)!r}, '--seed', '0', '--out', 'o'])\n"
+        "code += main(['inspect', 'o/a-red-heart-0.png'])\n"
+        f"code += main(['inspect', {str(tiny)!r}])\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "a-red-heart-0.png").is_file()
+    assert "onnx on cpu in fp32" in done.stdout and "an exported student" in done.stdout
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_end(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("unet_decoder.onnx", flip_byte, r"unet_decoder\.onnx is not the file that was written: its SHA-256 is"),
+        ("text_encoder.onnx", cut_end, r"text_encoder\.onnx is not the file that was written: it has \d+ bytes"),
+        ("vae_decoder.onnx", Path.unlink, r"vae_decoder\.onnx is missing"),
+        ("tokenizer.json", flip_byte, r"tokenizer\.json is not the file that was written"),
+        (EXPORT_MANIFEST, cut_end, r"manifest\.json is not JSON"),
+    ],
+)
+def test_damage_is_found_before_a_graph_is_opened(
+    tiny: Path, name: str, damage: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == EXPORT_MANIFEST:
+        (tiny / name).write_text((tiny / name).read_text().rstrip()[:-1])
+    else:
+        damage(tiny / name)  # type: ignore[operator]
+    monkeypatch.setattr(OnnxBackend, "_open", lambda *_: pytest.fail("a graph was opened"))
+    with pytest.raises(ManifestError, match=message), OnnxBackend(tiny, provider="cpu"):
+        pass
+
+
+@pytest.mark.slow
+def test_damage_of_the_external_weights_is_found(student: Path, tmp_path: Path) -> None:
+    for number, (damage, message) in enumerate([(flip_byte, "SHA-256"), (cut_end, "bytes")]):
+        folder = Path(shutil.copytree(exported(student), tmp_path / str(number)))
+        damage(folder / "unet_encoder.onnx.data")
+        with pytest.raises(ManifestError, match=rf"unet_encoder\.onnx\.data is not .*{message}"), OnnxBackend(folder):
+            pass
+
+
+def test_a_manifest_of_another_student_is_refused(tiny: Path, tmp_path: Path) -> None:
+    write_tiny_export(tmp_path / "other", precision="fp32", seed=1)
+    shutil.copy(tmp_path / "other" / EXPORT_MANIFEST, tiny)
+    with pytest.raises(ManifestError, match=r"is not the file that was written") as caught, OnnxBackend(tiny):
+        pass
+    assert "manifest.json belongs to another export" in str(caught.value)
+
+
+def test_a_file_outside_the_folder_is_refused(tiny: Path) -> None:
+    manifest = json.loads((tiny / EXPORT_MANIFEST).read_text())
+    manifest["tokenizer"]["file"] = "../tokenizer.json"
+    (tiny / EXPORT_MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match=r"field 'tokenizer\.file'"):
+        OnnxBackend(tiny)
+
+
+# --- providers -----------------------------------------------------------------------------------------------------
+
+
+@no_gpu
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_cannot_run_is_an_error_with_its_reason(tiny: Path, provider: str) -> None:
+    with pytest.raises(DeviceError, match=rf"--provider {provider} was asked for: ") as caught:
+        OnnxBackend(tiny, provider=provider)
+    assert "--provider cpu" in str(caught.value)
+
+
+@no_gpu
+def test_auto_is_the_cpu_where_there_is_no_gpu(tiny: Path) -> None:
+    backend = OnnxBackend(tiny)
+    assert (backend.device, backend.provider.note) == ("cpu", None)
+
+
+@no_gpu
+def test_a_silent_fallback_is_not_accepted(tiny: Path) -> None:
+    """ONNX Runtime takes the CPU where CUDA does not start, and says so on stderr only."""
+    with pytest.raises(DeviceError, match=r"(did not start CUDAExecutionProvider|failed at)"):
+        open_session(tiny / "text_encoder.onnx", Provider("cuda"))
+
+
+def test_auto_says_why_the_gpu_is_idle(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(onnx_session, "_why_not", lambda name: "libcudnn.so.9 cannot be loaded")
+    backend = OnnxBackend(tiny)
+    assert backend.device == "cpu"
+    assert any("libcudnn.so.9" in note for note in backend.notes)
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["--backend", "torch"], 2, "runs model folders"),
+        (["--vae", "somewhere"], 2, "the autoencoder is part of an export"),
+        (["--dtype", "fp16"], 2, "was exported in fp32"),
+        (["--device", "cpu", "--provider", "cuda"], 2, "does not run on --device cpu"),
+        (["--guidance", "5"], 2, "is for teachers"),
+        (["--size", "34"], 2, "multiples of 4"),
+        (["--steps", "9"], 2, "9 steps are impossible"),
+        pytest.param(["--provider", "cuda"], 1, "--provider cuda was asked for", marks=no_gpu),
+        pytest.param(["--device", "cuda"], 1, "--provider cuda was asked for", marks=no_gpu),
+    ],
+)
+def test_options_that_an_export_cannot_follow(
+    words: list[str], code: int, message: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["generate", "a star", "--model", str(tiny), "--seed", "1", "--out", str(out), *words]) == code
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_model_folder_does_not_run_in_onnx(tiny_student_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["generate", "a star", "--model", str(tiny_student_folder), "--seed", "1"]
+    assert main([*words, "--backend", "onnx"]) == 2
+    assert "tiue export" in capsys.readouterr().err
+    assert main([*words, "--provider", "cpu"]) == 2
+
+
+def test_damage_exits_1_with_one_line_and_a_hint(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip_byte(tiny / "unet_encoder.onnx")
+    assert main(["generate", "a star", "--model", str(tiny), "--seed", "1", "--out", str(tmp_path / "o")]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("error: ") and lines[1].startswith("hint: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_export_in_a_picture_and_back(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command that ``inspect`` gives makes the same picture; a second run finds it there."""
+    words = [
+        "generate",
+        "a star",
+        "--model",
+        str(tiny),
+        "--seed",
+        "1",
+        "--out",
+        str(tmp_path / "o"),
+        "--format",
+        "json",
+    ]
+    assert main(words) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["backend"], report["device"], report["dtype"]) == ("onnx", "cpu", "fp32")
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["images"][0]["skipped"] is True
+
+
+def test_an_embedded_name_is_not_a_folder_here(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tiue_cli.exported import find_export
+
+    monkeypatch.chdir(tiny.parent)
+    tiny.rename(tiny.parent / "papercut")
+    assert find_export("papercut") is None
+    assert find_export("./papercut") is not None
+
+
+def test_errors_of_the_runtime_are_ours(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    with pytest.raises(TiueError, match=r"ONNX Runtime failed at x\.onnx"):
+        open_session(tmp_path / "x.onnx", choose_provider("cpu"))
