@@ -44,6 +44,13 @@ def test_cache_gives_back_its_rows_and_knows_what_is_missing(tmp_path: Path) -> 
     )
 
 
+def test_processes_share_the_chunks_whenever_they_look(tmp_path: Path) -> None:
+    cache = RowCache(tmp_path, 5, (1,), max_chunk_rows=1)
+    first = cache.missing((0, 2))
+    cache.write(0, np.zeros((1, 1), np.float32))
+    assert sorted(first + cache.missing((1, 2))) == [0, 1, 2, 3, 4]
+
+
 def test_damaged_chunk_is_named(tmp_path: Path) -> None:
     cache = RowCache(tmp_path, 2, (2,))
     cache.write(0, np.zeros((2, 2), np.float32))

@@ -45,9 +45,10 @@ class RowCache:
         """The rows of a chunk."""
         return range(chunk * self.chunk_rows, min(self.count, (chunk + 1) * self.chunk_rows))
 
-    def missing(self) -> list[int]:
-        """The chunks that are not there yet."""
-        return [chunk for chunk in range(self.chunks) if not self._path(chunk).is_file()]
+    def missing(self, process: tuple[int, int] = (0, 1)) -> list[int]:
+        """The chunks that are not there yet, of those that fall to a ``process`` (index, count)."""
+        index, processes = process
+        return [chunk for chunk in range(index, self.chunks, processes) if not self._path(chunk).is_file()]
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
         """Store a chunk, whole or not at all. Raises OutputError."""

@@ -100,6 +100,12 @@ def latest_checkpoint(root: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def step_of(path: Path | None) -> int:
+    """The step in a checkpoint's name; 0 without a checkpoint."""
+    match = None if path is None else _NAME.fullmatch(path.name)
+    return 0 if match is None else int(match[1])
+
+
 def remove_leftovers(root: Path) -> None:
     """Delete what killed runs left half-written."""
     if root.is_dir():

@@ -17,7 +17,7 @@ from torch import Tensor
 from tiue_cli.artifacts import atomic_file
 from tiue_cli.distill.acceleration import HALF, describe, make_accelerator, memory_bytes
 from tiue_cli.distill.cache import RowCache, cache_key
-from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, write_checkpoint
+from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
 from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
 from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.losses import NoiseSchedule
@@ -73,15 +73,20 @@ class Distillation:
         self._open_folder()
         yield from self._fill(self._texts.cache, self._texts.fill(process=self._process), "text states")
         pairs = None
-        if self.config.warm_start.steps > 0 and not self._stopping:
+        found = latest_checkpoint(self.folder.checkpoints) if self.resume else None
+        if step_of(found) < self.config.warm_start.steps and not self._stopping:
             cache = self._pair_cache()
             with self._networks.score.adapters_off():
                 yield from self._fill(cache, self._solve_pairs(cache), "pairs")
             pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
         if self._stopping:
-            yield Finished(self.out, None, step=0, interrupted=True)
+            yield Finished(self.out, None, step=step_of(found), interrupted=True)
             return
         trainer = self._make_trainer(pairs)
+        if found is not None:
+            trainer.restore(read_checkpoint(found))
+        if self._is_main:
+            self.folder.cut_log(trainer.state.step)
         yield from self._train(trainer)
         yield from self._finish(trainer)
 
@@ -154,14 +159,7 @@ class Distillation:
             from tiue_cli.distill.clip import make_clip_loss
 
             clip = make_clip_loss(self.config.clip, teacher_vae=self._student.vae, device=self._accelerator.device)
-        trainer = Trainer(
-            self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=pairs, clip=clip
-        )
-        if self.resume and (found := latest_checkpoint(self.folder.checkpoints)) is not None:
-            trainer.restore(read_checkpoint(found))
-        if self._is_main:
-            self.folder.cut_log(trainer.state.step)
-        return trainer
+        return Trainer(self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=pairs, clip=clip)
 
     # --- caches ----------------------------------------------------------------------------------------------------
 

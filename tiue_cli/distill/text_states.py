@@ -40,8 +40,7 @@ class TextStates:
         """Encode the missing chunks that fall to this ``process`` (index, count); yields the rows of each batch."""
         if self.cache is None:
             return
-        index, processes = process
-        for chunk in self.cache.missing()[index::processes]:
+        for chunk in self.cache.missing(process):
             rows, parts = self.cache.chunk_range(chunk), []
             for start in range(rows.start, rows.stop, _ENCODE_ROWS):
                 batch = range(start, min(start + _ENCODE_ROWS, rows.stop))

@@ -199,6 +199,7 @@ class Trainer:
         """Fit the LoRA teacher to the student's latents of this step: ``lora.updates`` optimiser steps."""
         settings, schedule = self.config.lora, self.networks.schedule
         sums: dict[str, Tensor] = {}
+        all_finite = True
         for update in range(settings.updates):
             for micro, (x_0, states) in enumerate(made):
                 random = self._random(Stream.LORA, update * len(made) + micro)
@@ -220,8 +221,11 @@ class Trainer:
                     )
                     self.accelerator.backward(loss / len(made))
                 self._add(sums, {"lora": loss})
-            self._apply(self._lora_optimizer, self._adapters, settings.learning_rate, settings.max_grad_norm)
-        return {"lora": float(sums["lora"]) / (settings.updates * len(made))}
+            _, finite = self._apply(
+                self._lora_optimizer, self._adapters, settings.learning_rate, settings.max_grad_norm
+            )
+            all_finite &= finite
+        return {"lora": float(sums["lora"]) / (settings.updates * len(made)), "finite": float(all_finite)}
 
     # --- updates ---------------------------------------------------------------------------------------------------
 

@@ -79,8 +79,7 @@ def fill_pairs(
 
     ``solution_of(noise, text_states)`` solves a batch.
     """
-    index, processes = process
-    for chunk in cache.missing()[index::processes]:
+    for chunk in cache.missing(process):
         rows, parts = cache.chunk_range(chunk), []
         for start in range(rows.start, rows.stop, batch_size):
             batch = range(start, min(start + batch_size, rows.stop))
