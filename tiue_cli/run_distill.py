@@ -54,6 +54,9 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
     check_out_folder(request.out, resume=request.resume)
     prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
     needs = estimate_run(config, prompts=len(prompts.prompts), half=config.precision in ("bf16", "fp16"))
+    origins: dict[str, list[str]] = {}
+    for key, origin in resolved.origins.items():
+        origins.setdefault(origin, []).append(key)
     console.document(
         {
             "config": config.model_dump(mode="json"),
@@ -77,7 +80,7 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
             **{f"memory: {name}": _size(size) for name, size in needs.memory_bytes.items()},
             "memory: together": f"{_size(needs.peak_memory_bytes)} a process, and what the allocator adds",
             **{f"disk: {name}": _size(size) for name, size in needs.disk_bytes.items() if size},
-            **{f"from {origin}": key for key, origin in resolved.origins.items()},
+            **{f"from {origin}": ", ".join(keys) for origin, keys in origins.items()},
             "would write": f"{request.out}/ (run.json, config.yaml, log.jsonl, grids/, checkpoints/, student/)",
             "cache": str(config.cache_folder),
         },

@@ -63,7 +63,8 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
         "text encoder and autoencoder": _FLOAT32 * others,
         "activations": round(fake.activation_bytes * (frozen / _FLOAT32)),
     }
-    checkpoint = _FLOAT32 * ((1 + _ADAM_MOMENTS) * (unet + lora) + (0 if config.ema is None else unet))
+    weights = _FLOAT32 * (unet + lora + (0 if config.ema is None else unet))
+    checkpoint = weights + _ADAM_MOMENTS * (moments * unet + _FLOAT32 * lora)
     text = info.text_tokens * info.text_width * prompts * frozen if config.text_cache else 0
     pairs = config.warm_start.pairs if config.warm_start.steps else 0
     return Estimate(
