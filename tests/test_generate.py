@@ -43,6 +43,9 @@ class FakeBackend:
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         return (4, size[0] // 4, size[1] // 4)
 
+    def largest_batch(self, size: tuple[int, int]) -> int | None:
+        return None
+
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
         return [prompt[40:] for prompt in prompts]
 

@@ -14,8 +14,9 @@ import typer
 from tiue_cli import __version__, console
 from tiue_cli.console import Console, Format
 from tiue_cli.errors import TiueError, UsageError
-from tiue_cli.export.config import OPSETS, ExportConfig
+from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig
 from tiue_cli.export.manifest import Precision
+from tiue_cli.export.profiles import parse_range
 from tiue_cli.noise import MAX_SEED
 from tiue_cli.prompts import parse_size, read_prompts, rows_from_arguments
 from tiue_cli.request import TEACHER_STEPS, BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
@@ -33,6 +34,7 @@ _DEFAULTS = GenerateConfig()
 _MODEL = "Model"
 _OUTPUT = "Output"
 _MACHINE = "Machine"
+_TENSORRT = "TensorRT"
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What goes to stdout.", rich_help_panel=_OUTPUT)]
 
@@ -238,17 +240,24 @@ _EXPORT = ExportConfig(student="")
     epilog=_examples(
         "tiue export papercut",
         "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
+        "tiue export runs/sd15/student --trt --profile sd15-512",
+        "tiue export engines/student --trt --batch 1 --batch 1:4:16",
     )
 )
 def export(
-    student: Annotated[str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student folder.")],
+    student: Annotated[
+        str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student folder; with --trt, or an export folder.")
+    ],
     out: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="The export folder; engines/NAME if not given.", rich_help_panel=_OUTPUT),
     ] = _EXPORT.out,
     precision: Annotated[
-        Precision, typer.Option(help="Of the weights and most of the arithmetic.")
-    ] = _EXPORT.precision,
+        Precision | None,
+        typer.Option(
+            help=f"Of the weights and most of the arithmetic. Without it: {_EXPORT.precision}, with --trt fp16."
+        ),
+    ] = None,
     opset: Annotated[
         int,
         typer.Option(metavar="N", min=OPSETS[0], max=OPSETS[-1], help="ONNX operator set; 23 has attention as one."),
@@ -256,6 +265,25 @@ def export(
     size: Annotated[
         list[str] | None,
         typer.Option(metavar="N|HxW", help="Fix this size in pixels; several make graphs each. Without it: any size."),
+    ] = None,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Build TensorRT plans for the GPU of this machine.", rich_help_panel=_TENSORRT)
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="What they take: sd15-512, sd21-512, papercut, or a file.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|MIN:OPT:MAX",
+            help="Images that they take; several make a profile each. Without it: 1 and 1:4:16.",
+            rich_help_panel=_TENSORRT,
+        ),
     ] = None,
     vae: Annotated[
         str | None,
@@ -265,23 +293,30 @@ def export(
         bool, typer.Option("--no-check", help="Do not compare the graphs with torch.")
     ] = not _EXPORT.check,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the export that is there.", rich_help_panel=_OUTPUT)
+        bool, typer.Option("--overwrite", help="Replace the export or engine that is there.", rich_help_panel=_OUTPUT)
     ] = _EXPORT.overwrite,
     format_: FormatOption = "human",
 ) -> None:
     """Turn a student into ONNX graphs that run without torch, and show that they compute the same."""
-    from tiue_cli.run_export import run_export
+    from tiue_cli.run_export import run_engine, run_export
 
     config = ExportConfig(
         student=student,
         out=out,
-        precision=precision,
+        precision=precision or _EXPORT.precision,
         opset=opset,
         sizes=tuple(parse_size(text) for text in size or ()),
         vae=vae,
         check=not no_check,
         overwrite=overwrite,
     )
+    if trt:
+        request = EngineRequest(profile=profile, batches=tuple(parse_range(text) for text in batch or ()))
+        run_engine(config, request, Console(format_), precision=precision)
+        return
+    if profile is not None or batch:
+        option = "--batch" if profile is None else "--profile"
+        raise UsageError(f"{option} is for TensorRT engines", hint="add --trt to build them")
     run_export(config, Console(format_))
 
 

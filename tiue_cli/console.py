@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tiue_cli.doctor import Diagnosis
     from tiue_cli.export.manifest import ExportParity
     from tiue_cli.export.to_onnx import ExportResult
+    from tiue_cli.export.to_plan import EngineResult
     from tiue_cli.inspection import Report
 
 Format = Literal["human", "json", "quiet"]
@@ -178,16 +179,59 @@ class Console:
 
     # --- stdout ---
 
-    def export(self, result: ExportResult) -> None:
-        """What ``tiue export`` wrote: the parity table, the folder, and what to do next."""
-        self.document(result.as_dict())
+    def export(self, result: ExportResult, *, last: bool = True) -> None:
+        """What ``tiue export`` wrote: the parity table, the folder, and what to do next unless more is to come."""
+        if last:
+            self.document(result.as_dict())
         if self._format == "human":
             self._parity(result.manifest.parity)
             for note in result.notes:
                 self.note(note)
         self.path(str(result.folder))
+        if self._format == "human" and last:
+            _line(sys.stdout, f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
+
+    def engine(self, result: EngineResult, *, export: ExportResult | None = None) -> None:
+        """What ``tiue export --trt`` built: plans, figures, the folder, and what to do next."""
+        self.document({**({} if export is None else export.as_dict()), "engine": result.as_dict()})
+        if self._format == "human":
+            self._plans(result)
+            for note in result.notes:
+                self.note(note)
+        self.path(str(result.folder))
         if self._format == "human":
             _line(sys.stdout, f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
+
+    def _plans(self, result: EngineResult) -> None:
+        from rich.table import Table
+
+        if result.reused:
+            self.note("this engine was there already and fits; --overwrite builds it anew")
+        parity = result.manifest.parity
+        errors: dict[str, float] = {}
+        for row in () if parity is None else parity.outputs:
+            errors[row.graph] = max(errors.get(row.graph, 0.0), row.relative_error)
+        table = Table(
+            "plan", "layers", "size", "working memory", "built in", "relative error", box=None, pad_edge=False
+        )
+        for plan in result.manifest.plans:
+            table.add_row(
+                plan.plan.file.removesuffix(".plan"),
+                "" if plan.layers is None else str(plan.layers),
+                f"{plan.plan.size_bytes / 1024**2:.1f} MiB",
+                "" if plan.device_memory_bytes is None else f"{plan.device_memory_bytes / 1024**2:.1f} MiB",
+                f"{plan.build_s:.1f} s",
+                f"{errors[plan.graph]:.1e}" if plan.graph in errors else "",
+            )
+        _rich(sys.stdout).print(table)
+        if parity is None:
+            self.note("nothing was compared (--no-check)")
+            return
+        _line(
+            sys.stdout,
+            f"images: {parity.image_psnr_db:.1f} dB against ONNX Runtime ({parity.reference}),"
+            f" {parity.required_psnr_db:.0f} needed",
+        )
 
     def _parity(self, parity: ExportParity | None) -> None:
         from rich.table import Table

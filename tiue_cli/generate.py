@@ -84,7 +84,9 @@ class OnePassPipeline:
         """Images a batch at ``size`` (H, W) pixels."""
         if self._batch is not None:
             return self._batch
-        return min(MAX_BATCH, max(1, PIXELS_PER_BATCH[self._backend.device] // math.prod(size)))
+        limit = self._backend.largest_batch(size)
+        fitting = max(1, PIXELS_PER_BATCH[self._backend.device] // math.prod(size))
+        return min(fitting, MAX_BATCH if limit is None else min(MAX_BATCH, limit))
 
     def _batches(self, specs: Sequence[ImageSpec]) -> Iterator[list[int]]:
         groups: dict[tuple[tuple[int, int], int], list[int]] = {}

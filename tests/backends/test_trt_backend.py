@@ -275,7 +275,7 @@ def test_with_a_gpu_the_missing_packages_are_named_as_pip_wants_them(
 def test_without_a_gpu_that_is_said_with_what_else_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     driver(monkeypatch, None)
     installed(monkeypatch, "polygraphy")
-    with pytest.raises(DeviceError, match=r"needs an NVIDIA GPU, .* and tensorrt is not installed") as caught:
+    with pytest.raises(DeviceError, match=r"needs an NVIDIA GPU, .*; tensorrt is not installed") as caught:
         trt_device.require_tensorrt()
     assert caught.value.hint is not None and "pip install 'tensorrt>=10.8,<12'" in caught.value.hint
     installed(monkeypatch, "polygraphy", "tensorrt")

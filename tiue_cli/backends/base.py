@@ -42,6 +42,9 @@ class Backend(Protocol):
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of an image of ``size`` (H, W) pixels. Raises UsageError where sides do not fit."""
 
+    def largest_batch(self, size: tuple[int, int]) -> int | None:
+        """The most images of ``size`` (H, W) pixels in one run; None where nothing but memory limits it."""
+
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
         """The end of each prompt that the text encoder cannot take in; "" where it takes the whole."""
 

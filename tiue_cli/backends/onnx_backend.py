@@ -75,6 +75,10 @@ class OnnxBackend:
         """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError for a size that does not fit."""
         return self.manifest.latent_shape(size)
 
+    def largest_batch(self, size: tuple[int, int]) -> int | None:
+        """None: memory is the limit."""
+        return None
+
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
         """The end of each prompt that does not fit; "" where it does."""
         return self._entered.cut_text(prompts)

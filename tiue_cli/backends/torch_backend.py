@@ -80,6 +80,10 @@ class _TorchBackend(ABC, Generic[_Model]):
         """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError."""
         return (self._entered_decoder.latent_channels, *self._entered_decoder.latent_size(size))
 
+    def largest_batch(self, size: tuple[int, int]) -> int | None:
+        """None: memory is the limit."""
+        return None
+
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
         """The end of each prompt that does not fit; "" where it does."""
         return cut_text(self._entered.tokenizer, prompts)

@@ -31,7 +31,7 @@ def require_tensorrt() -> str:
     missing = missing_packages()
     install = f"install {'it' if len(missing) == 1 else 'them'}: {install_command(missing)}"
     if driver_library() is None:
-        also = f", and {' and '.join(_names(missing))} {_are(missing)} not installed" if missing else ""
+        also = f"; {' and '.join(_names(missing))} {_are(missing)} not installed either" if missing else ""
         raise DeviceError(
             f"TensorRT needs an NVIDIA GPU, and the driver offers none{also}",
             hint=f"on a machine that has one, {install}" if missing else _NO_GPU,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from tiue_cli.errors import UsageError
-from tiue_cli.export.manifest import Precision, Size, is_export_folder
+from tiue_cli.export.manifest import Precision, Range, Size, is_export_folder
+from tiue_cli.export.profiles import load_profiles
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)
@@ -18,7 +19,7 @@ class ExportConfig:
     """What ``tiue export`` can be asked, with the defaults of its options.
 
     ``out`` None is ``engines/NAME``. ``sizes`` in pixels (H, W) fix height and width, each with graphs of its own;
-    empty leaves them free. ``vae`` replaces the student's autoencoder.
+    empty leaves them free, or with ``fixed`` takes the student's own size. ``vae`` replaces the student's autoencoder.
     """
 
     student: str
@@ -26,6 +27,7 @@ class ExportConfig:
     precision: Precision = "fp32"
     opset: int = 21
     sizes: tuple[Size, ...] = ()
+    fixed: bool = False
     vae: str | None = None
     check: bool = True
     overwrite: bool = False
@@ -48,3 +50,41 @@ class ExportConfig:
             raise UsageError(
                 f"{self.student} is an export already", hint="give the student folder; tiue inspect says which it was"
             )
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """What ``tiue export --trt`` can be asked beyond the export itself; see ``EngineConfig``."""
+
+    profile: str | None = None
+    batches: tuple[Range, ...] = ()
+
+    def fit(self, config: ExportConfig, *, precision: Precision | None) -> ExportConfig:
+        """``config`` as an engine wants it where the user does not say otherwise: in fp16, with fixed sizes.
+
+        A profile knows both. ``precision`` is what the user says. Raises UsageError, ProfileError.
+        """
+        if self.profile is not None and self.batches:
+            raise UsageError("--profile and --batch were both given", hint="a profile names its batches: leave one out")
+        profiles = None if self.profile is None else load_profiles(self.profile)
+        known = "fp16" if profiles is None or profiles.precision is None else profiles.precision
+        sizes = config.sizes or (() if profiles is None else profiles.sizes)
+        # A profile with a range of sizes needs graphs that take them.
+        fixed = not sizes and profiles is None
+        return replace(config, precision=precision or known, sizes=sizes, fixed=fixed)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """An engine to be built from the export folder ``export``.
+
+    ``profile`` names a file of profiles and ``batches`` are ranges of images; only one of them may be given, and
+    neither means ``profiles.DEFAULT_BATCHES`` at the export's sizes. ``rebuild`` builds even where a fitting engine
+    lies.
+    """
+
+    export: Path
+    profile: str | None = None
+    batches: tuple[Range, ...] = ()
+    check: bool = True
+    rebuild: bool = False

@@ -121,7 +121,6 @@ class _Job:
         self, config: ExportConfig, info: ModelInfo, student: StudentModel, folder: Path, stage: StageFn | None
     ) -> None:
         self.timings: list[GraphTiming] = []
-        self._config = config
         self._info = info
         self._student = student
         self._folder = folder
@@ -129,6 +128,7 @@ class _Job:
         self._number = 0
         self._decoder = ImageDecoder(student.vae)
         sizes = config.sizes or (self._default_size,)
+        self._config = replace(config, sizes=sizes) if config.fixed else config
         self._latents = {size: self._decoder.latent_size(size) for size in sizes}
         self._notes: list[str] = []
 

@@ -25,6 +25,7 @@ from tiue_cli.artifacts import atomic_folder, output_error, sha256_file, write_j
 from tiue_cli.backends.trt_device import current_device, device_difference, engine_name
 from tiue_cli.backends.trt_runner import memory_bytes
 from tiue_cli.errors import ManifestError, OutputError, UsageError
+from tiue_cli.export.config import EngineConfig
 from tiue_cli.export.manifest import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
@@ -35,7 +36,6 @@ from tiue_cli.export.manifest import (
     GraphSpec,
     PlanSpec,
     ProfileSpec,
-    Range,
     check_files,
     read_engine_manifest,
     read_export_manifest,
@@ -52,21 +52,6 @@ _WAIT_S: Final = 0.5
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """What ``tiue export --trt`` can be asked, with the defaults of its options.
-
-    ``profile`` names a file of profiles and ``batches`` are ranges of images; only one of them may be given, and
-    neither means DEFAULT_BATCHES at the export's sizes. ``rebuild`` builds even where a fitting engine lies.
-    """
-
-    export: Path
-    profile: str | None = None
-    batches: tuple[Range, ...] = ()
-    check: bool = True
-    rebuild: bool = False
-
-
-@dataclass(frozen=True)
 class EngineResult:
     """What was built; ``reused`` where a fitting engine was there already."""
 
@@ -75,6 +60,16 @@ class EngineResult:
     seconds: float
     reused: bool
     notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document of ``--format json``; times in seconds."""
+        return {
+            "folder": str(self.folder),
+            "seconds": round(self.seconds, 1),
+            "reused": self.reused,
+            "notes": list(self.notes),
+            "manifest": self.manifest.model_dump(mode="json"),
+        }
 
 
 def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> EngineResult:
