@@ -104,6 +104,8 @@ class Reference:
             if say is not None:
                 say(number / len(wanted), f"{self.name}, K={steps}, {size[0]}x{size[1]}")
             self._tensors[steps, size] = self._run(steps, size)
+        if say is not None:
+            say(1.0, "done")
 
     def tensors(self, case: PlanCase) -> Tensors:
         """The tensors of a case: row i is that of reference image i modulo ``rows``."""
@@ -154,6 +156,8 @@ def check_plans(
             plan = open_plan(spec.plan.file, read_plan(folder, spec, rebuild=rebuild_command(folder.parent)))
             found += _check_plan(plan, spec, graph, reference, cases, stream)
             memory_bytes[spec.plan.file] = working_memory(plan)
+    if say is not None:
+        say(1.0, "done")
     return tuple(found), memory_bytes
 
 
@@ -212,6 +216,8 @@ def check_engine_images(
                     )
                     worst = min(worst, found)
         problem = backend.graph_problem
+    if say is not None:
+        say(1.0, "done")
     notes = () if problem is None else (f"this engine runs without CUDA graphs, and slower for it: {problem}",)
     return worst, notes
 
