@@ -78,7 +78,7 @@ def largest_magnitude(module: nn.Module) -> Iterator[Callable[[], float]]:
 
     def look(_: nn.Module, __: object, output: object) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point():
-            largest.append(max(largest.pop(), float(output.abs().max())))
+            largest.append(max(largest.pop(), float(output.detach().abs().max())))
 
     handles = [part.register_forward_hook(look) for part in module.modules()]
     try:
