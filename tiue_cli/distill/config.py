@@ -52,7 +52,7 @@ class OptimizerSettings(_Section):
     """The student's optimiser in the distillation proper; the warm start has its own learning rate and decay."""
 
     name: Literal["adamw", "adamw8bit"] = "adamw"
-    learning_rate: _Rate = 1e-5
+    learning_rate: _Rate = 2e-5
     betas: tuple[_Share, _Share] = (0.9, 0.999)
     epsilon: _Rate = 1e-8
     weight_decay: _Weight = 0.0
@@ -88,8 +88,8 @@ class VsdSettings(_Section):
     weight: _Weight = 1.0
     guidance: float = Field(default=4.5, ge=1.0)
     """Classifier-free guidance of the teacher's prediction."""
-    lora_guidance: float = Field(default=4.5, ge=1.0)
-    """The same of the LoRA teacher's; 1 saves half of its pass."""
+    lora_guidance: float = Field(default=1.0, ge=1.0)
+    """The same of the LoRA teacher's. At 1 the student's own score is what it is, and half of the pass is saved."""
     min_timestep: _Count = 20
     max_timestep: _Count = 980
     """Both ends of the uniform draw are possible."""
@@ -104,11 +104,11 @@ class VsdSettings(_Section):
 class LoraSettings(_Section):
     """The LoRA teacher: adapters over the frozen teacher that follow the student's distribution."""
 
-    rank: _Positive = 64
-    alpha: _Rate = 64.0
+    rank: _Positive = 16
+    alpha: _Rate = 16.0
     targets: Literal["attention-qv", "attention", "linear", "all"] | tuple[str, ...] = "linear"
     """Which layers: to_q and to_v; all attention projections; all linear layers; convolutions too; or name endings."""
-    learning_rate: _Rate = 1e-4
+    learning_rate: _Rate = 1e-3
     betas: tuple[_Share, _Share] = (0.9, 0.999)
     updates: _Positive = 1
     """Updates of the LoRA teacher for each of the student's."""
