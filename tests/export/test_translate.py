@@ -110,3 +110,20 @@ def test_masks_and_scales_of_attention(module: Attention, tmp_path: Path) -> Non
     np.testing.assert_allclose(
         run(tmp_path / "g.onnx", query=query, key=key), module(query, key).numpy(), rtol=1e-4, atol=1e-5
     )
+
+
+def test_graphs_with_the_same_weights_share_their_file(tmp_path: Path) -> None:
+    """One file for all sizes; and a graph with other weights never touches it."""
+    module = Norm()
+    module.norm.weight = nn.Parameter(torch.randn(12).repeat(200))
+    module.norm.bias = nn.Parameter(torch.randn(12).repeat(200))
+    module.norm.num_channels, hidden = 2400, torch.randn(2, 2400, 2, 2)
+    for name, scale in (("a", 1), ("b", 1), ("c", 2)):
+        module.norm.weight.data.mul_(scale)
+        write(tmp_path / f"{name}.onnx", module, {"hidden": hidden}, out=(2400, 2, 2))
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {"a.onnx", "b.onnx", "c.onnx", "vae_decoder.onnx.data", "c.onnx.data"}
+    a, b, c = (run(tmp_path / f"{name}.onnx", hidden=hidden) for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_allclose(c, module(hidden).detach().numpy(), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(a, c)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ class Trace:
 
 
 def export_graph(trace: Trace, path: Path, *, opset: int) -> GraphSpec:
-    """Trace a module and write ``path`` with its weights in ``path``.data; returns what was written.
+    """Trace a module and write ``path``, its weights in NAME.onnx.data beside it; returns what was written.
 
     The same module gives the same bytes. Peak memory: the module's weights twice.
     """
@@ -166,8 +167,7 @@ def _forget(thing: Any) -> None:
 
 
 def _write(model: ir.Model, trace: Trace, path: Path) -> GraphSpec:
-    data = path.with_name(f"{path.name}.data")
-    ir.save(model, path, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
+    data = _save(model, path, path.with_name(f"{trace.name}.onnx.data"))
     return GraphSpec(
         name=trace.name,
         size=trace.size,
@@ -177,6 +177,25 @@ def _write(model: ir.Model, trace: Trace, path: Path) -> GraphSpec:
         inputs=tuple(map(_tensor_spec, model.graph.inputs)),
         outputs=tuple(map(_tensor_spec, model.graph.outputs)),
     )
+
+
+def _save(model: ir.Model, path: Path, data: Path) -> Path:
+    """Write the graph, and its weights beside it; returns their file: ``data``, unless that holds other weights.
+
+    Weights do not depend on the size, so the graphs of all sizes share one file (a link would not do: readers refuse
+    linked weights as a possible attack).
+    """
+    own = path.with_name(f"{path.name}.data")
+    if data == own or not data.exists():
+        ir.save(model, path, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
+        return data
+    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+        written = Path(aside) / path.name
+        ir.save(model, written, external_data=data.name, size_threshold_bytes=INLINE_BYTES)
+        if sha256_file(written.with_name(data.name)) == sha256_file(data):
+            written.replace(path)
+            return data
+    return _save(model, path, own)
 
 
 def file_spec(path: Path) -> FileSpec:
