@@ -30,14 +30,16 @@ def compile_export(folder: Path) -> None:
     """Build every graph for the default profiles and print what came of it; raises what ``build_plan`` raises."""
     from tiue_cli.export.manifest import read_export_manifest
     from tiue_cli.export.plan_build import build_plan
-    from tiue_cli.export.profiles import batch_profiles, input_shapes
+    from tiue_cli.export.profiles import Shapes, batch_profiles, input_shapes
 
     manifest = read_export_manifest(folder)
     profiles = batch_profiles(manifest)
     with tempfile.TemporaryDirectory() as scratch:
         for graph in manifest.graphs:
-            found = [input_shapes(graph, profile, factor=manifest.latent_factor) for profile in profiles]
-            shapes = [inputs for inputs in found if inputs]
+            shapes: list[Shapes] = []
+            for profile in profiles:
+                inputs = input_shapes(graph, profile, factor=manifest.latent_factor)
+                shapes += [inputs] if inputs and inputs not in shapes else []
             plan = Path(scratch) / "plan"
             beats: list[float] = []
             built = build_plan(

@@ -1,0 +1,100 @@
+"""The script for the owner of a GPU, run from end to end on the fakes: it must work the first time it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fake_tensorrt
+import pytest
+from tiny_export import write_tiny_export
+
+from tiue_cli.backends import onnx_backend
+from tiue_cli.backends.onnx_session import Provider
+from tiue_cli.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    spec.loader.exec_module(module)
+
+    def in_process(*arguments: str) -> dict[str, Any]:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()) as errors:
+            status = main([*arguments, "--format", "json"])
+        if status != 0:
+            raise RuntimeError(errors.getvalue())
+        return json.loads(out.getvalue())
+
+    monkeypatch.setattr(module, "tiue", in_process)
+    for name, value in (("WARM_UP", 1), ("RUNS", 3), ("MIN_SECONDS", 0.0)):
+        monkeypatch.setattr(module, name, value)
+    # Where there is no GPU, ONNX Runtime's CUDA provider is played by its CPU provider.
+    monkeypatch.setattr(onnx_backend, "choose_provider", lambda asked: Provider("cpu"))
+    return module
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> fake_tensorrt.State:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return fake_tensorrt.install(monkeypatch)
+
+
+def run(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], str]:
+    write_tiny_export(tmp_path / "tiny")
+    status = script.main(["--export", str(tmp_path / "tiny"), "--out", str(tmp_path), "--no-tests"])
+    capsys.readouterr()
+    (written,) = tmp_path.glob("tiny_*.json")
+    text = written.with_suffix(".md").read_text(encoding="utf-8")
+    return status, json.loads(written.read_text(encoding="utf-8")), text
+
+
+def test_the_whole_script_writes_a_report(
+    script: ModuleType, cuda: fake_tensorrt.State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, report, text = run(script, tmp_path, capsys)
+    steps = {step["name"]: step for step in report["steps"]}
+    assert status == 0 and {step["status"] for step in report["steps"]} == {"ok", "skipped"}, report["steps"]
+    assert steps["build"]["detail"]["parity"]["image_psnr_db"] == 100.0
+    assert set(steps["compare"]["detail"]) == {"onnx cpu", "onnx cuda", "trt", "trt without CUDA graphs"}
+    assert set(steps["time trt"]["detail"]) == {"1", "4", "16"}
+    assert steps["time trt"]["detail"]["16"]["median_ms"] > 0
+    assert "whole process trt" in steps and "| trt without CUDA graphs |" in text
+    assert report["machine"]["packages"]["numpy"] is not None
+
+
+def test_a_wrong_engine_fails_the_script_and_the_report_says_so(
+    script: ModuleType, cuda: fake_tensorrt.State, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda.spoil = lambda name, value: value * 0 if name == "mid" else value
+    status, report, text = run(script, tmp_path, capsys)
+    steps = {step["name"]: step for step in report["steps"]}
+    assert status == 1 and steps["build"]["status"] == "failed" and "mid" in steps["build"]["detail"]
+    assert "| build | failed |" in text
+
+
+def test_without_tiue_the_shell_script_says_what_to_do(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(ROOT / "benchmarks" / "gpu_check.sh")],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+        check=False,
+    )
+    assert done.returncode == 1 and "gpu_check.sh --install" in done.stderr
