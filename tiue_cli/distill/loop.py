@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ from tiue_cli.errors import DeviceError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.student import save_student
 from tiue_cli.model.text import encode_prompts
+
+_RATE_STEPS = 20
+"""Steps over which the speed is averaged."""
 
 
 class Distillation:
@@ -227,14 +231,15 @@ class Distillation:
 
     def _train(self, trainer: Trainer) -> Iterator[Event]:
         config, validation = self.config, self._make_validation()
-        started, first = time.perf_counter(), trainer.state.step
-        if first == 0:
+        if trainer.state.step == 0:
             yield from self._draw(validation, trainer)
+        ends = deque([time.perf_counter()], maxlen=_RATE_STEPS + 1)
         while trainer.state.step < config.max_steps and not self._stopping:
             images = self._images_a_step(trainer)
             figures = trainer.step()
             step = trainer.state.step
-            spent = (time.perf_counter() - started) / (step - first)
+            ends.append(time.perf_counter())
+            spent = (ends[-1] - ends[0]) / (len(ends) - 1)
             figures |= {"seconds_per_step": spent, "images_per_s": images / spent, "memory_bytes": memory_bytes()}
             self._log(trainer, figures)
             in_warm_start = step <= config.warm_start.steps
