@@ -93,7 +93,15 @@ class ExecutionContextAllocationStrategy(enum.IntEnum):
 
 
 class BuilderFlag(enum.IntEnum):
-    DEBUG, TF32, REFIT = range(3)
+    DEBUG, TF32, REFIT, FP16, OBEY_PRECISION_CONSTRAINTS = range(5)
+
+
+class OnnxParserFlag(enum.IntEnum):
+    NATIVE_INSTANCENORM = 0
+
+
+class LayerType(enum.IntEnum):
+    CONVOLUTION, CONSTANT = range(2)
 
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
@@ -453,6 +461,10 @@ class INetworkDefinition(_Real):
         shape = tuple(-1 if isinstance(dim, str) else dim for dim in dims)
         return types.SimpleNamespace(name=name, shape=shape, dtype=kind, is_shape_tensor=False)
 
+    def get_layer(self, index: int) -> types.SimpleNamespace:
+        output = types.SimpleNamespace(dtype=DataType.FLOAT)
+        return types.SimpleNamespace(type=LayerType.CONVOLUTION, num_outputs=1, get_output=lambda number: output)
+
     def __iter__(self) -> Iterator[Any]:
         return iter(())
 
@@ -529,6 +541,13 @@ class IBuilderConfig(_Real):
 
     def clear_flag(self, flag: BuilderFlag) -> None:
         self._cleared.add(flag)
+
+    def set_flag(self, flag: BuilderFlag) -> None:
+        if flag.name in ("FP16", "OBEY_PRECISION_CONSTRAINTS") and STATE.version.startswith("11."):
+            raise AttributeError(f"TensorRT {STATE.version} has no BuilderFlag.{flag.name}")
+
+    def set_tactic_sources(self, sources: int) -> bool:
+        return True
 
     def get_tactic_sources(self) -> int:
         return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import io
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import fake_tensorrt
+import onnx
 import pytest
 from tiny_export import write_tiny_export
 
@@ -23,13 +25,18 @@ from tiue_cli.cli import main
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_check", ROOT / "benchmarks" / "gpu_check.py")
+def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_check", module)
+    monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = load(monkeypatch, "gpu_check")
 
     def in_process(*arguments: str) -> dict[str, Any]:
         out = io.StringIO()
@@ -98,3 +105,28 @@ def test_without_tiue_the_shell_script_says_what_to_do(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1 and "gpu_check.sh --install" in done.stderr
+
+
+def test_the_check_with_tensorrt_8_6_runs_from_its_two_ends(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load(monkeypatch, "trt86_check")
+    monkeypatch.setattr(module, "RUNS", 2)
+    write_tiny_export(tmp_path / "tiny", sizes=((32, 32),))
+    assert module.main(["prepare", str(tmp_path / "tiny"), str(tmp_path / "out")]) == 0
+    for name in module.GRAPHS:
+        model = onnx.load(tmp_path / "out" / f"{name}.onnx")
+        assert [one.version for one in model.opset_import] == [17]
+    state = fake_tensorrt.install(monkeypatch, version="8.6.1")
+    assert module.main(["run", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert report["failed"] == [] and report["tensorrt"] == "8.6.1"
+    assert all(found["psnr_db"] == 98.13 and found["captures"] == 1 for found in report["images"].values())
+    assert not state.cudart.allocations
+    state.spoil = lambda name, value: value * 0 if name == "mid" else value
+    assert module.main(["run", str(tmp_path / "out")]) == 1
+    capsys.readouterr()
+
+
+def test_the_check_with_tensorrt_8_6_is_python_3_9() -> None:
+    ast.parse((ROOT / "benchmarks" / "trt86_check.py").read_text(encoding="utf-8"), feature_version=(3, 9))

@@ -131,6 +131,7 @@ class TrtBackend:
         """
         import numpy as np
 
+        assert len(prompts) == len(noise), "one prompt an image"
         combine, factor = self.manifest.combine(steps), self.manifest.latent_factor
         size = (noise.shape[2] * factor, noise.shape[3] * factor)
         chain = self._chain(self._profile(batch=len(noise), steps=combine.steps, size=size))
