@@ -58,8 +58,6 @@ def make_trainer(args: argparse.Namespace, *, plain: bool, folder: Path) -> tupl
     run = Distillation(resolve_config(layers).config, folder / "never written")
     loop_module.ScoreModel = partial(ScoreModel, merged=False) if plain else ScoreModel  # type: ignore[assignment, misc]
     trainer = run.prepare()
-    for _ in run._texts.fill(process=(0, 1)):
-        pass
     if plain:
         for unet in (trainer.networks.student, trainer.networks.score.unet):
             unet.to(memory_format=torch.contiguous_format)

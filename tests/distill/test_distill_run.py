@@ -231,6 +231,19 @@ def test_steps_without_finite_gradient_are_skipped_counted_and_end_the_run(
     assert all(torch.isfinite(value).all() for value in read_checkpoint(good).weights["student"].values())
 
 
+def test_head_start_moves_the_lora_teacher_alone(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(warm_start__steps=0, lora__head_start=1, accumulation=2)
+    trainer = Distillation(config, tmp_path / "none").prepare()
+    networks = trainer.networks
+    student = {name: value.clone() for name, value in networks.student.state_dict().items()}
+    adapters = {name: value.detach().clone() for name, value in networks.score.adapter_parameters().items()}
+    assert set(trainer.step()) == {"lora"}
+    assert all(torch.equal(value, student[name]) for name, value in networks.student.state_dict().items())
+    assert not all(torch.equal(value, adapters[name]) for name, value in networks.score.adapter_parameters().items())
+    assert "vsd" in trainer.step()
+    assert not all(torch.equal(value, student[name]) for name, value in networks.student.state_dict().items())
+
+
 def test_two_students_of_other_kinds(make_config: MakeConfig, tmp_path: Path) -> None:
     """K = 1 is the one-step student; an explicit list is a setting; a student can start from another."""
     run(make_config(student__steps=1, max_steps=1, warm_start__steps=0), tmp_path / "one")

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from tiue_cli.distill.config import DistillConfig
-from tiue_cli.errors import MissingDependencyError, UsageError
+from tiue_cli.errors import DeviceError, MissingDependencyError, UsageError
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of frozen weights under Accelerate's names of mixed precision."""
@@ -26,7 +26,8 @@ _COLLECTIVE_TIMEOUT = timedelta(hours=12)
 def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
     """The Accelerator of a run; trackers that write files do so in ``logs``.
 
-    Raises UsageError for what Accelerate refuses, MissingDependencyError for a tracker that is not installed.
+    Raises UsageError for what Accelerate refuses, DeviceError for fp16 on a CPU, MissingDependencyError for a tracker
+    that is not installed.
     """
     trackers = chosen_trackers(config)
     try:
@@ -40,6 +41,8 @@ def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
         raise UsageError(
             f"accelerate refuses these settings: {error}", hint="see precision and tracking.trackers"
         ) from error
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise DeviceError("fp16 cannot be trained on a CPU", hint="set precision=fp32 or bf16")
     # Accelerate drops a tracker whose package is missing, without a word.
     missing = [name for name in trackers if name not in {str(found) for found in accelerator.log_with}]
     if missing:

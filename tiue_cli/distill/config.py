@@ -110,6 +110,9 @@ class LoraSettings(_Section):
     """Which layers: to_q and to_v; all attention projections; all linear layers; convolutions too; or name endings."""
     learning_rate: _Rate = 1e-3
     betas: tuple[_Share, _Share] = (0.9, 0.999)
+    head_start: _Count = 0
+    """First steps of the distillation proper in which the LoRA teacher alone learns: it begins as the unguided teacher,
+    and until it knows the student's guided pictures its score pushes them further."""
     updates: _Positive = 1
     """Updates of the LoRA teacher for each of the student's."""
     loss: Literal["prediction", "alpha-noise"] = "prediction"

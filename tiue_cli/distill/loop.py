@@ -33,6 +33,7 @@ from tiue_cli.distill.validation import Validation, save_grid
 from tiue_cli.distill.warm_start import CHUNK_PAIRS, PairData, fill_pairs, solve
 from tiue_cli.errors import DeviceError
 from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.components import quiet
 from tiue_cli.model.student import save_student
 from tiue_cli.model.text import encode_prompts
 
@@ -65,8 +66,10 @@ class Distillation:
                 ) from error
 
     def prepare(self) -> Trainer:
-        """Load everything and return the trainer before its first step; without pairs, and nothing is written."""
+        """Load everything and return the trainer before its first step; without pairs, and only caches are written."""
         self._load()
+        for _ in self._texts.fill(process=self._process):
+            pass
         return self._make_trainer(None)
 
     def _run(self) -> Iterator[Event]:
@@ -110,7 +113,8 @@ class Distillation:
             latent_size = decoder.latent_size(config.size)
         frozen = copy.deepcopy(student.unet).to(device, memory_format=torch.channels_last)
         if half is not None:
-            frozen.to(half)
+            with quiet():
+                frozen.to(half)
         if config.student.init is not None:
             load_initial_weights(student, config.student.init)
         student.unet.requires_grad_(True).to(device, memory_format=torch.channels_last)

@@ -52,7 +52,7 @@ class TextStates:
         """Text states (len(indices), L, D) on the device."""
         if self.cache is None:
             return self._encode([self.prompts[index] for index in indices]).to(self.device)
-        return torch.from_numpy(self.cache.rows(indices)).to(self.device)
+        return torch.from_numpy(self.cache.rows(indices)).to(self.device, self.empty.dtype)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         return encode_prompts(self._tokenizer, self._text_encoder, prompts)

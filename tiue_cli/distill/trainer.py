@@ -105,7 +105,12 @@ class Trainer:
         if state.step == settings.steps and settings.steps > 0:
             # Another loss of another size: the moments of the first say nothing about it.
             self._student_optimizer.optimizer.state.clear()
-        figures = self._warm_start_step() if self.in_warm_start else self._distillation_step()
+        if self.in_warm_start:
+            figures = self._warm_start_step()
+        elif state.step < settings.steps + self.config.lora.head_start:
+            figures = self._head_start_step()
+        else:
+            figures = self._distillation_step()
         state.step += 1
         state.bad_steps_in_a_row = 0 if figures["finite"] else state.bad_steps_in_a_row + 1
         state.skipped_steps += 0 if figures.pop("finite") else 1
@@ -137,6 +142,18 @@ class Trainer:
         rate = settings.learning_rate * self._rate_factor(self.state.step, settings.steps, settings.decay)
         figures = self._update_student(rate)
         return {**self._means(sums), **figures}
+
+    @torch.no_grad()
+    def _student_latents(self, micro: int) -> tuple[Tensor, Tensor]:
+        """Latents of a micro-batch and the text states they were made under, without gradients."""
+        rows = self._prompt_order.rows(self._position(micro, self.config.batch_size), self.config.batch_size)
+        states, noise = self.texts.rows(rows), self._normal(Stream.NOISE, micro, len(rows))
+        with self.accelerator.autocast():
+            predictions = self.generator(noise, states)
+        return self.networks.combine(noise, predictions), states
+
+    def _head_start_step(self) -> dict[str, float]:
+        return self._update_lora([self._student_latents(micro) for micro in range(self.config.accumulation)])
 
     def _distillation_step(self) -> dict[str, float]:
         config = self.config
