@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_cli.console import Console
-from tiue_cli.errors import TiueError, UsageError
+from tiue_cli.errors import OutputError, TiueError, UsageError
 from tiue_cli.export.manifest import is_export_folder
 
 if TYPE_CHECKING:
@@ -40,6 +40,11 @@ def run_engine(
     else:
         config = request.fit(config, precision=precision)
         config.validate()
+        if is_export_folder(config.folder) and not config.overwrite:
+            raise OutputError(
+                f"{config.folder} is an export already; nothing was written",
+                hint=f"build its engine: tiue export {config.folder} --trt; or make both anew: --overwrite",
+            )
         require_tensorrt()
         exported = _export(config, console)
         console.export(exported, last=False)

@@ -320,3 +320,10 @@ def test_the_backend_loads_no_torch(export: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_script_of_the_gpu_tests_is_sound(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import test_trt_gpu
+
+    monkeypatch.setattr(sys, "argv", ["script", str(export)])
+    exec(compile(test_trt_gpu.SHAPES, "shapes", "exec"), {})
