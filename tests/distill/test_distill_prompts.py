@@ -100,3 +100,20 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 def test_dataset_without_the_library_names_the_command() -> None:
     with pytest.raises(MissingDependencyError, match="datasets library"):
         read_training_prompts("datasets:OWNER/NAME")
+
+
+def test_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in that fails when more is read than was asked for."""
+    import sys
+    from types import SimpleNamespace
+    from typing import Any
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> Any:
+        assert (name, split, streaming) == ("OWNER/NAME", "validation", True)
+        yield {"id": 1, "caption": "a star"}
+        yield {"id": 2, "caption": "a tree"}
+        raise AssertionError("read on")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = read_training_prompts("datasets:OWNER/NAME:validation", limit=2)
+    assert found.prompts == ("a star", "a tree")
