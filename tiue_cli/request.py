@@ -33,7 +33,7 @@ ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
-EMBEDDED_GUIDANCE = 3.0
+EMBEDDED_GUIDANCE = 2.0
 """Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 RELEASED_STUDENT_STEPS = 4
 """Decoder timesteps of a student that was released without a manifest."""
