@@ -91,7 +91,7 @@ def main() -> None:
     options.add_argument("--model", default="papercut-teacher")
     options.add_argument("--prompts", type=int, default=512)
     options.add_argument("--steps", type=int, default=None, help="one number instead of the usual ones")
-    options.add_argument("--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.0, 5.0, 7.5])
+    options.add_argument("--guidance", type=float, nargs="+", default=[2.0, 3.0, 4.5])
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options.add_argument("--name", default="teacher")
     options.add_argument("--device", default="cpu")
