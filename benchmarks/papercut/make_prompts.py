@@ -1,6 +1,6 @@
 """Write the captions that papercut's student is distilled on: `prompts.txt`, one a line, without repetition.
 
-    python benchmarks/papercut/make_prompts.py
+python benchmarks/papercut/make_prompts.py
 """
 
 from __future__ import annotations
