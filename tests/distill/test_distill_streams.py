@@ -51,6 +51,15 @@ def test_processes_share_the_chunks_whenever_they_look(tmp_path: Path) -> None:
     assert sorted(first + cache.missing((1, 2))) == [0, 1, 2, 3, 4]
 
 
+def test_longer_cache_finds_the_whole_chunks_of_a_shorter_one(tmp_path: Path) -> None:
+    short = RowCache(tmp_path, 5, (1,), max_chunk_rows=2)
+    for chunk in short.missing():
+        short.write(chunk, np.full((len(short.chunk_range(chunk)), 1), chunk, np.float32))
+    longer = RowCache(tmp_path, 8, (1,), max_chunk_rows=2)
+    assert longer.missing() == [2, 3]  # the shorter one's last chunk held one row
+    assert longer.rows([0, 3]).flatten().tolist() == [0.0, 1.0]
+
+
 def test_damaged_chunk_is_named(tmp_path: Path) -> None:
     cache = RowCache(tmp_path, 2, (2,))
     cache.write(0, np.zeros((2, 2), np.float32))

@@ -78,4 +78,6 @@ class RowCache:
         return self._open[chunk]
 
     def _path(self, chunk: int) -> Path:
-        return self.folder / f"{chunk:06d}-of-{self.chunks:06d}.npy"
+        # Named by its rows, not by the length: a longer cache of the same key finds the whole chunks of a shorter one.
+        rows = self.chunk_range(chunk)
+        return self.folder / f"{rows.start:08d}-{rows.stop:08d}.npy"

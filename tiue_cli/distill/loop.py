@@ -186,7 +186,6 @@ class Distillation:
             }
         )
         folder = config.cache_folder / f"pairs-{key}"
-        # The number of pairs is in the files' names, as is the size of a chunk.
         return RowCache(folder, settings.pairs, self._networks.latent_shape, max_chunk_rows=CHUNK_PAIRS)
 
     def _pair_evaluations(self) -> int:
