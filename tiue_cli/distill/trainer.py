@@ -1,7 +1,7 @@
 """One optimiser step of the student and of the LoRA teacher that follows it.
 
 The networks, their optimisers and the numbers that a checkpoint holds. What a step computes depends on the weights, the
-config and the step alone (streams.py), so that a resumed run repeats it bit for bit.
+config and the step alone (streams.py), so that a resumed run repeats it bit for bit (on a CPU with as many threads).
 """
 
 from __future__ import annotations
