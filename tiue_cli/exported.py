@@ -9,7 +9,7 @@ from typing import Literal
 
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.manifest import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
+from tiue_cli.model.hub import EMBEDDED_NAMES
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def find_export(source: str) -> ExportInfo | None:
     Raises ManifestError for a damaged manifest, ModelFolderError for an engine folder without its export.
     """
     path = Path(source).expanduser()
-    if source in (EMBEDDED, EMBEDDED_TEACHER):  # whatever folder of that name lies here
+    if source in EMBEDDED_NAMES:  # whatever folder of that name lies here
         return None
     if is_export_folder(path):
         return ExportInfo(path, read_export_manifest(path))

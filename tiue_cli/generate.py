@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tiue_cli import __version__
 from tiue_cli.artifacts import atomic_file, output_error
 from tiue_cli.exported import ExportInfo
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES
 from tiue_cli.noise import draw_noise
 from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, RELATIONS, unknown_words
 from tiue_cli.pngmeta import GridRecord, ImageRecord, ImageSpec, read_pixels, save_png
@@ -211,7 +211,7 @@ class Session:
 
     def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:
         """The embedded model knows three dozen words: a newcomer should learn why a dragon is not one."""
-        if self.target.origin not in (EMBEDDED, EMBEDDED_TEACHER):
+        if self.target.origin not in EMBEDDED_NAMES:
             return
         words = list(dict.fromkeys(word for spec in specs for word in unknown_words(spec.prompt)))
         if words:

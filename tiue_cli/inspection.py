@@ -12,7 +12,7 @@ from tiue_cli.export.manifest import ENGINE_MANIFEST, EngineManifest, read_engin
 from tiue_cli.exported import ExportInfo, find_export
 from tiue_cli.fingerprint import fingerprint
 from tiue_cli.model.folder import ModelInfo, check_model_folder
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, is_hub_id, resolve_model
+from tiue_cli.model.hub import EMBEDDED_NAMES, is_hub_id, resolve_model
 from tiue_cli.pngmeta import (
     CHUNK,
     PARAMETERS_CHUNK,
@@ -152,7 +152,7 @@ def inspect_source(source: str) -> Report:
     Raises UsageError for anything else, ManifestError for a damaged record, and what ``check_model_folder`` raises.
     """
     path = Path(source).expanduser()
-    if source not in (EMBEDDED, EMBEDDED_TEACHER):
+    if source not in EMBEDDED_NAMES:
         if path.is_file():
             return _inspect_png(path)
         if path.suffix.lower() == ".png" and not path.exists():

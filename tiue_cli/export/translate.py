@@ -1,9 +1,9 @@
 """Two operators in ONNX, translated our way.
 
 Group norm becomes InstanceNormalization over the groups, with float32 statistics by explicit casts in float16 graphs:
-every runtime has a kernel for it, where GroupNormalization falls apart into a dozen passes over the data in ONNX Runtime
-(measured on a CPU: two to four times slower). Attention becomes one MatMul-Softmax-MatMul without shape arithmetic, or
-from opset 23 on the Attention operator where the width of its heads allows that.
+every runtime has a kernel for it, where GroupNormalization falls apart in ONNX Runtime into a dozen passes over the
+data (measured on a CPU: two to four times slower). Attention becomes one MatMul-Softmax-MatMul without shape
+arithmetic, or from opset 23 on the Attention operator where the width of its heads allows that.
 """
 
 from __future__ import annotations

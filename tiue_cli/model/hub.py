@@ -19,8 +19,10 @@ from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import WEIGHT_STEMS, read_json
 
 EMBEDDED = "papercut"
-"""The model that is shipped in the package: its student once there is one, else its teacher."""
+"""The model that is shipped in the package: its one-pass student."""
 EMBEDDED_TEACHER = "papercut-teacher"
+EMBEDDED_STUDENT = "papercut-student"
+EMBEDDED_NAMES = (EMBEDDED, EMBEDDED_TEACHER, EMBEDDED_STUDENT)
 
 _EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "papercut" / "model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -34,11 +36,11 @@ _CONFIG_PATTERNS = (
 
 
 def resolve_model(source: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder behind ``papercut``, a path, or a hub id ``OWNER/NAME`` (downloaded into the hub's cache).
+    """The local folder behind an embedded name, a path, or a hub id ``OWNER/NAME`` (downloaded into the hub's cache).
 
     Whether it is a usable model folder is ``check_model_folder``'s question. Raises ModelFolderError.
     """
-    if str(source) in (EMBEDDED, EMBEDDED_TEACHER):
+    if str(source) in EMBEDDED_NAMES:
         return _embedded(str(source))
     if not is_hub_id(source):
         return _local(source)
@@ -96,13 +98,16 @@ def _similar(path: Path) -> list[str]:
 
 
 def _embedded(name: str) -> Path:
-    student, teacher = _EMBEDDED_ROOT / "student", _EMBEDDED_ROOT / "teacher"
-    if name == EMBEDDED and student.is_dir():
-        return student
-    if teacher.is_dir():
-        return teacher
+    folders = {
+        EMBEDDED: ("student", "teacher"),
+        EMBEDDED_TEACHER: ("teacher",),
+        EMBEDDED_STUDENT: ("student",),
+    }[name]
+    for folder in folders:
+        if (_EMBEDDED_ROOT / folder).is_dir():
+            return _EMBEDDED_ROOT / folder
     raise ModelFolderError(
-        f"the embedded model is missing from this installation ({teacher})",
+        f"the embedded model is missing from this installation ({_EMBEDDED_ROOT / folders[-1]})",
         hint="install the package again: python -m pip install --force-reinstall --no-deps tiue",
     )
 

@@ -1,0 +1,1 @@
+"""``tiue bench``: speed and quality of students, their teacher and the alternatives, in one report."""
