@@ -12,8 +12,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 SubjectKind = Literal["teacher", "plain-unet", "student", "student-plain", "peer"]
-"""A many-step model; one plain UNet pass, which any one-step student costs; a student with the sharing decoder; the same
-student with the TiUE authors' plain K-fold batch; another diffusers pipeline under its own sampler."""
+"""A many-step model; one plain UNet pass, which any one-step student costs; a student with the sharing decoder; the
+same student with the TiUE authors' plain K-fold batch; another diffusers pipeline under its own sampler."""
 BenchBackend = Literal["torch", "compile", "onnx", "trt", "diffusers"]
 Stage = Literal["text", "unet_encoder", "unet_decoder", "unet", "vae"]
 """``unet`` is the whole UNet loop of a teacher, peer or plain pass; a student has the two halves instead."""
@@ -110,7 +110,7 @@ class LatencyRecord(_Record):
 
 
 class RatioRecord(_Record):
-    """Time of a subject as a multiple of a baseline's: ratio of medians, and a bootstrap interval over paired rounds."""
+    """Time of a subject as a multiple of a baseline's: ratio of medians, bootstrap interval over paired rounds."""
 
     subject: str
     baseline: str
