@@ -82,6 +82,12 @@ class SubjectRecord(_Record):
     precision: Literal["fp32", "fp16", "bf16"]
     device: str
     random_weights: bool = False
+    untrained: bool = False
+    """A student that is its teacher's weights as they are: its speed is a student's, its pictures mean nothing."""
+    merged_upsampler: bool = False
+    """Nearest upsampling and its convolution as one transposed convolution: compare with what has it as well."""
+    weights_bytes: int | None = None
+    """Of the parameters that the subject uses, as they lie in memory."""
     load_s: float
     build_s: float | None = None
     """Compilation or export that this run had to do first; None where there was none."""
@@ -90,7 +96,11 @@ class SubjectRecord(_Record):
 
 
 class LatencyRecord(_Record):
-    """Samples of one subject at one batch and size. Sample i of all subjects comes from round i: they are paired."""
+    """Samples of one subject at one batch and size.
+
+    Sample i comes from round ``rounds[i]`` (from round i where that is empty): a slow subject takes part in every
+    second, fourth … round only. Samples of two subjects of one round are a pair.
+    """
 
     subject: str
     batch: int
@@ -100,13 +110,16 @@ class LatencyRecord(_Record):
     clock: Literal["wall", "cuda-events"]
     """What timed the stages; ``samples_ms`` is the wall clock, end to end, always."""
     samples_ms: tuple[_Ms, ...]
+    rounds: tuple[int, ...] = ()
     stage_samples_ms: dict[Stage, tuple[_Ms, ...]]
     """Empty where a backend cannot be stopped between its stages."""
     flops: dict[Stage, float] = {}
     """Of one run of the batch; empty where they cannot be counted."""
     peak_memory_bytes: int | None = None
+    """The most that the subject's own calls added to what lay in memory before them; weights do not count."""
     memory_kind: Literal["rss", "torch"] | None = None
     driver_memory_bytes: int | None = None
+    """The same as the GPU's driver counts it, for the whole device."""
 
 
 class RatioRecord(_Record):
@@ -194,6 +207,8 @@ class BenchReport(_Record):
     subjects: tuple[SubjectRecord, ...]
     latency: tuple[LatencyRecord, ...]
     ratios: tuple[RatioRecord, ...]
+    control_samples_ms: tuple[_Ms, ...] = ()
+    """One fixed matrix product at the begin of every round, in order: what drifts in it is the machine."""
     quality_protocol: QualityProtocol | None = None
     quality: tuple[QualityRecord, ...] = ()
     grid: GridRecord | None = None
