@@ -10,7 +10,8 @@
     ├── DeviceError               a device or precision that this machine does not have
     ├── MissingDependencyError    an optional package is not installed
     ├── ProfileError              a request outside an engine's range
-    └── ParityError               an exported graph that does not equal its source
+    ├── ParityError               an exported graph that does not equal its source
+    └── QualityError              images or features that quality cannot be measured on
 
 Every error says what is wrong and where (``message``) and what to do next (``hint``).
 """
@@ -82,3 +83,7 @@ class ProfileError(TiueError):
 
 class ParityError(TiueError):
     """An exported graph does not compute what its source computes."""
+
+
+class QualityError(TiueError):
+    """Images, references or features that quality cannot be measured on."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,31 +23,18 @@ from tiue_cli.generate import open_backend
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import resolve_model
 from tiue_cli.noise import draw_noise
-from tiue_cli.papercut.captions import SceneSpec, random_specs
-from tiue_cli.papercut.checker import judge, load_checker, read
+from tiue_cli.papercut.captions import SceneSpec
+from tiue_cli.papercut.evaluation import HELD_OUT_SEED as SEED
+from tiue_cli.papercut.evaluation import balanced_specs, prompt_following
 from tiue_cli.papercut.scenes import render
 from tiue_cli.request import GenerateConfig, open_target
 
-SEED, BATCH = 2026, 64
+BATCH = 64
 
 
-def balanced_specs(count: int) -> list[SceneSpec]:
-    """Held-out scenes, half of them with two objects."""
-    return [
-        *random_specs(count // 2, SEED, pair_share=0.0),
-        *random_specs(count - count // 2, SEED + 1, pair_share=1.0),
-    ]
-
-
-def summarize(images: np.ndarray, specs: list[SceneSpec]) -> dict[str, float]:
-    """Shares of images whose attributes are as asked, for scenes with one and with two objects."""
-    verdict = judge(read(load_checker(), images), specs)
-    pair = np.array([spec.relation is not None for spec in specs])
-    figures = {"background": float(verdict["background"].mean())}
-    for name, rows in (("single", ~pair), ("pair", pair)):
-        for attribute in ("count", "objects", "colors", "relation", "all"):
-            figures[f"{name}_{attribute}"] = float(verdict[attribute][rows].mean())
-    return {key: round(value, 4) for key, value in figures.items()}
+def summarize(images: np.ndarray, specs: Sequence[SceneSpec]) -> dict[str, float]:
+    """Shares of images whose attributes are as asked, rounded for the file."""
+    return {key: round(value, 4) for key, value in prompt_following(images, specs).items()}
 
 
 def contact_sheet(images: np.ndarray, columns: int, *, scale: int = 2) -> Image.Image:
@@ -57,8 +45,17 @@ def contact_sheet(images: np.ndarray, columns: int, *, scale: int = 2) -> Image.
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def draw(model: str, prompts: list[str], *, steps: int, guidance: float | None, device: str) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 by the code path of `tiue generate`; image i has seed i."""
+def draw(
+    model: str,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float | None,
+    device: str = "cpu",
+    seeds: Sequence[int] | None = None,
+) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 by the code path of `tiue generate`; image i has seed i, or `seeds[i]`."""
+    seeds = range(len(prompts)) if seeds is None else seeds
     is_teacher = guidance is not None
     config = GenerateConfig(
         model=model,
@@ -72,7 +69,7 @@ def draw(model: str, prompts: list[str], *, steps: int, guidance: float | None, 
         shape = backend.latent_shape(backend.default_size)
         for start in range(0, len(prompts), BATCH):
             part = prompts[start : start + BATCH]
-            noise = draw_noise(range(start, start + len(part)), shape)
+            noise = draw_noise(seeds[start : start + len(part)], shape)
             parts.append(backend.generate(part, noise, steps=steps))
     return np.concatenate(parts)
 
