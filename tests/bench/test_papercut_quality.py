@@ -33,12 +33,12 @@ def test_noisy_pictures_are_further_away(references: np.ndarray, ceiling: dict[s
     noisy = np.clip(render(SPECS, 2) + noise, 0, 255).astype(np.uint8)
     found = papercut_metrics(noisy, SPECS, papercut_features(references, name="renders"))
     assert found["fid"] > 1.4 * ceiling["fid"] and found["kid"] > ceiling["kid"] + 0.02
-    assert found["coverage"] < ceiling["coverage"] - 0.1
 
 
 def test_one_kind_of_scene_lacks_recall_and_prompt_following(references: np.ndarray, ceiling: dict[str, float]) -> None:
     found = papercut_metrics(render([SPECS[0]] * len(SPECS), 2), SPECS, references)
-    assert found["recall"] < 0.3 * ceiling["recall"] and found["checker_all"] < 0.1
+    assert found["recall"] < 0.3 * ceiling["recall"] and found["coverage"] < 0.3 * ceiling["coverage"]
+    assert found["checker_all"] < 0.1
 
 
 def test_pictures_that_repeat_per_prompt_lack_diversity(references: np.ndarray) -> None:
