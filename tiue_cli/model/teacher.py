@@ -76,12 +76,30 @@ class Teacher:
         spaced as the folder's scheduler config says. Raises UsageError.
         """
         self._check(prompts, noise, steps=steps)
-        text_states = self.encode_prompts(prompts)
-        guided = guidance > 1.0
+        return self.denoise(
+            self.encode_prompts(prompts),
+            noise,
+            unconditional=self.encode_prompts([""] * len(prompts)) if guidance > 1.0 else None,
+            steps=steps,
+            guidance=guidance,
+            progress=progress,
+        )
+
+    def denoise(
+        self,
+        text_states: torch.Tensor,
+        noise: torch.Tensor,
+        *,
+        unconditional: torch.Tensor | None,
+        steps: int = STEPS,
+        guidance: float = GUIDANCE,
+        progress: Progress | None = None,
+    ) -> torch.Tensor:
+        """``latents`` from text states (B, L, D) and those of the empty prompt, None where nothing guides."""
         with quiet():
             latents: torch.Tensor = self._pipeline(
                 prompt_embeds=text_states.to(self.unet.dtype),
-                negative_prompt_embeds=self.encode_prompts([""] * len(prompts)).to(self.unet.dtype) if guided else None,
+                negative_prompt_embeds=None if unconditional is None else unconditional.to(self.unet.dtype),
                 latents=noise.to(self.unet.device, self.unet.dtype),
                 num_inference_steps=steps,
                 guidance_scale=guidance,

@@ -1,0 +1,92 @@
+"""How many times faster or slower: ratios to the teacher and to one plain UNet pass, with intervals, or not at all.
+
+The baselines are every teacher that was measured, at each of its numbers of steps, and the plain UNet pass of the
+subject's own model, with merged upsamplers where the subject has them. A subject whose pictures are not its
+reference's gets no figure: being wrong fast is no speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tiue_cli.bench.schema import UNET_STAGES, LatencyRecord, ParityRecord, RatioRecord, Scope
+from tiue_cli.bench.stats import ratio_of_medians
+from tiue_cli.bench.subjects import Subject
+
+
+def all_ratios(
+    subjects: Sequence[Subject],
+    latency: Sequence[LatencyRecord],
+    parities: Mapping[str, ParityRecord],
+    *,
+    seed: int,
+) -> tuple[RatioRecord, ...]:
+    """Ratios of every subject at every batch, prompt to pixels and of the UNet's stages alone."""
+    found = []
+    by_key = {(record.subject, record.batch): record for record in latency}
+    teachers = [subject.key for subject in subjects if subject.record.kind == "teacher"]
+    for subject in subjects:
+        baselines = [] if subject.record.kind == "teacher" else list(teachers)
+        if subject.plain_pass is not None:
+            baselines.append(subject.plain_pass)
+        withheld = _reason(subject, parities)
+        for batch in sorted({record.batch for record in latency}):
+            record = by_key.get((subject.key, batch))
+            for baseline in baselines:
+                against = by_key.get((baseline, batch))
+                if record is not None and against is not None:
+                    found += _ratios(record, against, withheld=withheld, seed=seed)
+    return tuple(found)
+
+
+def _reason(subject: Subject, parities: Mapping[str, ParityRecord]) -> str | None:
+    parity = parities.get(subject.key)
+    if parity is None or parity.passed:
+        return None
+    if parity.psnr_db is None:
+        return f"its pictures have one colour only, so that they show nothing of {parity.reference}"
+    return (
+        f"its pictures are not those of {parity.reference}: PSNR {parity.psnr_db:.1f} dB,"
+        f" and {parity.required_db:.0f} are needed"
+    )
+
+
+def _ratios(record: LatencyRecord, baseline: LatencyRecord, *, withheld: str | None, seed: int) -> list[RatioRecord]:
+    found = []
+    for scope in ("image", "unet"):
+        pair = _paired(record, baseline, scope)
+        if pair is None:
+            continue
+        interval = None if withheld is not None else ratio_of_medians(*pair, seed=seed)
+        found.append(
+            RatioRecord(
+                subject=record.subject,
+                baseline=baseline.subject,
+                batch=record.batch,
+                size=record.size,
+                scope=scope,
+                ratio=None if interval is None else interval.estimate,
+                low=None if interval is None else interval.low,
+                high=None if interval is None else interval.high,
+                withheld=withheld,
+            )
+        )
+    return found
+
+
+def _paired(record: LatencyRecord, baseline: LatencyRecord, scope: Scope) -> tuple[list[float], list[float]] | None:
+    """Samples of the rounds that both took part in; None where one has no times of its UNet."""
+    both = [_by_round(record, scope), _by_round(baseline, scope)]
+    if not all(both):
+        return None
+    rounds = sorted(both[0].keys() & both[1].keys())
+    return [both[0][index] for index in rounds], [both[1][index] for index in rounds]
+
+
+def _by_round(record: LatencyRecord, scope: Scope) -> dict[int, float]:
+    samples: Sequence[float] = record.samples_ms
+    if scope == "unet":
+        stages = [record.stage_samples_ms[stage] for stage in UNET_STAGES if stage in record.stage_samples_ms]
+        samples = [sum(values) for values in zip(*stages, strict=True)]
+    rounds = record.rounds or tuple(range(len(samples)))
+    return dict(zip(rounds, samples, strict=False))
