@@ -44,6 +44,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     "run": (5, "cli"),
     "run_distill": (5, "cli"),
     "run_export": (5, "cli"),
+    "run_bench": (5, "cli"),
     "cli": (5, "cli"),
     "__main__": (5, "cli"),
 }
@@ -57,6 +58,8 @@ LIGHT_MODULES_OF_HEAVY_ROOMS = {
     "model.schedule",
     "model.sd_configs",
     "backends.base",
+    "bench.config",
+    "bench.schema",
     "export.config",
     "export.manifest",
 }

@@ -20,6 +20,10 @@ from tiue_cli.errors import TiueError
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
+    from tiue_cli.bench.compare import Comparison
+    from tiue_cli.bench.conditions import Check
+    from tiue_cli.bench.schema import BenchReport
+    from tiue_cli.bench.tables import Table as BenchTable
     from tiue_cli.doctor import Diagnosis
     from tiue_cli.export.manifest import ExportParity
     from tiue_cli.export.to_onnx import ExportResult
@@ -104,10 +108,11 @@ class Console:
             self._held_lines.clear()
 
     @contextlib.contextmanager
-    def stages(self) -> Iterator[Callable[[str, int, int, str], None]]:
+    def stages(self, *, live: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
         """Work in named stages on stderr; yields a function of (stage, done, total, figures as text).
 
-        A bar a stage on a terminal; elsewhere a line at the start and end of a stage and every half minute.
+        A bar a stage on a terminal; elsewhere a line at the start and end of a stage and every half minute. Without
+        ``live`` no thread draws beside the work, for work that is timed.
         """
         if self._format != "human":
             yield _ignore_stage
@@ -124,18 +129,24 @@ class Console:
             TimeRemainingColumn(),
             TextColumn("{task.fields[figures]}"),
             console=_rich(sys.stderr),
+            auto_refresh=live,
             redirect_stdout=False,
             redirect_stderr=False,
         )
         tasks: dict[str, Any] = {}
+        drawn_s = 0.0
         self._holding = sys.stdout.isatty()
         try:
             with bar:
 
                 def update(stage: str, done: int, total: int, figures: str) -> None:
+                    nonlocal drawn_s
                     if stage not in tasks:
                         tasks[stage] = bar.add_task(stage, total=total, figures="")
                     bar.update(tasks[stage], completed=done, figures=figures)
+                    if not live and (done in (0, total) or time.monotonic() - drawn_s > _REDRAW_SECONDS):
+                        bar.refresh()
+                        drawn_s = time.monotonic()
 
                 yield update
         finally:
@@ -248,6 +259,46 @@ class Console:
             f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
             f" ({len(parity.prompts)} prompts)",
         )
+
+    def bench(self, report: BenchReport) -> None:
+        """What ``tiue bench`` measured: latency, ratios and quality; human format only."""
+        if self._format != "human":
+            return
+        from tiue_cli.bench.tables import latency_tables, quality_table, ratio_tables
+        from tiue_cli.bench.view import ReportView
+
+        view = ReportView(report)
+        quality = quality_table(view)
+        for table in (*latency_tables(view), *ratio_tables(view), *([] if quality is None else [quality])):
+            self._bench_table(table)
+
+    def comparison(self, comparison: Comparison, checks: Sequence[Check]) -> None:
+        """What ``tiue bench --compare`` found, and which conditions failed."""
+        self.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
+        if self._format == "human":
+            from tiue_cli.bench.tables import comparison_table
+
+            for note in (*comparison.differences, *comparison.notes):
+                self.note(note)
+            self._bench_table(comparison_table(comparison))
+        for check in checks:
+            for row in check.offenders:
+                _say("failed", "bold red", f"{check.condition.text}: {row.place}, {row.figure}")
+
+    def _bench_table(self, table: BenchTable) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = Table(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
+        for column in table.columns:
+            shown.add_column(column.head, justify=column.align)
+        for row in table.rows:
+            shown.add_row(*row)
+        out = _rich(sys.stdout)
+        out.print(shown)
+        for note in table.notes:
+            out.print(Text(note, style="dim"))
+        out.print()
 
     def path(self, text: str) -> None:
         """The path of something that was written (or found to be there already)."""
@@ -378,6 +429,7 @@ def _line(file: Any, text: str) -> None:
 
 
 _LINE_SECONDS = 30.0
+_REDRAW_SECONDS = 0.5
 
 
 class _ImageLines:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from diffusers.models import UNet2DConditionModel
@@ -27,10 +27,10 @@ def merged_upsamplers(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     What a plain pass is compared with where the student has them: the same treatment on both sides.
     """
     merged = with_same_weights(unet)
-    for block in merged.up_blocks:
+    blocks: Any = merged.up_blocks
+    for block in blocks:
         if block.upsamplers is not None:
-            for index, upsampler in enumerate(block.upsamplers):
-                block.upsamplers[index] = _MergedUpsample(upsampler)
+            block.upsamplers = nn.ModuleList(_MergedUpsample(upsampler) for upsampler in block.upsamplers)
     return merged
 
 
@@ -43,7 +43,7 @@ class _MergedUpsample(nn.Module):
 
     def forward(self, hidden: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """(rows, C, h, w) → (rows, C, 2h, 2w), or as the plain layer does where another size is asked for."""
-        conv = self.plain.conv
+        conv: Any = self.plain.conv
         doubled = (2 * hidden.shape[-2], 2 * hidden.shape[-1])
         if output_size is not None and tuple(output_size) != doubled:
             plain: Tensor = self.plain(hidden, output_size)

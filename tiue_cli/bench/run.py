@@ -54,7 +54,7 @@ def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport:
                 device=lineup.device,
                 duration_s=config.duration_s,
                 seed=config.seed,
-                progress=lambda stage, done, total: emit(Progress(stage, done, total)),
+                progress=lambda stage, done, total, detail: emit(Progress(stage, done, total, detail)),
             )
         parities = _parities(lineup, timings)
         records = _subject_records(lineup, timings, parities)

@@ -33,8 +33,8 @@ MAX_ROUNDS: Final = 256
 WARM_UP_CALLS: Final = 2
 """After the first call; one for a slow subject."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with what runs, runs done, and runs in all."""
+Progress = Callable[[str, int, int, str], None]
+"""Called with the stage, what is done of it, its whole, and what runs."""
 
 
 @dataclass
@@ -85,8 +85,9 @@ def measure_batch(
     """
     measured: dict[str, Measured] = {}
     for number, subject in enumerate(subjects):
-        progress(f"warm-up: {subject.record.label}", number, len(subjects))
+        progress(f"warm-up, batch {len(prompts)}", number, len(subjects), subject.record.label)
         measured[subject.key] = _warm_up(subject, prompts, noise, device=device)
+    progress(f"warm-up, batch {len(prompts)}", len(subjects), len(subjects), "")
     timed = [subject for subject in subjects if subject.timed]
     strides = plan_rounds({subject.key: measured[subject.key].estimate_ms for subject in timed}, duration_s=duration_s)
     rounds = round_count(strides)
@@ -100,11 +101,11 @@ def measure_batch(
             for position in generator.permutation(len(timed)):
                 subject = timed[position]
                 if round_ % strides[subject.key].every == 0:
-                    progress(f"batch {len(prompts)}, round {round_ + 1} of {rounds}", done, runs)
+                    progress(f"timing, batch {len(prompts)}", done, runs, f"round {round_ + 1} of {rounds}")
                     latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
                     measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
                     done += 1
-    progress(f"batch {len(prompts)}", runs, runs)
+    progress(f"timing, batch {len(prompts)}", runs, runs, "")
     return BatchTiming(measured, tuple(control_ms), watch())
 
 

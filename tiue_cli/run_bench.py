@@ -1,0 +1,72 @@
+"""What ``tiue bench`` does with a config: measure and show, write the report, and compare it with another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tiue_cli.artifacts import read_manifest, write_json
+from tiue_cli.console import Console
+
+if TYPE_CHECKING:
+    from tiue_cli.bench.conditions import Check, Condition
+    from tiue_cli.bench.config import BenchConfig
+    from tiue_cli.bench.events import Event
+    from tiue_cli.bench.schema import BenchReport
+
+
+def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_if: Sequence[str]) -> bool:
+    """Measure, show the tables, write the report; with ``old``, compare with it. Returns whether no condition failed.
+
+    What speaks against the comparison is said before anything is measured.
+    """
+    config.validate()
+    from tiue_cli.bench.conditions import parse_conditions
+    from tiue_cli.bench.schema import BenchReport
+
+    conditions = parse_conditions(fail_if)
+    before = None if old is None else read_manifest(old, BenchReport)
+    from tiue_cli.bench.run import run_bench as measure
+
+    try:
+        with console.stages(live=False) as stages:
+            report = measure(config, emit=lambda event: _show(event, console, stages))
+    except KeyboardInterrupt:
+        console.stopped("nothing was written")
+        raise
+    path = write_json(config.out / f"{report.name}.json", report)
+    console.bench(report)
+    console.path(str(path))
+    if before is None:
+        console.document(report.model_dump(mode="json"))
+        return True
+    return _compare(before, report, conditions, console)
+
+
+def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[str]) -> bool:
+    """Compare two reports that are there. Returns whether no condition failed. Raises ManifestError, UsageError."""
+    from tiue_cli.bench.conditions import parse_conditions
+    from tiue_cli.bench.schema import BenchReport
+
+    conditions = parse_conditions(fail_if)
+    return _compare(read_manifest(old, BenchReport), read_manifest(new, BenchReport), conditions, console)
+
+
+def _compare(old: BenchReport, new: BenchReport, conditions: Sequence[Condition], console: Console) -> bool:
+    from tiue_cli.bench.compare import compare_reports
+    from tiue_cli.bench.conditions import check_conditions
+
+    comparison = compare_reports(old, new)
+    checks: tuple[Check, ...] = check_conditions(comparison, conditions)
+    console.comparison(comparison, checks)
+    return not any(check.failed for check in checks)
+
+
+def _show(event: Event, console: Console, stages: Callable[[str, int, int, str], None]) -> None:
+    from tiue_cli.bench.events import Note
+
+    if isinstance(event, Note):
+        console.note(event.text)
+    else:
+        stages(event.stage, event.done, event.total, event.detail)
