@@ -55,6 +55,10 @@ def test_only_so_many_are_read(tmp_path: Path) -> None:
         ("p.csv", "id,title\n1,a\n", None, "none of prompt, caption, text"),
         ("p.csv", "id,title\n1,a\n", "words", "there is no 'words'"),
         ("p.csv", "id,prompt\n1\n", None, "p.csv:2 has no prompt"),
+        ("p.csv", "id,prompt\n1,a star, red\n", None, "p.csv:2 has more fields than the header"),
+        ("p.csv", 'id,prompt\n1,"a\nb\nc"\n\n2,"a\0\nb"\n', None, "p.csv:6 contains a NUL"),
+        ("p.csv", 'id,prompt\n1,a\n2,"b\n3,c\n', None, "the row after line 2: unexpected end of data"),
+        ("p.csv", "a red star\na tree\n", None, "p.csv:1: none of prompt, caption, text"),
         ("p.txt", "a\0b\n", None, "p.txt:1 contains a NUL"),
         ("p.txt", "\n \n", None, "holds no prompt"),
     ],
@@ -67,9 +71,10 @@ def test_bad_rows_are_named_with_file_and_line(
     assert says in caught.value.message
 
 
-def test_latin1_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_bytes(b"a star\nf\xe9e\n")
-    with pytest.raises(PromptError, match="not UTF-8"):
+def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    """Far from the start, as files are decoded in blocks."""
+    (tmp_path / "p.txt").write_bytes(b"a star\n" * 5000 + b"f\xe9e\n" + b"a tree\n" * 5000)
+    with pytest.raises(PromptError, match=r"p\.txt:5001: not UTF-8"):
         read_training_prompts(str(tmp_path / "p.txt"))
 
 
@@ -117,3 +122,17 @@ def test_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     found = read_training_prompts("datasets:OWNER/NAME:validation", limit=2)
     assert found.prompts == ("a star", "a tree")
+
+
+def test_dataset_whose_connection_breaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+    from typing import Any
+
+    def load_dataset(name: str, **options: Any) -> Any:
+        yield {"caption": "a star"}
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(PromptError, match="after row 1: Server Disconnected"):
+        read_training_prompts("datasets:OWNER/NAME")

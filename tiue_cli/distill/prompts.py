@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +21,10 @@ _SHOWN = 3
 
 Row = tuple[str, Any]
 """Where a value stands (``captions.csv:7``), and the value; None where it is missing."""
+
+
+class _Unusable(str):
+    """In a row's place: what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ def read_training_prompts(source: str, *, column: str | None = None, limit: int 
 def _problem(value: Any) -> str | None:
     if value is None:
         return "has no prompt"
+    if isinstance(value, _Unusable):
+        return value
     if not isinstance(value, str):
         return f"is {type(value).__name__}, not text"
     if "\0" in value:
@@ -96,7 +102,8 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
             hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
         )
     if not path.is_file():
-        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
+        reason = "is a folder" if path.is_dir() else "does not exist"
+        raise PromptError(f"{path} {reason}", hint="check the path given to --prompts")
     if suffix == ".parquet":
         return _parquet_rows(path, column)
     lines = _lines(path)
@@ -107,15 +114,25 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Lines with their places. PromptError where the file is not UTF-8."""
-    number = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file, 1):
                 yield f"{path}:{number}", line.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 after line {number}", hint="convert it with iconv") from error
+        # Text is decoded in blocks, so the error itself does not know the line.
+        raise PromptError(f"{path}:{_undecodable_line(path)}: not UTF-8", hint="convert it with iconv") from error
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the file") from error
+
+
+def _undecodable_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    number = 0
+    with path.open("rb") as file, contextlib.suppress(UnicodeDecodeError):
+        for line in file:
+            number += 1
+            line.decode("utf-8")
+    return number
 
 
 def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
@@ -133,14 +150,21 @@ def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator
 
 def _csv_rows(path: Path, lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
     # The csv module joins quoted line breaks again; its own counter says where a row ends.
-    reader = csv.DictReader(line + "\n" for _, line in lines)
+    reader = csv.DictReader((line + "\n" for _, line in lines), strict=True)
+    end = 0
     try:
         header = reader.fieldnames or []
-        name = _column(dict.fromkeys(header), column, f"{path}:1")
+        # The only column is not taken for the prompts here: a file without a header would lose its first one.
+        name = _column(dict.fromkeys(header), column, f"{path}:1", or_only=False)
         for row in reader:
-            yield f"{path}:{reader.line_num}", row[name]
+            end = reader.line_num
+            start = end - sum(value.count("\n") for value in row.values() if isinstance(value, str))
+            extra = row.get(None)  # where DictReader puts what has no header
+            yield f"{path}:{start}", row[name] if extra is None else _Unusable("has more fields than the header")
     except csv.Error as error:
-        raise PromptError(f"{path}:{reader.line_num}: {error}", hint="save it as CSV with a header line") from None
+        raise PromptError(
+            f"{path}: the row after line {end or 1}: {error}", hint="save it as CSV with quotes in pairs"
+        ) from None
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
@@ -155,10 +179,14 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     except (OSError, ValueError) as error:
         raise PromptError(f"{path} is no parquet file: {error}", hint="check the file") from error
     name = _column(dict.fromkeys(file.schema_arrow.names), column, str(path))
-    number = itertools.count(1)
-    for batch in file.iter_batches(columns=[name]):
-        for value in batch.column(0).to_pylist():
-            yield f"{path} row {next(number)}", value
+    number = 0
+    try:
+        for batch in file.iter_batches(columns=[name]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield f"{path} row {number}", value
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{path} is damaged after row {number}: {error}", hint="make the file again") from error
 
 
 def _dataset_rows(name: str, column: str | None) -> Iterator[Row]:
@@ -177,13 +205,20 @@ def _dataset_rows(name: str, column: str | None) -> Iterator[Row]:
         raise PromptError(
             f"{DATASETS_PREFIX}{name} cannot be opened: {error}", hint="check the name, the split and the connection"
         ) from error
-    for number, row in enumerate(rows, 1):
-        where = f"{repository} row {number}"
-        yield where, row.get(_column(row, column, where))
+    number = 0
+    try:
+        for number, row in enumerate(rows, 1):
+            where = f"{repository} row {number}"
+            yield where, row.get(_column(row, column, where))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise PromptError(
+            f"{DATASETS_PREFIX}{name} cannot be read after row {number}: {error}",
+            hint="check the connection; max_prompts reads only the first so many",
+        ) from error
 
 
-def _column(row: Mapping[str, Any], column: str | None, where: str) -> str:
-    """The column to read: the one asked for, a known name, or the only one. PromptError otherwise."""
+def _column(row: Mapping[str, Any], column: str | None, where: str, *, or_only: bool = True) -> str:
+    """The column to read: the one asked for, a known name, or (``or_only``) the only one. PromptError otherwise."""
     if column is not None:
         if column not in row:
             raise PromptError(
@@ -193,7 +228,7 @@ def _column(row: Mapping[str, Any], column: str | None, where: str) -> str:
     for name in COLUMNS:
         if name in row:
             return name
-    if len(row) == 1:
+    if or_only and len(row) == 1:
         return next(iter(row))
     raise PromptError(
         f"{where}: none of {', '.join(COLUMNS)} among {', '.join(map(str, row)) or 'no columns'}",
