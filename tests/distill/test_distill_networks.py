@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -276,3 +278,26 @@ def test_eight_bit_adam_without_its_library_names_the_command() -> None:
     with pytest.raises(MissingDependencyError) as caught:
         make_optimizer([torch.nn.Parameter(torch.zeros(1))], OptimizerSettings(name="adamw8bit"))
     assert "pip install" in str(caught.value.hint)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is Linux's")
+def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
+    script = """
+import resource, torch
+from tiue_cli.distill.acceleration import keep_freed_memory
+
+def faults(rounds=20, size=4 * 2**20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        torch.empty(size).fill_(1.0)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+fresh = faults()
+print(fresh, keep_freed_memory(), faults() and faults())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    fresh, kept, again = done.stdout.split()
+    if kept == "False":
+        pytest.skip("this C library has no mallopt")
+    assert int(again) < int(fresh) / 4
