@@ -286,7 +286,7 @@ def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
 import resource, torch
 from tiue_cli.distill.acceleration import keep_freed_memory
 
-def faults(rounds=20, size=4 * 2**20):
+def faults(rounds=10, size=12 * 2**20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(rounds):
         torch.empty(size).fill_(1.0)
