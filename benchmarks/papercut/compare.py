@@ -1,0 +1,215 @@
+"""Papercut's version of the paper's table: methods of the same teacher, on the same prompts and seeds.
+
+    python compare.py work/comparison.yaml --name comparison
+
+The file lists what to measure, one entry a row of the table (see `methods.yaml`). Each is drawn on 512 held-out captions
+(half with one object, half with two) x 2 seeds, and read by the attribute checker; Fréchet distance, precision, recall,
+density and coverage stand against freshly rendered scenes of the same captions, in the checker's features; diversity is
+over 16 images of each of 16 captions. Figures of each seed are kept: their distance is the spread. Pictures are cached
+in `work/drawn/`, so a row that was added costs only itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from evaluate import BATCH, contact_sheet, draw
+from PIL import Image, ImageDraw
+
+import tiue_cli
+from tiue_cli.bench.metrics import diversity
+from tiue_cli.bench.papercut_quality import papercut_features, papercut_metrics
+from tiue_cli.fingerprint import fingerprint
+from tiue_cli.model.hub import resolve_model
+from tiue_cli.model.teacher import load_teacher
+from tiue_cli.noise import draw_noise
+from tiue_cli.papercut.captions import SceneSpec
+from tiue_cli.papercut.evaluation import HELD_OUT_SEED, balanced_specs
+from tiue_cli.papercut.scenes import render
+
+HERE = Path(__file__).parent
+DIVERSITY_PROMPTS, DIVERSITY_SEEDS = 16, 16
+COLUMNS = (
+    ("checker_single_all", "one object, all right"),
+    ("checker_pair_all", "two objects, all right"),
+    ("checker_objects", "objects"),
+    ("checker_colors", "colours"),
+    ("checker_relation", "relation"),
+    ("checker_background", "background"),
+    ("fid", "Fréchet distance ↓"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("density", "density"),
+    ("coverage", "coverage"),
+    ("diversity", "diversity"),
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row: a model folder, how it is sampled, and what its training cost."""
+
+    name: str
+    label: str
+    model: str
+    kind: str
+    """`student`, `teacher` (DDIM) or `lcm`."""
+    steps: int
+    guidance: float | None = None
+    teacher_evaluations: int | None = None
+    """Rows through the teacher's UNet in training."""
+    student_steps: int | None = None
+    reference: bool = False
+    """The row that ratios refer to."""
+
+
+def lcm_images(model: str, prompts: Sequence[str], noise: np.ndarray, steps: int, seed: int) -> np.ndarray:
+    """Images of a consistency model by diffusers' LCMScheduler; noise that it adds between steps is seeded."""
+    from diffusers import LCMScheduler
+
+    teacher = load_teacher(model)
+    scheduler = LCMScheduler.from_pretrained(model, subfolder="scheduler")
+    random = torch.Generator().manual_seed(seed)
+    parts = []
+    with torch.inference_mode():
+        for start in range(0, len(prompts), BATCH):
+            scheduler.set_timesteps(steps)
+            states = teacher.encode_prompts(prompts[start : start + BATCH])
+            latents = torch.from_numpy(noise[start : start + BATCH])
+            clean = latents
+            for timestep in scheduler.timesteps:
+                predicted = teacher.unet(latents, timestep, encoder_hidden_states=states, return_dict=False)[0]
+                latents, clean = scheduler.step(predicted, timestep, latents, generator=random, return_dict=False)
+            parts.append(teacher.decoder.decode(clean))
+    return np.concatenate(parts)
+
+
+def images_of(method: Method, prompts: Sequence[str], seeds: Sequence[int], *, cache: Path) -> np.ndarray:
+    """(N, 64, 64, 3) uint8, image i of prompt i and seed i; from the cache where they were drawn before."""
+    key = f"{fingerprint(resolve_model(method.model))[:16]}-{method.steps}-{method.guidance}-{len(prompts)}-{seeds[0]}"
+    path = cache / f"{key}.npy"
+    if path.exists():
+        return np.load(path)
+    started = time.perf_counter()
+    if method.kind == "lcm":
+        images = lcm_images(method.model, prompts, draw_noise(seeds, (4, 16, 16)), method.steps, seeds[0])
+    else:
+        images = draw(method.model, list(prompts), steps=method.steps, guidance=method.guidance, seeds=seeds)
+    print(json.dumps({"drawn": method.name, "seconds": round(time.perf_counter() - started, 1)}), flush=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("wb") as file:
+        np.save(file, images)
+    part.rename(path)
+    return images
+
+
+def measure(specs: Sequence[SceneSpec], repetitions: int, images: Callable[..., np.ndarray]) -> dict[str, Any]:
+    """Mean and each repetition's figures; `images(prompts, seeds)` draws."""
+    count = len(specs)
+    prompts = [spec.caption for spec in specs]
+    runs = []
+    for repetition in range(repetitions):
+        first = repetition * count
+        drawn = images(prompts, range(first, first + count))
+        # The references are drawn anew for each repetition, and never with the seeds of a training.
+        runs.append(papercut_metrics(drawn, specs, render(specs, HELD_OUT_SEED + 100 + repetition)))
+    chosen = [spec.caption for spec in specs[:: max(1, count // DIVERSITY_PROMPTS)]][:DIVERSITY_PROMPTS]
+    repeated = [prompt for prompt in chosen for _ in range(DIVERSITY_SEEDS)]
+    features = papercut_features(images(repeated, range(10_000, 10_000 + len(repeated))), name="the images").features
+    mean = {name: round(float(np.mean([run[name] for run in runs])), 4) for name in runs[0]}
+    mean["diversity"] = round(diversity(features, repeated) or 0.0, 4)
+    spread = {name: round(float(np.ptp([run[name] for run in runs])), 4) for name in runs[0]}
+    return {"mean": mean, "spread": spread, "repetitions": [{k: round(v, 4) for k, v in run.items()} for run in runs]}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table; in brackets the distance between the two seeds."""
+    lines = ["| method | steps | " + " | ".join(title for _, title in COLUMNS) + " |"]
+    lines.append("|---|---|" + "---|" * len(COLUMNS))
+    for row in rows:
+        cells = []
+        for name, _ in COLUMNS:
+            spread = row["spread"].get(name)
+            cells.append(f"{row['mean'][name]:.3f}" + ("" if spread is None else f" ({spread:.3f})"))
+        lines.append(f"| {row['label']} | {row['steps'] or ''} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def grid(methods: Sequence[tuple[str, np.ndarray]], columns: int = 16) -> Image.Image:
+    """The same prompts and seeds a column, a method a row, its name above its row."""
+    bands = []
+    for label, images in methods:
+        picture = contact_sheet(images[:columns], columns)
+        band = Image.new("RGB", (picture.width, picture.height + 16), "white")
+        ImageDraw.Draw(band).text((4, 2), label, fill="black")
+        band.paste(picture, (0, 16))
+        bands.append(band)
+    sheet = Image.new("RGB", (bands[0].width, sum(band.height for band in bands)), "white")
+    top = 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
+    return sheet
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("methods", type=Path)
+    options.add_argument("--prompts", type=int, default=512)
+    options.add_argument("--repetitions", type=int, default=2)
+    options.add_argument("--name", default="comparison")
+    options.add_argument("--out", type=Path, default=HERE / "results")
+    options.add_argument("--cache", type=Path, default=HERE / "work" / "drawn")
+    args = options.parse_args()
+    methods = [Method(**entry) for entry in yaml.safe_load(args.methods.read_text())]
+    specs = balanced_specs(args.prompts)
+    rows, shown = [], []
+    half = len(specs) // 2
+    picked = [*range(6), *range(half, half + 10)]
+
+    def renders(prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        parsed = [SceneSpec.parse(prompt) for prompt in prompts]
+        return render([spec for spec in parsed if spec is not None], HELD_OUT_SEED + 200 + seeds[0])
+
+    sources: list[tuple[dict[str, Any], Callable[..., np.ndarray]]] = [
+        ({"name": "renders", "label": "rendered scenes (the ceiling)", "steps": None}, renders)
+    ]
+    for method in methods:
+        facts = {key: value for key, value in vars(method).items() if key != "model"}
+        facts["model_fingerprint"] = fingerprint(resolve_model(method.model))
+
+        def drawn(prompts: Sequence[str], seeds: Sequence[int], method: Method = method) -> np.ndarray:
+            return images_of(method, prompts, seeds, cache=args.cache)
+
+        sources.append((facts, drawn))
+    for facts, images in sources:
+        row = {**facts, **measure(specs, args.repetitions, images)}
+        rows.append(row)
+        shown.append((row["label"], images([spec.caption for spec in specs], range(len(specs)))[picked]))
+        print(json.dumps({"name": row["name"], **row["mean"]}), flush=True)
+    report = {
+        "prompts": args.prompts,
+        "repetitions": args.repetitions,
+        "prompts_seed": HELD_OUT_SEED,
+        "diversity": f"{DIVERSITY_PROMPTS} captions x {DIVERSITY_SEEDS} images",
+        "versions": {"tiue": tiue_cli.__version__, "torch": torch.__version__},
+        "rows": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    (args.out / f"{args.name}.md").write_text(table(rows))
+    grid(shown).save(args.out / f"{args.name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()
