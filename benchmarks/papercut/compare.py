@@ -2,7 +2,7 @@
 
     python compare.py work/comparison.yaml --name comparison
 
-The file lists what to measure, one entry a row of the table (see `methods.yaml`). Each is drawn on 512 held-out captions
+The file lists what to measure, one entry a row (see `methods.yaml`). Each is drawn on 512 held-out captions
 (half with one object, half with two) x 2 seeds, and read by the attribute checker; Fréchet distance, precision, recall,
 density and coverage stand against freshly rendered scenes of the same captions, in the checker's features; diversity is
 over 16 images of each of 16 captions. Figures of each seed are kept: their distance is the spread. Pictures are cached
