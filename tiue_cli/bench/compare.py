@@ -16,7 +16,15 @@ from typing import Any, Literal
 import numpy as np
 
 from tiue_cli.bench.differences import quality_obstacle, report_differences
-from tiue_cli.bench.intervals import Estimate, block_bootstrap, exact, hull, mean_interval, welch_difference
+from tiue_cli.bench.intervals import (
+    LEAST_SAMPLES,
+    Estimate,
+    block_bootstrap,
+    exact,
+    hull,
+    mean_interval,
+    welch_difference,
+)
 from tiue_cli.bench.schema import BenchReport, LatencyRecord, QualityRecord
 
 CONFIDENCE = 0.99
@@ -24,8 +32,6 @@ CONFIDENCE = 0.99
 THRESHOLD = 0.01
 """Times closer than this are the same to anyone who uses them, however narrow the interval."""
 PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0}
-LEAST_SAMPLES = {"p50": 6, "p90": 20, "p99": 200}
-"""Below it, fewer than two samples lie beyond the percentile (or the median's interval is the whole range)."""
 LOWER_IS_BETTER = frozenset({"fid", "kid"})
 HIGHER_IS_BETTER = frozenset({"clip_score", "precision", "recall", "density", "coverage", "diversity"})
 CHECKER_PREFIX = "checker_"

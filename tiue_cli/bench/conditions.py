@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from tiue_cli.bench.compare import LEAST_SAMPLES, Comparison, Row, row_as_dict
-from tiue_cli.bench.intervals import Estimate
+from tiue_cli.bench.compare import Comparison, Row, row_as_dict
+from tiue_cli.bench.intervals import LEAST_SAMPLES, Estimate
 from tiue_cli.errors import UsageError
 
 _PATTERN = re.compile(

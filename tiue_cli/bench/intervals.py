@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 REPLICATES = 2000
+LEAST_SAMPLES = {"p50": 6, "p90": 20, "p99": 200}
+"""Below it, fewer than two samples lie beyond the percentile (or the median's interval is the whole range)."""
 
 
 @dataclass(frozen=True)
