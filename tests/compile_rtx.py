@@ -2,7 +2,7 @@
 
 It is the builder's real front end and most of its optimiser, on exactly the code that builds TensorRT plans, with the
 default profiles. A pass is strong evidence that TensorRT takes the graphs; what it cannot show is that they are right.
-Prints one JSON object a graph. Needs the extra: pip install 'tiue[rtx-check]'.
+Prints one JSON object a graph. Needs the extra: python -m pip install -e '.[rtx-check]'.
 """
 
 from __future__ import annotations
