@@ -123,6 +123,14 @@ def test_without_tensorrt_there_is_one_error_with_the_install(
     assert "needs an NVIDIA GPU" in found and "pip install" in found
 
 
+def test_without_tensorrt_a_wrong_profile_name_is_said_first(
+    export: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_device, "driver_library", lambda: None)
+    assert main(["export", str(export), "--trt", "--profile", "none"]) == 2
+    assert "there is no profile 'none'" in one_error(capsys)
+
+
 def test_a_failed_build_fails_the_command_and_leaves_the_export(
     export: Path, cuda: fake_tensorrt.State, capsys: pytest.CaptureFixture[str]
 ) -> None:

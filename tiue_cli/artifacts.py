@@ -13,9 +13,12 @@ import json
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
@@ -180,6 +183,23 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False, marker: str | No
         raise
 
 
+@contextlib.contextmanager
+def terminated_as_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM unwinds like Ctrl-C does (exit status 143), so that no temporary folder of gigabytes stays."""
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handlers
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _swap_in(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
@@ -205,7 +225,8 @@ def _check_replaceable(path: Path, *, overwrite: bool, marker: str | None) -> No
         return
     if not overwrite:
         raise OutputError(
-            f"{path} exists and is not empty; nothing was written", hint="choose another folder, or ask to overwrite it"
+            f"{path} exists and is not empty; nothing was written",
+            hint="choose another folder, or replace it: --overwrite",
         )
     if marker is not None and not (path / marker).is_file():
         raise OutputError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 def run_export(config: ExportConfig, console: Console) -> None:
     """Export with a line a step, the parity table, the path of the folder, and the next command."""
-    console.export(_export(config, console))
+    with _saying_what_is_there(console):
+        console.export(_export(config, console))
 
 
 def run_engine(
@@ -32,13 +35,14 @@ def run_engine(
     from tiue_cli.export.config import EngineConfig
 
     source = Path(config.student).expanduser()
+    fitted = request.fit(config, precision=precision)
     exported = None
     if is_export_folder(source):
         _refuse_export_options(config, precision=precision)
         require_tensorrt()
         folder = source
     else:
-        config = request.fit(config, precision=precision)
+        config = fitted
         config.validate()
         if is_export_folder(config.folder) and not config.overwrite:
             raise OutputError(
@@ -46,7 +50,8 @@ def run_engine(
                 hint=f"build its engine: tiue export {config.folder} --trt; or make both anew: --overwrite",
             )
         require_tensorrt()
-        exported = _export(config, console)
+        with _saying_what_is_there(console):
+            exported = _export(config, console)
         console.export(exported, last=False)
         folder = exported.folder
     from tiue_cli.export.to_plan import build_engine
@@ -59,9 +64,9 @@ def run_engine(
         rebuild=config.overwrite,
     )
     try:
-        with console.stages() as show:
+        with _saying_what_is_there(console), console.stages() as show:
             built = build_engine(wanted, stage=lambda what, share, text: show(what, round(100 * share), 100, text))
-    except TiueError:
+    except (TiueError, KeyboardInterrupt):
         if exported is not None:
             console.note(f"the export itself is complete; from it an engine is built by: tiue export {folder} --trt")
         raise
@@ -74,6 +79,15 @@ def _export(config: ExportConfig, console: Console) -> ExportResult:
 
     with console.steps() as begin:
         return export_student(config, stage=begin)
+
+
+@contextlib.contextmanager
+def _saying_what_is_there(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.stopped("nothing was written")
+        raise
 
 
 def _refuse_export_options(config: ExportConfig, *, precision: Precision | None) -> None:

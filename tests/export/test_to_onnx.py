@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -295,6 +297,28 @@ def test_a_folder_of_something_else_is_never_replaced(student: Path, tmp_path: P
     with pytest.raises(OutputError, match=r"holds no manifest\.json"):
         export_student(ExportConfig(str(student), tmp_path, overwrite=True, check=False))
     assert (tmp_path / "letters").read_text() == "dear"
+
+
+def test_sigterm_and_ctrl_c_leave_nothing(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = iter((signal.SIGTERM, signal.SIGINT))
+
+    def signalled(trace: Trace, path: Path, *, opset: int) -> GraphSpec:
+        path.write_bytes(b"half a graph")
+        os.kill(os.getpid(), next(numbers))
+        time.sleep(1)  # the handler runs here
+        raise AssertionError("it was not interrupted")
+
+    monkeypatch.setattr(to_onnx, "export_graph", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        export_student(ExportConfig(str(student), tmp_path / "e", check=False))
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
+    assert list(tmp_path.iterdir()) == []
+    assert main(["export", str(student), "--out", str(tmp_path / "e"), "--no-check"]) == 130
+    assert "stopped: nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- a wrong graph -------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from tiue_cli import __version__
-from tiue_cli.artifacts import STUDENT_MANIFEST, atomic_folder, sha256_folder, write_json
+from tiue_cli.artifacts import STUDENT_MANIFEST, atomic_folder, sha256_folder, terminated_as_interrupt, write_json
 from tiue_cli.errors import ModelFolderError, SchedulerError
 from tiue_cli.export.chain import Case, Tensors, check_prompts, largest_magnitude, run_chain
 from tiue_cli.export.compare import REQUIRED_PSNR_DB
@@ -103,7 +103,7 @@ def export_student(config: ExportConfig, *, stage: StageFn | None = None) -> Exp
     started = time.perf_counter()
     info = _checked(config)
     out = config.folder
-    with atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
+    with terminated_as_interrupt(), atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
         student = load_student(config.student, vae=config.vae)
         job = _Job(config, info, student, folder, stage)
         manifest = job.run(name=out.resolve().name)

@@ -11,17 +11,14 @@ import contextlib
 import glob
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 from tiue_cli import __version__
-from tiue_cli.artifacts import atomic_folder, output_error, sha256_file, write_json
+from tiue_cli.artifacts import atomic_folder, output_error, sha256_file, terminated_as_interrupt, write_json
 from tiue_cli.backends.trt_device import current_device, device_difference, engine_name
 from tiue_cli.backends.trt_runner import memory_bytes
 from tiue_cli.errors import ManifestError, OutputError, UsageError
@@ -83,7 +80,7 @@ def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> E
     manifest = read_export_manifest(config.export)
     profiles = engine_profiles(config, manifest)
     folder = config.export / engine_name(device, manifest.precision)
-    with _terminated_as_interrupt(), build_lock(folder, waiting=_waiting(stage)):
+    with terminated_as_interrupt(), build_lock(folder, waiting=_waiting(stage)):
         if not config.rebuild and (found := _fitting_engine(folder, manifest, profiles, device, check=config.check)):
             return EngineResult(folder, found, time.perf_counter() - started, reused=True, notes=found.notes)
         remove_leftovers(folder)
@@ -291,20 +288,3 @@ def _waiting(stage: PlanStageFn | None) -> Callable[[float], None] | None:
     if stage is None:
         return None
     return lambda seconds: stage("wait", 0.0, f"another process builds this engine, {seconds:.0f} s")
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM unwinds like Ctrl-C does, so that nothing half-built stays."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
