@@ -613,6 +613,9 @@ def test_absent_cuda_that_is_asked_for_is_one_clear_error(student, capsys) -> No
     assert (status, out) == (1, "")
     assert "--device cuda was asked for" in err
     assert "tiue doctor" in err
+    assert run(capsys, "a", "--model", student, "--seed", "1")[0] == 0
+    status, out, err = run(capsys, "a", "--model", student, "--seed", "1", "--device", "cuda")
+    assert (status, out) == (1, ""), "the picture is there already, and it is an error all the same"
 
 
 def test_tiny_autoencoder_replaces_the_models_own(student, capsys, tmp_path) -> None:

@@ -143,6 +143,9 @@ class Session:
         OutputError, DeviceError, and what loading the model raises.
         """
         todo = plan.todo
+        if not todo and (isinstance(self.target.info, ExportInfo) or self.config.device == "cuda"):
+            # A damaged export, or a device that was named and cannot run, is said even where no image is left to make.
+            self.open()
         for index in sorted(set(range(len(plan.images))) - set(todo)):
             image = plan.images[index]
             yield Made(index, image.spec, image.path, skipped=True)

@@ -270,6 +270,29 @@ def test_damage_exits_1_with_one_line_and_a_hint(
     assert not (tmp_path / "o").exists()
 
 
+def test_damage_is_said_where_every_picture_is_there_already(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "a star", "--model", str(tiny), "--seed", "1", "--out", str(tmp_path / "o")]
+    assert main(words) == 0 and main(words) == 0
+    flip_byte(tiny / "unet_encoder.onnx")
+    capsys.readouterr()
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "unet_encoder.onnx is not the file that was written" in err
+
+
+@no_gpu
+def test_a_provider_that_cannot_run_is_an_error_where_every_picture_is_there_already(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["generate", "a star", "--model", str(tiny), "--seed", "1", "--out", str(tmp_path / "o")]
+    assert main(words) == 0
+    capsys.readouterr()
+    assert main([*words, "--provider", "cuda"]) == 1
+    assert "--provider cuda was asked for" in capsys.readouterr().err
+
+
 def test_an_export_in_a_picture_and_back(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command that ``inspect`` gives makes the same picture; a second run finds it there."""
     words = [
