@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tiue_cli.bench.features import PapercutChecker
 from tiue_cli.bench.metrics import NEIGHBOURS, FeatureSet, compare_sets, diversity
 from tiue_cli.papercut.captions import SceneSpec
-from tiue_cli.papercut.evaluation import prompt_following
+from tiue_cli.papercut.evaluation import prompt_following_of_features
 
 
 def papercut_features(images: NDArray[np.uint8], *, name: str) -> FeatureSet:
@@ -37,4 +37,5 @@ def papercut_metrics(
     spread = diversity(ours.features, [spec.caption for spec in specs])
     if spread is not None:
         figures["diversity"] = spread
-    return figures | {f"checker_{name}": value for name, value in prompt_following(images, specs).items()}
+    following = prompt_following_of_features(ours.features * PapercutChecker.scale, specs)
+    return figures | {f"checker_{attribute}": value for attribute, value in following.items()}

@@ -158,6 +158,11 @@ class QualityProtocol(_Record):
     resize: str
     k: int = 5
     """Nearest neighbours of precision, recall, density and coverage."""
+    diversity: str | None = None
+    """How many images of how many prompts diversity is over."""
+    clip: str | None = None
+    """The model of the CLIP score; None where there is no such score."""
+    clip_sha256: str | None = None
     comparable: bool
     """Whether the figures may stand beside published ones."""
     notes: tuple[str, ...] = ()

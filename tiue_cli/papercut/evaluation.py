@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tiue_cli.papercut.captions import SceneSpec, random_specs
@@ -40,7 +41,18 @@ def prompt_following(images: NDArray[np.uint8], specs: Sequence[SceneSpec]) -> d
     objects, which alone have one); ``single_…`` and ``pair_…`` over the scenes with one and with two objects, where
     there are any.
     """
-    verdict = judge(read(shipped_checker(), images), specs)
+    return _shares(read(shipped_checker(), images), specs)
+
+
+@torch.inference_mode()
+def prompt_following_of_features(features: NDArray[np.float32], specs: Sequence[SceneSpec]) -> dict[str, float]:
+    """``prompt_following`` from the checker's features (N, 192) alone, as ``checker.embed`` gives them."""
+    rows = torch.from_numpy(features)
+    return _shares({name: head(rows).argmax(-1).numpy() for name, head in shipped_checker().heads.items()}, specs)
+
+
+def _shares(found: Mapping[str, NDArray[np.int64]], specs: Sequence[SceneSpec]) -> dict[str, float]:
+    verdict = judge(found, specs)
     pair = np.array([spec.relation is not None for spec in specs])
     figures = {name: float(verdict[name].mean()) for name in ("background", "objects", "colors")}
     if pair.any():

@@ -1,0 +1,80 @@
+"""Pictures side by side: the same prompts and seeds a row, a subject a column."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from tiue_cli.bench.quality_drawing import QualitySubject
+from tiue_cli.bench.schema import GridRecord
+from tiue_cli.errors import UsageError
+from tiue_cli.noise import draw_noise
+
+GAP_PX = 2
+MAX_CELL_PX = 192
+"""Longer side of a picture in a grid; larger ones are scaled down, smaller ones stay."""
+REFERENCE = "reference"
+_PAPER = 255
+
+
+def make_grid(
+    subjects: Iterable[QualitySubject],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    reference: NDArray[np.uint8] | None = None,
+) -> GridRecord:
+    """Draw each prompt with its seed by each subject; ``reference`` (B, H, W, 3) makes a first column.
+
+    Cells lie GAP_PX apart on white, without a border, so that a cell's place follows from ``cell``. Raises UsageError
+    where there is nothing to draw or counts differ.
+    """
+    if not prompts or len(prompts) != len(seeds) or (reference is not None and len(reference) != len(prompts)):
+        raise UsageError("a grid needs a prompt, a seed and, where given, a reference for each row", hint="count them")
+    keys, columns = ([], []) if reference is None else ([REFERENCE], [reference])
+    for subject in subjects:
+        noise = draw_noise(seeds, subject.latent_shape)
+        keys.append(subject.key)
+        # One by one: a grid must not need a larger batch than the measurement beside it.
+        columns.append(np.concatenate([subject.generate([p], noise[i : i + 1]) for i, p in enumerate(prompts)]))
+    if not columns:
+        raise UsageError("a grid needs a subject", hint="name a model")
+    largest = max((column.shape[1:3] for column in columns), key=max)
+    scale = min(1.0, MAX_CELL_PX / max(largest))
+    cell = (round(largest[0] * scale), round(largest[1] * scale))
+    return GridRecord(
+        columns=tuple(keys),
+        prompts=tuple(prompts),
+        seeds=tuple(seeds),
+        png_base64=_png(_sheet(columns, cell)),
+        cell=cell,
+    )
+
+
+def _sheet(columns: Sequence[NDArray[np.uint8]], cell: tuple[int, int]) -> NDArray[np.uint8]:
+    rows = len(columns[0])
+    height, width = rows * (cell[0] + GAP_PX) - GAP_PX, len(columns) * (cell[1] + GAP_PX) - GAP_PX
+    sheet = np.full((height, width, 3), _PAPER, np.uint8)
+    for number, column in enumerate(columns):
+        for row, image in enumerate(column):
+            top, left = row * (cell[0] + GAP_PX), number * (cell[1] + GAP_PX)
+            sheet[top : top + cell[0], left : left + cell[1]] = _fitted(image, cell)
+    return sheet
+
+
+def _fitted(image: NDArray[np.uint8], cell: tuple[int, int]) -> NDArray[np.uint8]:
+    if image.shape[:2] == cell:
+        return image
+    size = (cell[1], cell[0])
+    return np.asarray(ImageOps.pad(Image.fromarray(image), size, Image.Resampling.LANCZOS, color=(_PAPER,) * 3))
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
