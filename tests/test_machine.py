@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tiue_cli import doctor, machine
+from tiue_cli.backends import trt_device
 from tiue_cli.cli import main
 from tiue_cli.doctor import Check, diagnose
 from tiue_cli.machine import DiskInfo, GpuInfo, MachineInfo, TorchInfo, gpus
@@ -124,6 +125,34 @@ def test_both_onnx_runtimes_at_once_are_broken(monkeypatch: pytest.MonkeyPatch) 
     found = check(monkeypatch, "ONNX Runtime")
     assert found.status == "broken"
     assert "uninstall" in str(found.fix)
+
+
+@pytest.mark.parametrize(
+    ("providers", "fix"),
+    [
+        (("CPUExecutionProvider",), "pip uninstall -y onnxruntime && "),
+        (("CUDAExecutionProvider", "CPUExecutionProvider"), "pip install 'onnxruntime-gpu[cuda,cudnn]'"),
+    ],
+)
+def test_onnx_runtime_that_does_not_start_on_the_gpu_is_said_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, providers: tuple[str, ...], fix: str
+) -> None:
+    monkeypatch.setattr(doctor, "onnxruntime_providers", lambda: ("1.31.1", providers))
+    monkeypatch.setattr(doctor, "provider_problem", lambda name: "libcudnn.so.9 cannot be loaded")
+    found = check(monkeypatch, "ONNX Runtime", found=replace(MACHINE, gpus=(H200,)))
+    assert found.status == "missing" and "libcudnn.so.9 cannot be loaded" in found.detail
+    assert fix in str(found.fix)
+    monkeypatch.setattr(doctor, "provider_problem", lambda name: None)
+    assert check(monkeypatch, "ONNX Runtime", found=replace(MACHINE, gpus=(H200,))).status == "ok"
+
+
+def test_tensorrt_is_named_as_the_driver_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trt_device, "driver_library", object)
+    monkeypatch.setattr(trt_device, "driver_cuda", lambda: 12)
+    monkeypatch.setattr(trt_device, "_is_installed", lambda distribution: distribution == "polygraphy")
+    found = check(monkeypatch, "TensorRT", found=replace(MACHINE, gpus=(H200,)))
+    assert found.status == "missing"
+    assert found.fix == f"{sys.executable} -m pip install 'tensorrt-cu12>=10.8,<12'"
 
 
 def test_doctor_on_this_machine_reports_the_versions_in_use(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from tiue_cli import __version__
-from tiue_cli.errors import TiueError
+from tiue_cli.backends.onnx_session import provider_problem
+from tiue_cli.backends.trt_device import require_tensorrt
+from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError
 from tiue_cli.machine import MachineInfo, TorchInfo, machine_info, onnxruntime_providers, package_version, torch_info
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import EMBEDDED, resolve_model
@@ -137,19 +139,27 @@ def _onnxruntime_check(machine: MachineInfo) -> Check:
         return Check("ONNX Runtime", "missing", "not installed; only exported models need it", _pip(name))
     version, providers = found
     short = ", ".join(provider.removesuffix("ExecutionProvider") for provider in providers)
-    if machine.gpus and "CUDAExecutionProvider" not in providers:
-        fix = f"{sys.executable} -m pip uninstall -y onnxruntime && {_pip(name)}"
-        return Check("ONNX Runtime", "missing", f"{version} without the CUDA provider (has: {short})", fix)
-    return Check("ONNX Runtime", "ok", f"{version} (providers: {short})")
+    if not machine.gpus:
+        return Check("ONNX Runtime", "ok", f"{version} (providers: {short})")
+    problem = provider_problem("cuda")
+    if problem is None:
+        return Check("ONNX Runtime", "ok", f"{version}, usable on the GPU (providers: {short})")
+    fix = f"{sys.executable} -m pip uninstall -y onnxruntime && {_pip(name)}"
+    if "CUDAExecutionProvider" in providers:  # then CUDA or cuDNN is what it lacks
+        fix = _pip("'onnxruntime-gpu[cuda,cudnn]'")
+    return Check("ONNX Runtime", "missing", f"{version} runs on the CPU only: {problem}", fix)
 
 
 def _tensorrt_check(machine: MachineInfo) -> Check:
-    version = package_version("tensorrt")
-    if version is not None:
-        return Check("TensorRT", "ok", version)
     if not machine.gpus:
-        return Check("TensorRT", "missing", "not installed; it needs an NVIDIA GPU")
-    return Check("TensorRT", "missing", "not installed; only exported models need it", _pip("tensorrt"))
+        return Check("TensorRT", "missing", "it needs an NVIDIA GPU")
+    try:
+        return Check("TensorRT", "ok", require_tensorrt())
+    except DeviceError as error:
+        return Check("TensorRT", "missing", error.message)
+    except MissingDependencyError as error:
+        _, _, command = (error.hint or "").partition(": ")
+        return Check("TensorRT", "missing", f"{error.message}; only engines need it", command)
 
 
 def _memory_check(machine: MachineInfo) -> Check:

@@ -221,7 +221,7 @@ def test_a_silent_fallback_is_not_accepted(tiny: Path) -> None:
 
 def test_auto_says_why_the_gpu_is_idle(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
-    monkeypatch.setattr(onnx_session, "_why_not", lambda name: "libcudnn.so.9 cannot be loaded")
+    monkeypatch.setattr(onnx_session, "provider_problem", lambda name: "libcudnn.so.9 cannot be loaded")
     backend = OnnxBackend(tiny)
     assert backend.device == "cpu"
     assert any("libcudnn.so.9" in note for note in backend.notes)

@@ -53,11 +53,11 @@ def choose_provider(asked: str) -> Provider:
     if asked == "auto":
         if cuda_devices() == 0:
             return Provider("cpu")
-        problem = _why_not("cuda")
+        problem = provider_problem("cuda")
         if problem is None:
             return Provider("cuda")
         return Provider("cpu", note=f"there is a GPU, and ONNX Runtime runs on the CPU: {problem}; {_DOCTOR}")
-    problem = _why_not(asked)
+    problem = provider_problem(asked)
     if problem is not None:
         raise DeviceError(f"--provider {asked} was asked for: {problem}", hint=f"use --provider cpu, or {_DOCTOR}")
     return Provider(asked)
@@ -150,7 +150,7 @@ def cuda_devices() -> int:
     return count.value
 
 
-def _why_not(name: str) -> str | None:
+def provider_problem(name: str) -> str | None:
     """Why a GPU provider cannot start, None where nothing speaks against it."""
     ort = import_onnxruntime()
     if PROVIDERS[name] not in ort.get_available_providers():

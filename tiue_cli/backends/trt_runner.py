@@ -560,7 +560,8 @@ def import_tensorrt() -> Any:
     except (ImportError, OSError) as error:
         # FileNotFoundError, an OSError, is what the package raises where its libraries are missing.
         raise MissingDependencyError(
-            f"TensorRT cannot be imported: {' '.join(str(error).split())}", hint="install it: pip install 'tiue[trt]'"
+            f"TensorRT cannot be imported: {' '.join(str(error).split())}",
+            hint=f"install it again: {sys.executable} -m pip install --force-reinstall tensorrt",
         ) from error
     return tensorrt
 
