@@ -13,6 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 from tiue_cli.errors import TiueError
@@ -111,8 +112,8 @@ class Console:
     def stages(self, *, live: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
         """Work in named stages on stderr; yields a function of (stage, done, total, figures as text).
 
-        A bar a stage on a terminal; elsewhere a line at the start and end of a stage and every half minute. Without
-        ``live`` no thread draws beside the work, for work that is timed.
+        A bar a stage on a terminal, the figures below; elsewhere a line at the start and end of a stage and every half
+        minute. Without ``live`` no thread draws beside the work, for work that is timed.
         """
         if self._format != "human":
             yield _ignore_stage
@@ -120,14 +121,17 @@ class Console:
         if not sys.stderr.isatty():
             yield _StageLines()
             return
+        from rich.console import Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
-        bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+        bars = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn()
+        )
+        figures_line = Text()  # below the bars: in a narrow terminal a column of it would push out the others
+        display = Live(
+            Group(bars, figures_line),
             console=_rich(sys.stderr),
             auto_refresh=live,
             redirect_stdout=False,
@@ -137,15 +141,16 @@ class Console:
         drawn_s = 0.0
         self._holding = sys.stdout.isatty()
         try:
-            with bar:
+            with display:
 
                 def update(stage: str, done: int, total: int, figures: str) -> None:
                     nonlocal drawn_s
                     if stage not in tasks:
-                        tasks[stage] = bar.add_task(stage, total=total, figures="")
-                    bar.update(tasks[stage], completed=done, figures=figures)
+                        tasks[stage] = bars.add_task(stage, total=total)
+                    bars.update(tasks[stage], completed=done)
+                    figures_line.plain = figures
                     if not live and (done in (0, total) or time.monotonic() - drawn_s > _REDRAW_SECONDS):
-                        bar.refresh()
+                        display.refresh()
                         drawn_s = time.monotonic()
 
                 yield update
@@ -451,13 +456,20 @@ class _StageLines:
 
     def __init__(self) -> None:
         self._stage = ""
-        self._last_s = 0.0
+        self._first, self._start_s, self._last_s = 0, 0.0, 0.0
 
     def __call__(self, stage: str, done: int, total: int, figures: str) -> None:
         now_s = time.monotonic()
-        if stage != self._stage or done == total or now_s - self._last_s >= _LINE_SECONDS:
-            self._stage, self._last_s = stage, now_s
-            _line(sys.stderr, f"{stage} {done}/{total}  {figures}".rstrip())
+        if stage != self._stage:
+            self._stage, self._first, self._start_s = stage, done, now_s
+        elif done < total and now_s - self._last_s < _LINE_SECONDS:
+            return
+        self._last_s = now_s
+        left = ""
+        if self._first < done < total:
+            left_s = (now_s - self._start_s) / (done - self._first) * (total - done)
+            left = f"{timedelta(seconds=round(left_s))} left"
+        _line(sys.stderr, "  ".join(part for part in (f"{stage} {done}/{total}", figures, left) if part))
 
 
 def _ignore_stage(stage: str, done: int, total: int, figures: str) -> None:

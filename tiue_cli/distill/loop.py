@@ -245,8 +245,10 @@ class Distillation:
             spent = (ends[-1] - ends[0]) / (len(ends) - 1)
             figures |= {"seconds_per_step": spent, "images_per_s": images / spent, "memory_bytes": memory_bytes()}
             self._log(trainer, figures)
-            in_warm_start = step <= config.warm_start.steps
-            yield Progress("warm start" if in_warm_start else "distillation", step, config.max_steps, figures)
+            if step <= config.warm_start.steps:
+                yield Progress("warm start", step, min(config.warm_start.steps, config.max_steps), figures)
+            else:
+                yield Progress("distillation", step, config.max_steps, figures)
             self._stopping = self._agree(bool(self._stop))
             if step % config.checkpoint.every == 0 or step == config.max_steps or self._stopping:
                 yield from self._save(trainer)
