@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from tiny_export import write_tiny_export
 
 from tiue_cli.cli import main
 from tiue_cli.errors import ManifestError, UsageError
@@ -166,6 +167,19 @@ def test_huge_sheet_is_scaled_down() -> None:
     assert max(sheet.pixels.shape) <= MAX_SHEET_PX
     sheet.place(399, np.zeros((1024, 1024, 3), np.uint8))
     assert (sheet.pixels[-10:-5, -10:-5] == 0).all()
+
+
+# --- exports -------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_shown_with_the_ports_of_its_graphs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_export(tmp_path / "tiny")
+    assert main(["inspect", str(tmp_path / "tiny")]) == 0
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert rows["text_encoder"].endswith("input_ids → text_states")
+    assert rows["unet_encoder"].endswith("noise, text_states → mid, skip_00 … skip_01")
+    assert rows["unet_decoder"].endswith("mid, skip_00 … skip_01, text_states, noise, timesteps, weights → latents")
+    assert rows["vae_decoder"].endswith("latents → images")
 
 
 # --- fingerprints --------------------------------------------------------------------------------------------------

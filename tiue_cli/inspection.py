@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tiue_cli.errors import UsageError
-from tiue_cli.export.manifest import ENGINE_MANIFEST, EngineManifest, read_engine_manifest
+from tiue_cli.export.manifest import ENGINE_MANIFEST, EngineManifest, GraphSpec, TensorSpec, read_engine_manifest
 from tiue_cli.exported import ExportInfo, find_export
 from tiue_cli.fingerprint import fingerprint
 from tiue_cli.model.folder import ModelInfo, check_model_folder
@@ -207,12 +208,7 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
     student, parity = manifest.student, manifest.parity
     sizes = ", ".join(_pair(size) for size in manifest.sizes) or f"any multiples of {manifest.latent_factor}"
     trained = manifest.combines[-1]
-    graphs = {
-        graph.onnx.file.removesuffix(
-            ".onnx"
-        ): f"{_size(graph.size_bytes)}, {graph.precision}, sha256 {graph.digest[:12]}"
-        for graph in manifest.graphs
-    }
+    graphs = {graph.onnx.file.removesuffix(".onnx"): _graph_row(graph) for graph in manifest.graphs}
     return {
         "student": f"{student.source} (sha256 {student.sha256[:12]})",
         "teacher": student.teacher,
@@ -235,6 +231,19 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
         "engines": ", ".join(path.parent.name for path in sorted(info.path.glob(f"*/{ENGINE_MANIFEST}"))) or "none",
         "id": info.model_id,
     }
+
+
+def _graph_row(graph: GraphSpec) -> str:
+    """Such as ``2.6 MiB, fp32, sha256 a78d33a16a35, input_ids → text_states``."""
+    ports = f"{_names(graph.inputs)} → {_names(graph.outputs)}"
+    return f"{_size(graph.size_bytes)}, {graph.precision}, sha256 {graph.digest[:12]}, {ports}"
+
+
+def _names(ports: Sequence[TensorSpec]) -> str:
+    names = [port.name for port in ports]
+    skips = [name for name in names if name.startswith("skip_")]
+    shown = [name for name in names if name not in skips[1:]]
+    return ", ".join(f"{name} … {skips[-1]}" if name in skips and len(skips) > 1 else name for name in shown)
 
 
 def engine_rows(engine: EngineManifest) -> dict[str, str]:
