@@ -18,6 +18,8 @@ PrecisionName = Literal["auto", "fp32", "fp16", "bf16"]
 BACKENDS: Final[tuple[StudentBackend, ...]] = get_args(StudentBackend)
 SHAPES: Final = ("sd15", "sd21", "papercut")
 """What ``--random-weights`` can build."""
+NO_TEACHER: Final = "none"
+"""What ``--teacher`` says to leave the teacher out."""
 
 MAX_BATCH: Final = 256
 MAX_TEACHER_STEPS: Final = 1000
@@ -111,7 +113,7 @@ class BenchConfig:
                     f"--random-weights builds {', '.join(SHAPES)}, not {model}",
                     hint="leave --random-weights out to measure a folder or hub id",
                 )
-        if self.teacher is not None:
+        if self.teacher not in (None, NO_TEACHER):
             raise UsageError("--random-weights and --teacher were both given", hint="the shapes are their own teachers")
         if self.quality:
             raise UsageError("random weights have no quality", hint="leave --quality out, or give trained models")

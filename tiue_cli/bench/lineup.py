@@ -1,39 +1,44 @@
-"""Who takes part: from what was asked for to the subjects of a bench, with their models loaded.
+"""Who takes part: from what was asked for to the subjects of a bench, ready to run.
 
-for each MODEL   its teacher with guidance at each number of steps
-                 one plain UNet pass, and the same with merged upsamplers
-                 the student: sharing decoder at each K, the authors' K-fold batch, merged upsamplers, other backends
-for each --peer  the pipeline under its own sampler
+- for each teacher: guided sampling at each number of steps;
+- for each model: one plain UNet pass, and the same with merged upsamplers; the student with the sharing decoder at each
+  K and with the authors' K-fold batch at each K above 1; with merged upsamplers and compiled at the largest K; its
+  export and engine at each K;
+- for each peer: the pipeline under its own sampler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
+
+import torch
 
 from tiue_cli.backends.torch_backend import choose_device, choose_dtype
-from tiue_cli.bench.config import BenchConfig, StudentBackend
+from tiue_cli.backends.trt_backend import TrtBackend
+from tiue_cli.backends.trt_device import require_tensorrt
+from tiue_cli.bench.config import BenchConfig, PeerSpec, StudentBackend
+from tiue_cli.bench.contestants import Contestant, Loader, Say
+from tiue_cli.bench.exported_subjects import ExportedSubject, TimedOnnxBackend
+from tiue_cli.bench.exports import ReadyExport, engine_now, engine_obstacle, export_now, find_export_of
 from tiue_cli.bench.flops import StageFlops
-from tiue_cli.bench.models import (
-    LoadedModel,
-    check_same_size,
-    load_model,
-    named,
-    random_model,
-    student_steps,
-)
-from tiue_cli.bench.schema import BenchBackend, SubjectKind, SubjectRecord
+from tiue_cli.bench.models import LoadedModel, check_same_size, student_steps
+from tiue_cli.bench.peers import PeerSubject, load_peer, pipeline_bytes
+from tiue_cli.bench.schema import SubjectRecord
 from tiue_cli.bench.subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
 from tiue_cli.errors import UsageError
 from tiue_cli.model.autoencoder import ImageDecoder
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES, EMBEDDED_TEACHER, resolve_model
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 
-NO_TEACHER: Final = "none"
-"""What ``--teacher`` says to leave the teacher out."""
-
-Say = Callable[[str], None]
+_HOW: dict[Variant, str] = {
+    "shared": "sharing decoder",
+    "plain": "the authors' K-fold batch",
+    "merged": "sharing decoder, merged upsamplers",
+}
 
 
 @dataclass
@@ -46,235 +51,326 @@ class Lineup:
     latent: tuple[int, int, int]
     subjects: list[Subject] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-    def subject(self, key: str) -> Subject:
-        """The subject of that key; KeyError for another."""
-        for subject in self.subjects:
-            if subject.key == key:
-                return subject
-        raise KeyError(key)
-
-    @property
-    def teachers(self) -> list[Subject]:
-        """The many-step models that the others are compared with."""
-        return [subject for subject in self.subjects if subject.record.kind == "teacher"]
+    notes: list[str] = field(default_factory=list)
 
 
 def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
-    """Load everything that ``config`` names and enter the subjects on ``stack``.
+    """Load everything that ``config`` names; ``stack`` holds it open.
 
     ``say`` is called with what begins. Raises what loading raises, and UsageError for what does not fit together.
     """
-    return _Builder(config, stack, say).build()
+    device = choose_device(config.device)
+    precision = choose_dtype(config.precision, device)
+    if config.backends is not None and "trt" in config.backends:
+        require_tensorrt()  # rather than after minutes of exporting
+    loader = Loader(config, device=device, precision=precision, say=say)
+    contestants = loader.contestants()
+    teachers = loader.teachers(contestants)
+    size = config.size or check_same_size({one.name: one.image_size() for one in contestants})
+    shapes = {_latent_shape(one, size) for one in contestants}
+    shapes |= {_latent_shape(Contestant(model.name, model.source, model), size) for model in teachers}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"the models' latents have different shapes: {', '.join(map(str, sorted(shapes)))}",
+            hint="measure models of one family in one run: the same noise goes into all",
+        )
+    lineup = Lineup(device, precision, size, shapes.pop(), warnings=loader.warnings, notes=loader.notes)
+    builder = _Builder(config, lineup, stack, say)
+    for model in teachers:
+        builder.add_teacher(model)
+    for contestant in contestants:
+        builder.add_contestant(contestant)
+    for peer in config.peers:
+        builder.add_peer(peer)
+    return lineup
+
+
+def _latent_shape(contestant: Contestant, size: tuple[int, int]) -> tuple[int, int, int]:
+    if contestant.model is None:
+        assert contestant.export is not None, "a contestant is a model or an export"
+        return contestant.export.manifest.latent_shape(size)
+    decoder = ImageDecoder(contestant.model.components.vae)
+    return (decoder.latent_channels, *decoder.latent_size(size))
 
 
 class _Builder:
-    """One lineup in the making."""
+    """Adds subjects to a lineup."""
 
-    def __init__(self, config: BenchConfig, stack: ExitStack, say: Say) -> None:
+    def __init__(self, config: BenchConfig, lineup: Lineup, stack: ExitStack, say: Say) -> None:
         self._config = config
+        self._lineup = lineup
         self._stack = stack
         self._say = say
-        self._device = choose_device(config.device)
-        self._precision: Any = choose_dtype(config.precision, self._device)
-        self._loaded: dict[str, LoadedModel] = {}
-        self._flops: dict[str, StageFlops] = {}
-        self._warnings: list[str] = []
+        self._names: dict[int, str] = {}
+        """Under which name a model's torch subjects are, by its identity: an export may share its student's."""
+        self._exports: dict[str, ReadyExport | str] = {}
 
-    def build(self) -> Lineup:
-        names: list[str] = []
-        for source in self._config.models:
-            names.append(named(source, names))
-        students = [self._student(name, source) for name, source in zip(names, self._config.models, strict=True)]
-        teachers = self._teachers(students)
-        size = self._config.size or check_same_size({model.name: model.image_size() for model in students})
-        decoder = ImageDecoder(students[0].components.vae)
-        lineup = Lineup(
-            device=self._device,
-            precision=self._precision,
-            size=size,
-            latent=(decoder.latent_channels, *decoder.latent_size(size)),
-        )
-        for model in students:
-            self._flops[model.name] = StageFlops(model.components, lineup.latent[1:])
-        for model in teachers:
-            self._flops.setdefault(model.name, StageFlops(model.components, lineup.latent[1:]))
-            lineup.subjects += self._teacher_subjects(model)
-        for model in students:
-            lineup.subjects += self._plain_subjects(model)
-            lineup.subjects += self._student_subjects(model)
-        for subject in lineup.subjects:
-            self._stack.enter_context(subject)
-        lineup.warnings = self._warnings
-        return lineup
+    # --- many steps ---
 
-    # --- models ---
-
-    def _student(self, name: str, source: str) -> LoadedModel:
-        if self._config.random_weights:
-            self._say(f"building {source} with random weights")
-            return random_model(
-                source,
-                device=self._device,
-                precision=self._precision,
-                seed=self._config.seed,
-                vae=self._config.vae,
-            )
-        model = self._load(name, source)
-        if not model.is_student:
-            self._warnings.append(
-                f"{source} is a many-step model: its untrained student is measured for speed, and the pictures of that"
-                " student mean nothing"
-            )
-        return model
-
-    def _load(self, name: str, source: str) -> LoadedModel:
-        place = str(resolve_model(source))
-        if place not in self._loaded:
-            self._say(f"loading {source}")
-            self._loaded[place] = load_model(
-                name, source, device=self._device, precision=self._precision, vae=self._config.vae
-            )
-        return self._loaded[place]
-
-    def _teachers(self, students: list[LoadedModel]) -> list[LoadedModel]:
-        """The many-step models to compare with, each once: the one that was named, else what each student knows."""
-        asked = self._config.teacher
-        if asked == NO_TEACHER:
-            return []
-        if asked is not None:
-            return [self._checked_teacher(self._load(named(asked, [model.name for model in students]), asked), asked)]
-        found: dict[int, LoadedModel] = {}
-        for student in students:
-            teacher = self._own_teacher(student)
-            if teacher is not None:
-                found[id(teacher.components)] = teacher
-        return list(found.values())
-
-    def _own_teacher(self, student: LoadedModel) -> LoadedModel | None:
-        if student.random_weights or not student.is_student:
-            return student
-        manifest = student.components.info.manifest
-        known = None if manifest is None else manifest.teacher
-        if known in EMBEDDED_NAMES or student.source in EMBEDDED_NAMES:
-            return self._load(EMBEDDED_TEACHER, EMBEDDED_TEACHER)
-        self._warnings.append(
-            f"{student.source} is compared with no teacher: give its folder with --teacher"
-            + ("" if known in (None, "unknown") else f" (its manifest names {known})")
-        )
-        return None
-
-    def _checked_teacher(self, model: LoadedModel, source: str) -> LoadedModel:
-        if model.is_student:
-            raise UsageError(f"--teacher {source} is a student", hint="give the many-step model that it came from")
-        return model
-
-    # --- subjects ---
-
-    def _teacher_subjects(self, model: LoadedModel) -> list[Subject]:
-        name = EMBEDDED_TEACHER if model.source == EMBEDDED else model.name
+    def add_teacher(self, model: LoadedModel) -> None:
+        """Guided sampling at each number of steps."""
+        name = EMBEDDED_TEACHER if model.source == EMBEDDED and not model.random_weights else model.name
         guidance = model.guidance(self._config.guidance)
-        subjects: list[Subject] = []
+        how = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
         for steps in self._config.teacher_steps:
             record = self._record(
                 model,
                 key=f"{name}/torch/{steps}-steps",
-                label=f"{name}, {steps} steps, {f'guidance {guidance:g}' if guidance > 1 else 'no guidance'}",
+                label=f"{name}, {steps} steps, {how}",
                 kind="teacher",
                 steps=steps,
                 guidance=guidance,
             )
-            subjects.append(TeacherSubject(record, model, self._flops[model.name]))
-        return subjects
+            self._add(TeacherSubject(record, model, self._flops(model)))
 
-    def _plain_subjects(self, model: LoadedModel) -> list[Subject]:
-        subjects: list[Subject] = []
+    def add_peer(self, peer: PeerSpec) -> None:
+        """Another pipeline under its own sampler."""
+        self._say(f"loading {peer.source}")
+        lineup = self._lineup
+        pipeline, load_s = load_peer(peer, device=lineup.device, precision=lineup.precision)
+        how = "its own guidance" if peer.guidance is None else f"guidance {peer.guidance:g}"
+        record = SubjectRecord(
+            key=f"{peer.name}/diffusers/{peer.steps}-steps",
+            label=f"{peer.name}, {peer.steps} step{'' if peer.steps == 1 else 's'}, {how}",
+            kind="peer",
+            backend="diffusers",
+            model=peer.source,
+            model_sha256=None,
+            steps=peer.steps,
+            guidance=peer.guidance,
+            precision=lineup.precision,
+            device=lineup.device,
+            weights_bytes=pipeline_bytes(pipeline),
+            load_s=load_s,
+            notes=(f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}",),
+        )
+        self._add(PeerSubject(record, pipeline, size=lineup.size, seed=self._config.seed))
+
+    # --- one pass ---
+
+    def add_contestant(self, contestant: Contestant) -> None:
+        """A model's plain passes, its student in torch, and its export."""
+        asked = self._config.backends
+        model, name, before = contestant.model, contestant.name, len(self._lineup.subjects)
+        if model is None:
+            all_steps = self._export_steps(contestant)
+        else:
+            all_steps = student_steps(model.student, self._config.steps)
+            if id(model) not in self._names:
+                self._names[id(model)] = name
+                self._add_plain_passes(model, name)
+                self._add_torch(model, name, all_steps, ("torch",) if asked is None else asked)
+        for backend in ("onnx", "trt"):
+            if asked is None or backend in asked:
+                self._add_exported(contestant, all_steps, backend, asked=asked is not None)
+        if model is None and len(self._lineup.subjects) == before:
+            raise UsageError(
+                f"{contestant.source} is an export, and nothing that was asked for can run it",
+                hint="leave --backend out, or name onnx or trt",
+            )
+
+    def _export_steps(self, contestant: Contestant) -> tuple[int, ...]:
+        assert contestant.export is not None, "a contestant is a model or an export"
+        manifest = contestant.export.manifest
+        for steps in self._config.steps or ():
+            manifest.combine(steps)
+        return self._config.steps or manifest.steps
+
+    def _add_plain_passes(self, model: LoadedModel, name: str) -> None:
         for merged in (False, True):
             record = self._record(
                 model,
-                key=f"{model.name}/torch/unet{'-merged' if merged else ''}",
-                label=f"{model.name}, one plain UNet pass{', merged upsamplers' if merged else ''}",
+                key=f"{name}/torch/unet{'-merged' if merged else ''}",
+                label=f"{name}, one plain UNet pass{', merged upsamplers' if merged else ''}",
                 kind="plain-unet",
                 steps=1,
                 merged_upsampler=merged,
-                untrained=not model.is_student,
-                notes=("an untrained model's single step: its speed counts, its picture does not",),
+                untrained=True,
+                notes=("a single step that the model was not trained for: its time counts, its picture does not",),
             )
-            subjects.append(PlainUNetSubject(record, model, self._flops[model.name]))
-        return subjects
+            self._add(PlainUNetSubject(record, model, self._flops(model)))
 
-    def _student_subjects(self, model: LoadedModel) -> list[Subject]:
-        """The sharing decoder at each K, the K-fold batch at each K > 1, and the rest at the largest K."""
-        all_steps = student_steps(model.student, self._config.steps)
-        most = max(all_steps)
-        backends = self._config.backends or ("torch",)
-        subjects = []
-        if "torch" in backends:
-            subjects = [self._student_subject(model, steps, "shared") for steps in all_steps]
-            subjects += [self._student_subject(model, steps, "plain") for steps in all_steps if steps > 1]
-            subjects.append(self._student_subject(model, most, "merged"))
-        elif "compile" in backends:
-            reference = self._student_subject(model, most, "shared")
-            reference.timed = False
-            subjects.append(reference)
+    def _add_torch(
+        self, model: LoadedModel, name: str, all_steps: tuple[int, ...], backends: tuple[StudentBackend, ...]
+    ) -> None:
+        most, timed = max(all_steps), "torch" in backends
+        # Where torch is not asked for, it still draws what the others are compared with.
+        for steps in all_steps if timed or set(backends) & {"onnx", "trt"} else (most,):
+            self._add_student(model, name, steps, "shared", timed=timed)
+        if timed:
+            for steps in all_steps:
+                if steps > 1:
+                    self._add_student(model, name, steps, "plain")
+            self._add_student(model, name, most, "merged")
         if "compile" in backends:
-            subjects.append(self._student_subject(model, most, "shared", backend="compile"))
-        return subjects
+            self._add_student(model, name, most, "shared", backend="compile")
 
-    def _student_subject(
-        self, model: LoadedModel, steps: int, variant: Variant, *, backend: StudentBackend = "torch"
-    ) -> Subject:
+    def _add_student(
+        self,
+        model: LoadedModel,
+        name: str,
+        steps: int,
+        variant: Variant,
+        *,
+        backend: StudentBackend = "torch",
+        timed: bool = True,
+    ) -> None:
         suffix = "" if variant == "shared" else f"-{variant}"
-        how = {
-            "shared": "sharing decoder",
-            "plain": "the authors' K-fold batch",
-            "merged": "sharing decoder, merged upsamplers",
-        }[variant]
         record = self._record(
             model,
-            key=f"{model.name}/{backend}/k{steps}{suffix}",
-            label=f"{model.name}, K = {steps}, {how}{', torch.compile' if backend == 'compile' else ''}",
+            key=f"{name}/{backend}/k{steps}{suffix}",
+            label=f"{name}, K = {steps}, {_HOW[variant]}{', torch.compile' if backend == 'compile' else ''}",
             kind="student-plain" if variant == "plain" else "student",
             backend=backend,
             steps=steps,
             merged_upsampler=variant == "merged",
             untrained=not model.is_student,
         )
-        subject = StudentSubject(record, model, self._flops[model.name], variant=variant)
-        subject.plain_pass = f"{model.name}/torch/unet{'-merged' if variant == 'merged' else ''}"
-        reference = f"{model.name}/torch/k{steps}"
-        subject.reference = None if record.key == reference else reference
-        return subject
+        subject = StudentSubject(record, model, self._flops(model), variant=variant)
+        subject.timed = timed
+        subject.plain_pass = f"{name}/torch/unet{'-merged' if variant == 'merged' else ''}"
+        subject.reference = _other_than(record.key, f"{name}/torch/k{steps}")
+        self._add(subject)
 
-    def _record(
+    # --- exports ---
+
+    def _add_exported(
+        self, contestant: Contestant, all_steps: tuple[int, ...], backend: StudentBackend, *, asked: bool
+    ) -> None:
+        """The student's export, or its engine, at each K; where it was not asked for, only if it lies ready."""
+        ready = self._export(contestant, asked=asked)
+        if isinstance(ready, str):
+            self._lineup.notes.append(f"{backend} is left out: {ready}")
+            return
+        if backend == "trt":
+            engine = self._engine(ready, asked=asked)
+            if isinstance(engine, str):
+                self._lineup.notes.append(f"trt is left out: {engine}")
+                return
+            ready = engine
+        started = time.perf_counter()
+        opened: TimedOnnxBackend | TrtBackend
+        if backend == "trt":
+            opened = self._stack.enter_context(TrtBackend(ready.folder, engine=ready.engine))
+        else:
+            provider = "cuda" if self._lineup.device == "cuda" else "cpu"
+            opened = self._stack.enter_context(
+                TimedOnnxBackend(ready.folder, provider=provider, threads=torch.get_num_threads())
+            )
+        load_s = time.perf_counter() - started
+        for steps in all_steps:
+            self._add_exported_at(contestant, ready, opened, backend, steps=steps, load_s=load_s)
+
+    def _add_exported_at(
         self,
-        model: LoadedModel,
+        contestant: Contestant,
+        ready: ReadyExport,
+        opened: TimedOnnxBackend | TrtBackend,
+        backend: StudentBackend,
         *,
-        key: str,
-        label: str,
-        kind: SubjectKind,
         steps: int,
-        backend: BenchBackend = "torch",
-        guidance: float | None = None,
-        merged_upsampler: bool = False,
-        untrained: bool = False,
-        notes: tuple[str, ...] = (),
-    ) -> SubjectRecord:
-        return SubjectRecord(
-            key=key,
-            label=label,
-            kind=kind,
+        load_s: float,
+    ) -> None:
+        name, model, manifest = contestant.name, contestant.model, ready.manifest
+        runtime = "ONNX Runtime" if backend == "onnx" else "TensorRT"
+        record = SubjectRecord(
+            key=f"{name}/{backend}/k{steps}",
+            label=f"{name}, K = {steps}, {runtime}",
+            kind="student",
             backend=backend,
-            model=model.source,
-            model_sha256=model.sha256,
+            model=contestant.source,
+            model_sha256=manifest.student.sha256 if model is None else model.sha256,
             steps=steps,
-            guidance=guidance,
-            precision=self._precision,
-            device=self._device,
-            random_weights=model.random_weights,
-            untrained=untrained,
-            merged_upsampler=merged_upsampler,
-            weights_bytes=model.weights_bytes,
-            load_s=model.load_s,
-            notes=notes,
+            guidance=None,
+            precision=self._lineup.precision,
+            device=opened.device,
+            random_weights=model is not None and model.random_weights,
+            untrained=model is not None and not model.is_student,
+            weights_bytes=sum(file.size_bytes for graph in manifest.graphs for file in (graph.onnx, *graph.data)),
+            load_s=load_s,
+            build_s=ready.build_s,
+            notes=_export_notes(opened.notes, ready, compared=model is not None),
         )
+        subject = ExportedSubject(record, opened, None if model is None else self._flops(model))
+        if model is not None:
+            torch_name = self._names[id(model)]
+            subject.reference = f"{torch_name}/torch/k{steps}"
+            subject.plain_pass = f"{torch_name}/torch/unet"
+        elif manifest.parity is None:
+            subject.unverified = "its pictures were compared with nothing, here or when it was exported"
+        self._add(subject)
+
+    def _export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
+        """The export to run, or why there is none. Raises where it was asked for and cannot be had."""
+        if contestant.name not in self._exports:
+            self._exports[contestant.name] = self._find_export(contestant, asked=asked)
+        return self._exports[contestant.name]
+
+    def _find_export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
+        lineup, model = self._lineup, contestant.model
+        if contestant.export is not None:
+            manifest = contestant.export.manifest
+            if manifest.precision != lineup.precision:
+                raise UsageError(
+                    f"{contestant.source} was exported in {manifest.precision}, and this run is in {lineup.precision}",
+                    hint=f"measure all in it: --precision {manifest.precision}",
+                )
+            return contestant.export
+        assert model is not None, "a contestant is a model or an export"
+        found = find_export_of(model, precision=lineup.precision, size=lineup.size, vae=self._config.vae)
+        if isinstance(found, ReadyExport) or not asked:
+            return found
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tiue-bench-")))
+        return export_now(model, folder, precision=lineup.precision, size=lineup.size, say=self._say)
+
+    def _engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport | str:
+        batches = self._config.batches
+        obstacle = engine_obstacle(ready.folder, ready.engine, size=self._lineup.size, batches=batches)
+        if obstacle is None:
+            return ready
+        if not asked:
+            return obstacle.message
+        if ready.build_s is None:
+            raise obstacle
+        # The export was made for this run, so its engine is as well.
+        engine, build_s = engine_now(ready, batches=batches, say=self._say)
+        return ReadyExport(ready.folder, ready.manifest, build_s=ready.build_s + build_s, engine=engine)
+
+    # --- records ---
+
+    def _add(self, subject: Subject) -> None:
+        self._lineup.subjects.append(self._stack.enter_context(subject))
+
+    def _flops(self, model: LoadedModel) -> StageFlops:
+        return StageFlops(model.components, self._lineup.latent[1:])
+
+    def _record(self, model: LoadedModel, **fields: Any) -> SubjectRecord:
+        """A record over a loaded model; ``fields`` are those that differ from subject to subject."""
+        return SubjectRecord.model_validate(
+            {
+                "backend": "torch",
+                "model": model.source,
+                "model_sha256": model.sha256,
+                "guidance": None,
+                "precision": self._lineup.precision,
+                "device": self._lineup.device,
+                "random_weights": model.random_weights,
+                "weights_bytes": model.weights_bytes,
+                "load_s": model.load_s,
+                **fields,
+            }
+        )
+
+
+def _other_than(key: str, reference: str) -> str | None:
+    return None if key == reference else reference
+
+
+def _export_notes(notes: tuple[str, ...], ready: ReadyExport, *, compared: bool) -> tuple[str, ...]:
+    """What a reader should know: where this run compares the pictures, earlier comparisons do not matter."""
+    if compared:
+        return tuple(note for note in notes if not note.endswith("(--no-check)"))
+    parity = ready.manifest.parity
+    if parity is None:
+        return notes
+    return (*notes, f"when it was exported, its pictures had {parity.image_psnr_db:.1f} dB to those of torch in fp32")

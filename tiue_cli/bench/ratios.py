@@ -41,7 +41,9 @@ def all_ratios(
 
 def _reason(subject: Subject, parities: Mapping[str, ParityRecord]) -> str | None:
     parity = parities.get(subject.key)
-    if parity is None or parity.passed:
+    if parity is None:
+        return subject.unverified
+    if parity.passed:
         return None
     if parity.psnr_db is None:
         return f"its pictures have one colour only, so that they show nothing of {parity.reference}"

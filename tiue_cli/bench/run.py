@@ -21,7 +21,7 @@ from tiue_cli.bench.parity import compare_images
 from tiue_cli.bench.peak import measure_peak
 from tiue_cli.bench.ratios import all_ratios
 from tiue_cli.bench.schema import BenchReport, LatencyRecord, MachineRecord, ParityRecord, SubjectRecord
-from tiue_cli.bench.stats import summarize
+from tiue_cli.bench.stats import OUTLIER_FACTOR, summarize
 from tiue_cli.bench.subjects import Subject
 from tiue_cli.bench.timing import SLOW_ROUNDS, SLOW_S, BatchTiming, Measured, measure_batch
 from tiue_cli.machine import machine_info, package_version
@@ -31,6 +31,9 @@ from tiue_cli.prompts import read_prompts
 
 PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "torchmetrics")
 """Whose versions a bench shows beside those that can change a picture."""
+
+MANY_OUTLIERS: Final = 0.1
+"""Share of a subject's runs: more of them are said."""
 
 
 def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport:
@@ -42,8 +45,8 @@ def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport:
     with ExitStack() as stack:
         lineup = open_lineup(config, stack, say=lambda text: emit(Progress("loading", 0, 1, text)))
         emit(Progress("loading", 1, 1))
-        for warning in lineup.warnings:
-            emit(Note(warning))
+        for text in (*lineup.warnings, *lineup.notes):
+            emit(Note(text))
         peak = measure_peak(lineup.device, lineup.precision)
         timings = {}
         for batch in config.batches:
@@ -156,17 +159,18 @@ def _latency(subject: Subject, timings: Mapping[int, BatchTiming], batch: int, l
 
 def _timing_warnings(lineup: Lineup, timings: Mapping[int, BatchTiming]) -> list[str]:
     found = []
+    labels = {subject.key: subject.record.label for subject in lineup.subjects}
     for batch, timing in timings.items():
         found += machine_warnings(timing.use, timing.control_ms, where=f"batch {batch}")
         timed = {key: measured for key, measured in timing.measured.items() if measured.samples_ms}
-        labels = {subject.key: subject.record.label for subject in lineup.subjects}
-        for key, measured in timed.items():
-            figures = summarize(measured.samples_ms)
-            if figures.outliers * 10 > figures.count:
-                found.append(
-                    f"batch {batch}: {figures.outliers} of {figures.count} runs of {labels[key]} took more than 1.5"
-                    " times their median"
-                )
+        shares = {key: summarize(measured.samples_ms).outlier_share for key, measured in timed.items()}
+        worst = max(shares, key=lambda key: shares[key])
+        many = sum(share > MANY_OUTLIERS for share in shares.values())
+        if many:
+            found.append(
+                f"batch {batch}: of {many} subjects more than {MANY_OUTLIERS:.0%} of the runs took over"
+                f" {OUTLIER_FACTOR:g} times their median; {shares[worst]:.0%} of {labels[worst]}"
+            )
         slow = [labels[key] for key, measured in timed.items() if len(measured.samples_ms) <= SLOW_ROUNDS]
         if slow:
             found.append(

@@ -33,7 +33,8 @@ class Summary:
     """Interquartile range, p75 - p25."""
     minimum: float
     maximum: float
-    outliers: int
+    outlier_share: float
+    """Of the samples above OUTLIER_FACTOR medians."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def summarize(samples: _Values) -> Summary:
         iqr=p75 - p25,
         minimum=float(values.min()),
         maximum=float(values.max()),
-        outliers=int(np.count_nonzero(values > OUTLIER_FACTOR * median)),
+        outlier_share=float(np.mean(values > OUTLIER_FACTOR * median)),
     )
 
 

@@ -47,6 +47,8 @@ class Subject(ABC):
 
     reference: str | None = None
     plain_pass: str | None = None
+    unverified: str | None = None
+    """Why nothing says that its pictures are right; None where something does, or nothing has to."""
     timed: bool = True
     compiles: bool = False
     """Whether the first call at a batch builds something, so that it is build time and no latency."""
