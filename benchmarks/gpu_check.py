@@ -114,13 +114,13 @@ def tiue(*arguments: str) -> dict[str, Any]:
 def random_sd15(work: Path) -> str:
     """A student of Stable Diffusion 1.5's shapes with random weights."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from helpers import build_full_size_sd15_folder
+    from helpers import build_full_size_folder
 
     from tiue_cli.model.student import save_student, student_from_teacher
 
     folder = work / "sd15-student"
     if not folder.exists():
-        build_full_size_sd15_folder(work / "sd15-teacher")
+        build_full_size_folder(work / "sd15-teacher")
         save_student(student_from_teacher(work / "sd15-teacher", steps=4), folder)
     return str(folder)
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tiue_cli.model.sd_configs import SD15_TEXT, SD15_UNET, SD15_VAE
+from tiue_cli.model.sd_configs import SD15_TEXT, SD15_UNET, SD15_VAE, SD21_TEXT, SD21_UNET
 
 Kind = Literal["sd15", "sd21"]
 Vae = Literal["kl", "tiny"]
@@ -289,17 +289,19 @@ def edit_json(path: Path, **changes: Any) -> None:
 # --- full size -----------------------------------------------------------------------------------------------------
 
 
-def build_full_size_sd15_folder(path: Path, *, seed: int = 0) -> Path:
-    """Write SD 1.5's real configuration with random float16 weights: 2.1 GB of disk, little memory.
+def build_full_size_folder(path: Path, *, kind: Kind = "sd15", seed: int = 0) -> Path:
+    """Write a real configuration with random float16 weights: 2.1 GB of disk (SD 2.1: 2.6), little memory.
 
     The modules exist on the meta device only; each tensor is drawn, written and forgotten. Weights are scaled by
     their fan-in, so that a forward pass stays finite.
     """
-    build_tokenizer(max_length=77, vocab_size=SD15_TEXT["vocab_size"]).save_pretrained(path / "tokenizer")
+    text_config, unet_config = (SD15_TEXT, SD15_UNET) if kind == "sd15" else (SD21_TEXT, SD21_UNET)
+    tokenizer = build_tokenizer(max_length=77, pad_token=_pad_token(kind), vocab_size=text_config["vocab_size"])
+    tokenizer.save_pretrained(path / "tokenizer")
     _write_json(path / "scheduler" / "scheduler_config.json", SD_SCHEDULER)
     with torch.device("meta"):
-        text_encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
-        unet = UNet2DConditionModel(**SD15_UNET)
+        text_encoder = CLIPTextModel(CLIPTextConfig(**text_config))
+        unet = UNet2DConditionModel(**unet_config)
         vae = AutoencoderKL(**SD15_VAE)
     text_encoder.config.architectures = ["CLIPTextModel"]
     text_encoder.config.save_pretrained(path / "text_encoder")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import build_full_size_sd15_folder, seeded_noise
+from helpers import build_full_size_folder, seeded_noise
 
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.teacher import load_teacher
@@ -24,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_full_size_sd15_folder(tmp_path_factory.mktemp("full") / "sd15")
+    return build_full_size_folder(tmp_path_factory.mktemp("full") / "sd15")
 
 
 def test_the_folder_has_the_published_sizes(folder: Path) -> None:
