@@ -24,6 +24,8 @@ Images = NDArray[np.uint8]
 """(N, H, W, 3)."""
 Filter = Literal["lanczos", "bicubic", "bilinear", "box"]
 
+_EXTRACTOR_HINT = "give --extractor INCEPTION.onnx (benchmarks/inception_to_onnx.py makes it), or a CLIP model's folder"
+
 
 class Extractor(Protocol):
     """What distances are measured in."""
@@ -109,11 +111,10 @@ def open_extractor(source: Path | None, *, papercut: bool) -> Extractor:
     """
     if source is None:
         if not papercut:
-            raise UsageError(
-                "the quality of these pictures needs a feature extractor",
-                hint="give --extractor INCEPTION.onnx (benchmarks/inception_to_onnx.py makes it), or a CLIP folder",
-            )
+            raise UsageError("the quality of these pictures needs a feature extractor", hint=_EXTRACTOR_HINT)
         return PapercutChecker()
+    if not source.exists():
+        raise UsageError(f"--extractor {source} does not exist", hint=_EXTRACTOR_HINT)
     # Here, because both know this module's types.
     from tiue_cli.bench.clip_features import ClipExtractor
     from tiue_cli.bench.onnx_features import OnnxExtractor
@@ -122,9 +123,4 @@ def open_extractor(source: Path | None, *, papercut: bool) -> Extractor:
         return ClipExtractor(source)
     if source.suffix == ".onnx":
         return OnnxExtractor(source)
-    raise UsageError(
-        f"--extractor {source} is neither an .onnx file nor a folder"
-        if source.exists()
-        else f"--extractor {source} does not exist",
-        hint="give INCEPTION.onnx (benchmarks/inception_to_onnx.py makes it), or a folder with a CLIP model",
-    )
+    raise UsageError(f"--extractor {source} is neither an .onnx file nor a folder", hint=_EXTRACTOR_HINT)

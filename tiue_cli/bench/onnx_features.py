@@ -23,6 +23,8 @@ from tiue_cli.bench.features import Images
 from tiue_cli.errors import QualityError
 
 PIXELS_KEY, PIXELS = "pixels", "0..255"
+RESIZE_KEY = "resize"
+"""Metadata in words, for the report: what the graph itself does to come to its size."""
 _BATCH = 32
 _CONTRACT = "make the graph with benchmarks/inception_to_onnx.py, or see benchmarks/PROTOCOL.md for what it must take"
 
@@ -49,10 +51,12 @@ class OnnxExtractor:
     @property
     def resize(self) -> str:
         """See ``Extractor``."""
+        stated = self._session.get_modelmeta().custom_metadata_map.get(RESIZE_KEY)
         if self._size is None:
-            return "inside the graph"
+            return stated or "inside the graph"
         rounding = "8 bit" if self._dtype == np.uint8 else "not rounded, as clean-fid"
-        return f"{self._size[0]}x{self._size[1]} by bicubic (Pillow, anti-aliased, {rounding})"
+        before = f"to {self._size[0]}x{self._size[1]} where they are not, bicubic (Pillow, anti-aliased, {rounding})"
+        return before if stated is None else f"{before}, then {stated}"
 
     def __call__(self, images: Images) -> NDArray[np.float32]:
         """See ``Extractor``."""
