@@ -1,0 +1,67 @@
+"""Move papercut's student from a run of `tiue distill` into the package, in fp16, with a card of its own.
+
+    python package_student.py work/student --warm-start work/warm
+
+Writes `tiue_cli/papercut/model/student/` and copies the logs of both runs to `logs/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+
+import tiue_cli.papercut
+from tiue_cli.model.hub import EMBEDDED_TEACHER
+from tiue_cli.model.student import load_student, save_student
+
+HERE = Path(__file__).parent
+MODEL = Path(tiue_cli.papercut.__file__).parent / "model"
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [tiue, one-pass, distillation]
+---
+# papercut, the student
+
+One pass of the UNet encoder, one batch of the UNet decoder at the timesteps {timesteps}, one weighted sum: a picture of
+papercut's world without a loop and without guidance. Distilled from `papercut-teacher` on captions alone: {warm:,} steps
+of regression onto the teacher's solutions, then {steps:,} steps of variational score distillation. Settings and logs:
+benchmarks/papercut; figures: benchmarks/papercut/results.
+
+```
+tiue generate "a yellow star above a green tree"
+```
+"""
+
+
+def steps_of(run: Path) -> int:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return int(json.loads(lines[-1])["step"])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("run", type=Path)
+    options.add_argument("--warm-start", type=Path, required=True, help="the run whose student this one began from")
+    args = options.parse_args()
+    student = load_student(args.run / "student")
+    warm, steps = steps_of(args.warm_start), steps_of(args.run)
+    student.manifest = student.manifest.model_copy(
+        update={"training_steps": warm + steps, "teacher": EMBEDDED_TEACHER, "license": "apache-2.0"}
+    )
+    folder = save_student(student, MODEL / "student", dtype=torch.float16, overwrite=True)
+    timesteps = list(student.manifest.decoder_timesteps)
+    (folder / "README.md").write_text(CARD.format(timesteps=timesteps, warm=warm, steps=steps))
+    for name, run in (("student_warm_start", args.warm_start), ("student", args.run)):
+        shutil.copyfile(run / "log.jsonl", HERE / "logs" / f"{name}.log.jsonl")
+    for file in sorted(folder.rglob("*.safetensors")):
+        print(f"{file.relative_to(MODEL)}  {file.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()
