@@ -28,10 +28,10 @@ tags: [tiue, one-pass, distillation]
 ---
 # papercut, the student
 
-One pass of the UNet encoder, one batch of the UNet decoder at the timesteps {timesteps}, one weighted sum: a picture of
-papercut's world without a loop and without guidance. Distilled from `papercut-teacher` on captions alone: {warm:,} steps
-of regression onto the teacher's solutions, then {steps:,} steps of variational score distillation. Settings and logs:
-benchmarks/papercut; figures: benchmarks/papercut/results.
+One pass of the UNet encoder, one batch of the UNet decoder at the timesteps {timesteps}, one weighted sum: a picture
+of papercut's world without a loop and without guidance. Distilled from `papercut-teacher` on captions alone: {warm:,}
+steps of regression onto the teacher's solutions, then {steps:,} steps of variational score distillation. Settings and
+logs: benchmarks/papercut; figures: benchmarks/papercut/results.
 
 ```
 tiue generate "a yellow star above a green tree"
