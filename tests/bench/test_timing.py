@@ -69,6 +69,7 @@ def record(key: str, **fields: Any) -> SubjectRecord:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(timing.time, "perf_counter", clock)
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # takes a while on a heap with torch in it
     return clock
 
 
