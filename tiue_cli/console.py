@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -269,40 +270,49 @@ class Console:
         """What ``tiue bench`` measured: latency, ratios and quality; human format only."""
         if self._format != "human":
             return
-        from tiue_cli.bench.tables import latency_tables, quality_table, ratio_tables
+        from tiue_cli.bench.tables import terminal_tables
         from tiue_cli.bench.view import ReportView
 
-        view = ReportView(report)
-        quality = quality_table(view)
-        for table in (*latency_tables(view), *ratio_tables(view), *([] if quality is None else [quality])):
+        for warning in report.warnings:
+            _say("warning", "yellow", warning)
+        for table in terminal_tables(ReportView(report)):
             self._bench_table(table)
 
     def comparison(self, comparison: Comparison, checks: Sequence[Check]) -> None:
         """What ``tiue bench --compare`` found, and which conditions failed."""
+        from tiue_cli.bench.svg import plain
+        from tiue_cli.bench.tables import comparison_table, offender_text
+
         self.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
         if self._format == "human":
-            from tiue_cli.bench.tables import comparison_table
-
             for note in (*comparison.differences, *comparison.notes):
                 self.note(note)
             self._bench_table(comparison_table(comparison))
         for check in checks:
             for row in check.offenders:
-                _say("failed", "bold red", f"{check.condition.text}: {row.place}, {row.figure}")
+                _say("failed", "bold red", plain(f"{check.condition.text}: {offender_text(row)}"))
 
     def _bench_table(self, table: BenchTable) -> None:
         from rich.table import Table
         from rich.text import Text
 
-        shown = Table(title=Text(table.title, style="bold"), title_justify="left", box=None, pad_edge=False)
-        for column in table.columns:
-            shown.add_column(column.head, justify=column.align)
+        from tiue_cli.bench.svg import plain
+
+        shown = Table(title=Text(plain(table.title), style="bold"), title_justify="left", box=None, pad_edge=False)
+        for index, column in enumerate(table.columns):
+            # Figures stay whole; names are broken where the terminal is narrow.
+            if column.align == "left":
+                shown.add_column(plain(column.head), overflow="fold")
+            else:
+                width = max((len(row[index]) for row in table.rows), default=0)
+                head = textwrap.fill(plain(column.head), max(width, 8), break_long_words=False)
+                shown.add_column(head, justify="right", no_wrap=True)
         for row in table.rows:
-            shown.add_row(*row)
+            shown.add_row(*(Text(_indented(cell), style=_VERDICT_STYLES.get(cell, "")) for cell in row))
         out = _rich(sys.stdout)
         out.print(shown)
         for note in table.notes:
-            out.print(Text(note, style="dim"))
+            out.print(Text(plain(note), style="dim"))
         out.print()
 
     def path(self, text: str) -> None:
@@ -433,6 +443,14 @@ def _line(file: Any, text: str) -> None:
     file.flush()
 
 
+def _indented(text: str) -> str:
+    """A cell without control characters, its leading spaces kept."""
+    from tiue_cli.bench.svg import plain
+
+    return " " * (len(text) - len(text.lstrip(" "))) + plain(text)
+
+
+_VERDICT_STYLES = {"slower": "bold red", "worse": "bold red", "more": "red", "faster": "green", "better": "green"}
 _LINE_SECONDS = 30.0
 _REDRAW_SECONDS = 0.5
 

@@ -26,6 +26,7 @@ from tiue_cli.bench.intervals import (
     welch_difference,
 )
 from tiue_cli.bench.schema import BenchReport, LatencyRecord, QualityRecord
+from tiue_cli.bench.svg import plain
 
 CONFIDENCE = 0.99
 """Of every interval here: a comparison has many rows, and at 0.95 one in twenty would be flagged by chance."""
@@ -131,7 +132,7 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
         old_name=old.name,
         new_name=new.name,
         differences=report_differences(old, new),
-        notes=tuple(_notes(rows, pace)),
+        notes=(*_few_samples(before, new.latency), *_notes(rows, pace)),
         rows=tuple(rows),
         quality_obstacle=obstacle,
     )
@@ -293,6 +294,17 @@ def _quality_rows(old: QualityRecord, new: QualityRecord) -> Iterator[Row]:
             relative=None if before == 0 else difference.scaled(1 / abs(before)),
             verdict=_verdict(difference, up=up, down=down, threshold=0.0),
         )
+
+
+def _few_samples(
+    before: Mapping[tuple[str, int, tuple[int, int]], LatencyRecord], after: Sequence[LatencyRecord]
+) -> Iterator[str]:
+    """What both reports measured, too seldom to be compared."""
+    least = LEAST_SAMPLES["p50"]
+    pairs = [(before[_place(record)], record) for record in after if _place(record) in before]
+    few = {new.subject for old, new in pairs if min(len(old.samples_ms), len(new.samples_ms)) < least}
+    if few:
+        yield plain(f"not compared, with fewer than {least} runs: {', '.join(sorted(few))}")
 
 
 # --- what the rows say together ------------------------------------------------------------------------------------

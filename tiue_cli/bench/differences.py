@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tiue_cli.bench.schema import BenchReport, MachineRecord, QualityProtocol, SubjectRecord
+from tiue_cli.bench.svg import plain
 
 _MACHINE = ("name", "system", "cpu", "cores", "threads", "memory_bytes", "gpu", "driver", "python")
 _SUBJECT = (
@@ -13,19 +14,20 @@ _SUBJECT = (
 )  # fmt: skip
 _PROTOCOL = (
     "prompts_sha256", "images", "reference_images", "reference_sha256", "extractor", "extractor_sha256", "features",
-    "resize", "k",
+    "resize", "k", "diversity", "clip_sha256",
 )  # fmt: skip
 _WORDS = {
     "memory_bytes": "memory in bytes", "gpu": "GPU", "cpu": "CPU", "model_sha256": "model hash",
     "prompts_sha256": "hash of the prompts", "reference_sha256": "hash of the references",
-    "extractor_sha256": "hash of the extractor",
+    "extractor_sha256": "hash of the extractor", "clip_sha256": "hash of the CLIP model",
 }  # fmt: skip
 _HASH_DIGITS = 12
 
 
 def report_differences(old: BenchReport, new: BenchReport) -> tuple[str, ...]:
     """One sentence a difference: machine and versions first, then settings, then the subjects."""
-    return (*_of_machine(old, new), *_of_settings(old, new), *_of_subjects(old, new), *_of_latency(old, new))
+    found = (*_of_machine(old, new), *_of_settings(old, new), *_of_subjects(old, new), *_of_latency(old, new))
+    return tuple(plain(sentence) for sentence in found)
 
 
 def quality_obstacle(old: BenchReport, new: BenchReport) -> str | None:

@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from tiue_cli.bench.facts import machine_facts, quality_facts, run_facts
 from tiue_cli.bench.plots import quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
 from tiue_cli.bench.schema import BenchReport, GridRecord
 from tiue_cli.bench.svg import css_variables, plain
@@ -21,11 +22,8 @@ from tiue_cli.bench.tables import (
     Table,
     latency_tables,
     load_table,
-    machine_facts,
-    quality_facts,
     quality_table,
     ratio_tables,
-    run_facts,
     subject_table,
 )
 from tiue_cli.bench.view import ReportView
@@ -104,6 +102,7 @@ class _Grid:
     columns: tuple[str, ...]
     rows: tuple[_Row, ...]
     cell_px: int
+    enlarged: bool
 
 
 def _grid(view: ReportView, grid: GridRecord) -> _Grid:
@@ -120,7 +119,7 @@ def _grid(view: ReportView, grid: GridRecord) -> _Grid:
             for row, (prompt, seed) in enumerate(zip(grid.prompts, grid.seeds, strict=True))
         )
     factor = max(1, SMALL_PX // width)
-    return _Grid(tuple(view.label(key) for key in grid.columns), rows, cell_px=width * factor)
+    return _Grid(tuple(view.label(key) for key in grid.columns), rows, cell_px=width * factor, enlarged=factor > 1)
 
 
 def _step(total: int, count: int, side: int) -> int:

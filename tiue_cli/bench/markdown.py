@@ -5,17 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tiue_cli.bench.facts import machine_facts, quality_facts, run_facts
 from tiue_cli.bench.schema import BenchReport
 from tiue_cli.bench.svg import plain
 from tiue_cli.bench.tables import (
     Table,
     latency_tables,
     load_table,
-    machine_facts,
-    quality_facts,
     quality_table,
     ratio_tables,
-    run_facts,
     subject_table,
 )
 from tiue_cli.bench.view import ReportView

@@ -17,6 +17,7 @@ from tiue_cli.bench.svg import colour, drawing, new_figure, plain, to_svg
 from tiue_cli.bench.tables import metric_name
 from tiue_cli.bench.view import (
     MANY_STEPS,
+    REFERENCE,
     STAGE_NAMES,
     Place,
     ReportView,
@@ -39,9 +40,9 @@ AXIS_PX: Final = 46
 TITLE_PX: Final = 24
 MUCH_LONGER: Final = 3.0
 """Subjects that take so many times as long get a panel with a scale of their own."""
+NEAR_ONE: Final = 5.0
+"""Ratios below this (and above its inverse) are seen against 1."""
 STRIP_POINTS: Final = 150
-QUALITY_PANELS: Final = 4
-PREFERRED_METRICS: Final = ("fid", "clip_score", "recall", "precision", "kid", "coverage")
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,20 @@ def _panels(figure: Figure, rows: Sequence[int]) -> list[Axes]:
     return [figure.add_subplot(grid[index, 0]) for index in range(len(rows))]
 
 
-def _height_px(rows: Sequence[int], width: Width, *, extra_px: float = 0) -> float:
-    return sum(count * ROW_PX[width] + AXIS_PX + TITLE_PX for count in rows) + extra_px
+def _height_px(panels: Sequence[Sequence[str]], width: Width, *, extra_px: float = 0) -> float:
+    """Of panels with these labels; rows are equally high, as the longest label needs."""
+    lines = max(len(_wrapped(label, width)) for labels in panels for label in labels)
+    row_px = ROW_PX[width] + (lines - 1) * (8 if width == "wide" else 13)
+    return sum(len(labels) * row_px + AXIS_PX + TITLE_PX for labels in panels) + extra_px
+
+
+def _wrapped(label: str, width: Width) -> list[str]:
+    return textwrap.wrap(plain(label), LABEL_CHARS[width]) or [""]
 
 
 def _name_rows(axes: Axes, labels: Sequence[str], width: Width) -> None:
     """Row i at y = i from the top: its label at the left of the panel, or on a phone above the row."""
-    wrapped = ["\n".join(textwrap.wrap(plain(label), LABEL_CHARS[width]) or [""]) for label in labels]
+    wrapped = ["\n".join(_wrapped(label, width)) for label in labels]
     axes.set_ylim(len(labels) - 0.5, -0.55)
     axes.spines["left"].set_visible(False)
     if width == "wide":
@@ -91,7 +99,8 @@ def _name_rows(axes: Axes, labels: Sequence[str], width: Width) -> None:
         return
     axes.set_yticks([])
     for row, label in enumerate(wrapped):
-        axes.text(0, row - 0.44, label, transform=axes.get_yaxis_transform(), va="top", linespacing=0.95)
+        above = axes.get_yaxis_transform()
+        axes.text(0, row - 0.46, label, transform=above, va="top", linespacing=0.95, bbox=_paper(), zorder=2)
 
 
 def _row_offset(width: Width) -> float:
@@ -124,9 +133,13 @@ def stage_plot(view: ReportView, place: Place) -> Plot | None:
     return _plot(
         f"stages-{_slug(place)}",
         f"Latency by stage, {place.words}",
-        "Median wall clock, prompts to pixels; parts are the medians of the stages."
+        "Median wall clock, prompts to pixels, divided by the stages' mean shares."
         + (" The two panels have different scales." if len(groups) > 1 else ""),
-        lambda width: _height_px([len(group) for _, group in groups], width, extra_px=24 if width == "wide" else 44),
+        lambda width: _height_px(
+            [[view.label(record.subject) for record in group] for _, group in groups],
+            width,
+            extra_px=24 if width == "wide" else 44,
+        ),
         draw,
     )
 
@@ -147,15 +160,12 @@ def _stage_bars(view: ReportView, axes: Axes, records: Sequence[LatencyRecord], 
     for row, record in enumerate(records):
         y, left = row + _row_offset(width), 0.0
         median_ms = view.summary(record).median
-        stages = view.stage_medians(record)
-        for stage, stage_ms in stages.items():
+        for stage, stage_ms in view.stage_parts(record).items():
             axes.barh(y, stage_ms, _thickness(width), left=left, color=colour(stage), linewidth=0)
             left += stage_ms
         if median_ms > left:
             axes.barh(y, median_ms - left, _thickness(width), left=left, color=colour("rest"), linewidth=0)
-        axes.annotate(
-            f"{number(median_ms)} ms", (max(left, median_ms), y), (5, 0), textcoords="offset points", va="center"
-        )
+        axes.annotate(f"{number(median_ms)} ms", (median_ms, y), (5, 0), textcoords="offset points", va="center")
     longest = max(view.summary(record).median for record in records)
     axes.set_xlim(0, longest * (1.14 if width == "wide" else 1.3))
     _thousands(axes.xaxis)
@@ -199,8 +209,10 @@ def ratio_plot(view: ReportView, place: Place) -> Plot | None:
         f"ratios-{_slug(place)}",
         f"Ratios, {place.words}",
         f"Ratios of medians with {100 * confidence:g} % intervals (bootstrap over paired rounds); logarithmic axes. "
-        "A line marks 1, where both take the same time.",
-        lambda width: _height_px([len(ratios) for _, _, ratios in panels], width, extra_px=8),
+        "Where 1 is near, a line marks it: there both take the same time.",
+        lambda width: _height_px(
+            [[view.label(ratio.subject) for ratio in ratios] for _, _, ratios in panels], width, extra_px=8
+        ),
         draw,
     )
 
@@ -214,10 +226,12 @@ def _ratio_rows(view: ReportView, axes: Axes, ratios: Sequence[RatioRecord], for
     shown = [as_speedup(ratio) if form == "speed" else as_multiple(ratio) for ratio in ratios]
     values = [value for item in shown for value in (item.value, item.low, item.high) if value is not None]
     axes.set_xscale("log")
-    low, high = (min([*values, 1.0]), max([*values, 1.0])) if values else (0.5, 2.0)
+    low, high = (min(values), max(values)) if values else (0.5, 2.0)
+    if low < NEAR_ONE and high > 1 / NEAR_ONE:
+        low, high = min(low, 1.0), max(high, 1.0)
+        axes.axvline(1.0, color=colour("muted"), linewidth=1, zorder=1)
     room = (high / low) ** (0.42 if width == "wide" else 0.6)
     axes.set_xlim(low / max((high / low) ** 0.04, 1.05), high * max(room, 1.6))
-    axes.axvline(1.0, color=colour("muted"), linewidth=1, zorder=1)
     unit = "×" if form == "speed" else ""
     for row, (ratio, item) in enumerate(zip(ratios, shown, strict=True)):
         y = row + _row_offset(width)
@@ -295,12 +309,15 @@ def _label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, str]], wi
             )  # fmt: skip
         return
     low, high = axes.get_ylim()
+    leader = {
+        "arrowstyle": "-", "color": colour("rule"), "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5, "relpos": (0, 0.5)
+    }  # fmt: skip
     wanted = [float((np.log(value) - np.log(low)) / (np.log(high) - np.log(low))) for value, _, _ in ordered]
     for (value, label, ink), height in zip(ordered, _apart(wanted, 1 / max(17, len(ordered))), strict=True):
         axes.annotate(
             textwrap.shorten(label, 46, placeholder=" …"), (x, value), (1.04, height), xycoords="data",
             textcoords="axes fraction", va="center", color=ink, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour("rule"), "linewidth": 0.8, "shrinkA": 1, "shrinkB": 5},
+            arrowprops=leader,
         )  # fmt: skip
 
 
@@ -325,7 +342,7 @@ def quality_plot(view: ReportView) -> Plot | None:
         return None
     place = view.places[0]
     keys = [record.subject for record in view.report.quality if view.latency(record.subject, place) is not None]
-    metrics = _shown_metrics(view, keys)
+    metrics = [name for name in view.main_metrics if any(name in view.quality[key].metrics for key in keys)]
     if not metrics:
         return None
 
@@ -345,26 +362,25 @@ def quality_plot(view: ReportView) -> Plot | None:
     return _plot(
         "quality",
         "Quality against latency",
-        f"Each number is a subject; whiskers span the repetitions; latency at {place.words}, logarithmic. "
-        f"{'' if comparable else 'Not comparable with published figures.'}".strip(),
+        f"Each number is a subject; whiskers span the repetitions; latency at {place.words}, logarithmic."
+        + (" The dashed line: references measured against references." if REFERENCE in view.quality else "")
+        + ("" if comparable else " Not comparable with published figures."),
         lambda width: rows[width] * 230 + 30 + 19 * len(keys) / (2 if width == "wide" else 1),
         draw,
     )
-
-
-def _shown_metrics(view: ReportView, keys: Sequence[str]) -> list[str]:
-    """Up to four: the checker's first, where there is one, as it says directly what is right."""
-    found = [name for name in view.metrics if any(name in view.quality[key].metrics for key in keys)]
-    checker = [name for name in found if name.startswith("checker_all")]
-    ordered = [*[name for name in PREFERRED_METRICS[:1] if name in found], *checker]
-    ordered += [name for name in PREFERRED_METRICS[1:] if name in found]
-    return ordered[:QUALITY_PANELS]
 
 
 def _quality_points(view: ReportView, axes: Axes, metric: str, keys: Sequence[str], place: Place) -> None:
     axes.grid(axis="both")
     axes.set_xscale("log")
     axes.set_title(metric_name(metric))
+    reference = view.quality.get(REFERENCE)
+    if reference is not None and metric in reference.metrics:
+        axes.axhline(reference.metrics[metric], color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "reference", (1, reference.metrics[metric]), (-2, 3), xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", ha="right", color=colour("muted"),
+        )  # fmt: skip
     times = []
     for index, key in enumerate(keys, 1):
         record, quality = view.latency(key, place), view.quality[key]
@@ -424,7 +440,7 @@ def spread_plot(view: ReportView, place: Place) -> Plot | None:
         f"Every run, {place.words}",
         "Each point is a run; the bar spans the middle half, the tick is the 90th percentile; at the right what lies "
         f"beyond the axis.{f' Of more than {STRIP_POINTS} runs, so many evenly chosen ones.' if thinned else ''}",
-        lambda width: _height_px([len(records)], width, extra_px=6),
+        lambda width: _height_px([[view.label(record.subject) for record in records]], width, extra_px=6),
         draw,
     )
 
@@ -478,17 +494,17 @@ def _thousands(axis: Any) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
-def _plain_log_ticks(axis: Any, low: float, high: float, *, unit: str = "") -> None:
-    """1, 2, 5 times powers of ten (powers alone over a long range), written out."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter
+_LOG_STEPS: Final = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
 
-    decades = np.log10(high / low)
-    steps = (1, 2, 5) if decades < 2.2 else (1, 3) if decades < 3.5 else (1,)
+
+def _plain_log_ticks(axis: Any, low: float, high: float, *, unit: str = "") -> None:
+    """Few round numbers, written out: the coarsest steps that give three ticks, or evenly spaced ones in between."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
     exponents = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    ticks = [step * 10.0**exponent for exponent in exponents for step in steps]
-    inside = [tick for tick in ticks if low * 0.999 <= tick <= high * 1.001]
-    if len(inside) < 2:
-        inside = [float(f"{tick:.2g}") for tick in np.linspace(low, high, 4).tolist()]
-    axis.set_major_locator(FixedLocator(inside))
+    choices = [[step * 10.0**exponent for exponent in exponents for step in steps] for steps in _LOG_STEPS]
+    choices.append([float(tick) for tick in MaxNLocator(nbins=4).tick_values(low, high)])
+    inside = [[tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] for ticks in choices]
+    axis.set_major_locator(FixedLocator(next((ticks for ticks in inside if len(ticks) >= 3), inside[-1])))
     axis.set_minor_locator(_nothing())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}{unit}"))

@@ -12,6 +12,7 @@ from tiue_cli.artifacts import atomic_file, read_manifest, write_json
 from tiue_cli.bench.html import render_html
 from tiue_cli.bench.markdown import render_markdown
 from tiue_cli.bench.schema import BenchReport
+from tiue_cli.bench.view import REFERENCE
 from tiue_cli.errors import ManifestError, OutputError
 
 SUFFIXES = (".json", ".md", ".html")
@@ -68,7 +69,7 @@ def _faults(report: BenchReport) -> Iterator[str]:
     for key, count in Counter(subject.key for subject in report.subjects).items():
         if count > 1:
             yield f"there are {count} subjects {key!r}"
-    keys = {subject.key for subject in report.subjects}
+    keys = {subject.key for subject in report.subjects} | {REFERENCE}
     used = [record.subject for record in report.latency] + [record.subject for record in report.quality]
     used += [key for ratio in report.ratios for key in (ratio.subject, ratio.baseline)]
     for key in used:

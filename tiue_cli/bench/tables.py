@@ -5,7 +5,7 @@ Cells are not escaped: whoever renders them does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from tiue_cli.bench.compare import Comparison, Row
 from tiue_cli.bench.intervals import LEAST_SAMPLES
 from tiue_cli.bench.schema import LatencyRecord, RatioRecord, Stage, SubjectRecord
 from tiue_cli.bench.view import (
+    HASH_DIGITS,
     METRIC_NAMES,
     STAGE_NAMES,
     Place,
@@ -25,8 +26,6 @@ from tiue_cli.bench.view import (
     bytes_text,
     number,
 )
-
-HASH_DIGITS = 12
 
 
 @dataclass(frozen=True)
@@ -105,18 +104,18 @@ def _stage_table(view: ReportView, place: Place) -> Table:
     stages = [stage for stage in STAGE_NAMES if any(record.stage_samples_ms.get(stage) for record in records)]
     columns = (
         Column("subject", "left"),
-        *(Column(f"{STAGE_NAMES[stage]}, ms") for stage in stages),
-        Column("rest, ms"),
+        *(Column(STAGE_NAMES[stage]) for stage in stages),
+        Column("rest"),
         Column("GFLOP"),
-        Column("floor, ms"),
+        Column("floor"),
         Column("median / floor"),
     )
     rows = tuple(_stage_row(view, record, stages) for record in records)
     clocks = sorted({record.clock for record in records if record.stage_samples_ms})
     words = {"wall": "the wall clock", "cuda-events": "CUDA events"}
     notes = [
-        "Medians; behind each the share of the machine's peak. Rest: what the whole takes beyond its stages. Floor: "
-        "the counted operations at the machine's peak."
+        "Medians in ms; behind each the share of the machine's peak. Rest: what the whole takes beyond its stages. "
+        "Floor: the time of the counted operations at the machine's peak, in ms."
     ]
     if clocks:
         notes.append(f"Stages were timed by {' and '.join(words[clock] for clock in clocks)}.")
@@ -255,26 +254,35 @@ def _pictures(view: ReportView, subject: SubjectRecord) -> str:
     return f"{words}; {found}" if words else found
 
 
-def quality_table(view: ReportView) -> Table | None:
-    """Every metric of every subject, with the spread of the repetitions."""
+def quality_table(view: ReportView, metrics: Sequence[str] | None = None, *, spread: bool = True) -> Table | None:
+    """Metrics of every subject (all of them, if not named), with the spread of the repetitions if wanted."""
     if not view.report.quality:
         return None
-    columns = (
-        Column("subject", "left"),
-        *(Column(metric_name(metric)) for metric in view.metrics),
-        Column("images/s"),
-    )
+    shown = view.metrics if metrics is None else list(metrics)
+    columns = (Column("subject", "left"), *(Column(metric_name(metric)) for metric in shown), Column("images/s"))
     rows = []
     for record in view.report.quality:
-        cells = []
-        for metric in view.metrics:
-            values = record.repetitions.get(metric, ())
-            spread = f" ± {number(float(np.std(values, ddof=1)), 2)}" if len(values) > 1 else ""
-            cells.append(number(record.metrics[metric]) + spread if metric in record.metrics else "")
+        cells = [
+            with_spread(record.metrics[metric], record.repetitions.get(metric, ()) if spread else ())
+            if metric in record.metrics
+            else ""
+            for metric in shown
+        ]
         rate = "" if record.images_per_s is None else number(record.images_per_s)
         rows.append((view.label(record.subject), *cells, rate))
-    notes = ["Mean over the repetitions ± their standard deviation. ↓ lower is better, ↑ higher."]
+    notes = ["↓ lower is better, ↑ higher."]
+    if spread and any(len(values) > 1 for record in view.report.quality for values in record.repetitions.values()):
+        notes = ["Mean over the repetitions ± their standard deviation. ↓ lower is better, ↑ higher."]
     return Table("Quality", columns, tuple(rows), tuple(notes))
+
+
+def with_spread(mean: float, values: Sequence[float]) -> str:
+    """A mean ± the standard deviation of what it is over, to the same decimals: ``0.714 ± 0.003``."""
+    text = number(mean)
+    if len(values) < 2:
+        return text
+    decimals = len(text.partition(".")[2])
+    return f"{text} ± {float(np.std(values, ddof=1)):.{decimals}f}"
 
 
 def metric_name(metric: str) -> str:
@@ -284,130 +292,95 @@ def metric_name(metric: str) -> str:
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
+def terminal_tables(view: ReportView) -> list[Table]:
+    """What fits into 80 columns: latency with the first ratios, a table a place, and the first metrics of quality."""
+    tables = [_terminal_table(view, place) for place in view.places]
+    quality = quality_table(view, view.main_metrics, spread=False)
+    return tables if quality is None else [*tables, quality]
+
+
+def _terminal_table(view: ReportView, place: Place) -> Table:
+    teacher = view.teachers[0] if view.teachers else None
+    columns = [Column("subject", "left"), Column("median, ms"), Column("images/s")]
+    columns += [] if teacher is None else [Column("speed-up")]
+    columns.append(Column("UNet passes"))
+    rows = []
+    for record in view.records(place):
+        ratio = None if teacher is None else view.ratio(record.subject, teacher, place, "image")
+        cells = [] if teacher is None else [_ratio_cell(ratio, as_speedup, "×")]
+        cells.append(_ratio_cell(view.plain_ratio(record.subject, place, "unet"), as_multiple, ""))
+        medians = number(view.summary(record).median), number(view.images_per_s(record))
+        rows.append((view.label(record.subject), *medians, *cells))
+    note = "UNet passes: time of the UNet in plain passes of it."
+    if teacher is not None:
+        note = f"Speed-up: over {view.label(teacher)}, prompt to pixels. {note}"
+    return Table(f"Latency, {place.words}", tuple(columns), tuple(rows), (note,))
+
+
 def comparison_table(comparison: Comparison) -> Table:
-    """What changed, whole images before stages; every row has its verdict."""
+    """The medians of whole images, and whatever else changed; each subject's rows stand under its name."""
     columns = (
-        Column("subject", "left"),
-        Column("batch"),
-        Column("what", "left"),
+        Column("", "left"),
         Column("old"),
         Column("new"),
         Column("change"),
-        Column("interval"),
         Column("verdict", "left"),
     )
-    rows = sorted(comparison.rows, key=lambda row: (row.batch is None, row.scope != "image"))
+    shown = [row for row in comparison.rows if _is_shown(row)]
+    rows: list[tuple[str, ...]] = []
+    for subject in dict.fromkeys(row.subject for row in shown):
+        rows.append((subject, "", "", "", ""))
+        rows += [_comparison_row(row) for row in shown if row.subject == subject]
     notes = [
-        f"{100 * comparison.confidence:g} % intervals. Faster, slower: the whole interval is on that side, and by more "
-        "than 1 %."
+        f"Changes with {100 * comparison.confidence:g} % intervals; faster or slower: all of it, and by more than 1 %."
     ]
+    if len(shown) < len(comparison.rows):
+        notes.append(f"{len(comparison.rows) - len(shown)} more figures are in --format json.")
     if comparison.quality_obstacle is not None:
         notes.append(f"Quality is not compared: {comparison.quality_obstacle}")
-    title = f"{comparison.old_name} → {comparison.new_name}"
-    return Table(title, columns, tuple(_comparison_row(row) for row in rows), tuple(notes))
+    return Table(f"{comparison.old_name} → {comparison.new_name}", columns, tuple(rows), tuple(notes))
+
+
+def offender_text(row: Row) -> str:
+    """A row in a sentence: where, and what changed from what to what."""
+    _, old, new, change, _ = _comparison_row(row)
+    return f"{row.place}: {_figure_name(row)} {old} → {new}{f', {change}' if change else ''}"
+
+
+def _is_shown(row: Row) -> bool:
+    """Medians of whole images; of the rest what changed, less what follows from another row."""
+    if (row.scope, row.figure) == ("image", "p50"):
+        return True
+    follows = row.figure == "images_per_s" or (row.scope != "image" and row.figure != "p50")
+    return row.verdict not in ("within noise", "not judged") and not follows
 
 
 def _comparison_row(row: Row) -> tuple[str, ...]:
     relative = row.relative
     change = "" if relative is None else signed_percent(relative.value)
-    interval = ""
     if relative is not None and relative.low is not None and relative.high is not None and relative.low < relative.high:
-        interval = f"{signed_percent(relative.low)} to {signed_percent(relative.high)}"
+        change += f" [{signed_percent(relative.low)}, {signed_percent(relative.high)}]".replace(" %", "")
     stages: Mapping[str, str] = {str(stage): name for stage, name in STAGE_NAMES.items()}
-    what = _figure_name(row) if row.scope == "image" else f"{stages[row.scope]}, {row.figure}"
+    what = _figure_name(row) if row.scope == "image" else stages[row.scope]
     return (
-        row.subject,
-        "" if row.batch is None else str(row.batch),
-        what,
+        f"  {what}" if row.batch is None else f"  batch {row.batch}: {what}",
         _figure_text(row.figure, row.old),
         _figure_text(row.figure, row.new.value),
         change,
-        interval,
         row.verdict,
     )
 
 
 def _figure_name(row: Row) -> str:
-    names = {"images_per_s": "images/s", "memory": "memory"}
-    return names.get(row.figure, row.figure if row.batch is not None else metric_name(row.figure))
+    if row.figure in LEAST_SAMPLES:
+        return f"{'median' if row.figure == 'p50' else row.figure}, ms"
+    if row.batch is None:
+        return metric_name(row.figure)
+    return {"images_per_s": "images/s"}.get(row.figure, row.figure)
 
 
 def _figure_text(figure: str, value: float) -> str:
-    if figure == "memory":
-        return bytes_text(value)
-    return f"{number(value)} ms" if figure in LEAST_SAMPLES else number(value)
-
-
-# --- facts ---------------------------------------------------------------------------------------------------------
-
-
-def machine_facts(view: ReportView) -> list[tuple[str, str]]:
-    """Where and with what it ran."""
-    report = view.report
-    machine, peak = report.machine, report.peak
-    facts = [
-        ("machine", machine.name),
-        ("system", machine.system),
-        ("CPU", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used"),
-    ]
-    if machine.memory_bytes is not None:
-        facts.append(("memory", bytes_text(machine.memory_bytes)))
-    facts.append(("GPU", "none" if machine.gpu is None else machine.gpu))
-    if machine.driver is not None:
-        facts.append(("driver", machine.driver))
-    if peak is not None:
-        facts.append(
-            (
-                "peak",
-                f"{number(peak.flops_per_s / 1e12)} TFLOP/s in {peak.precision} on {peak.device}: "
-                f"a {' × '.join(map(str, peak.shape))} matrix product, measured in this run",
-            )
-        )
-    versions = {"tiue": report.tiue_version, "Python": machine.python, **machine.packages}
-    facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
-    facts.append(("commit", report.commit or "unknown"))
-    facts.append(("date", report.created))
-    return facts
-
-
-def run_facts(view: ReportView) -> list[tuple[str, str]]:
-    """What was run: prompts, seed, rounds."""
-    report = view.report
-    facts = [("prompts", "; ".join(report.prompts)), ("seed", str(report.seed))]
-    if view.places:
-        facts.append(("measured at", "; ".join(place.words for place in view.places)))
-    if report.control_samples_ms:
-        samples = report.control_samples_ms
-        facts.append(
-            (
-                "steadiness",
-                f"a fixed matrix product at the begin of each of {len(samples)} rounds took "
-                f"{number(float(np.median(samples)))} ms in the median, "
-                f"{number(float(np.percentile(samples, 90)))} ms at most in 90 % of them",
-            )
-        )
-    return facts
-
-
-def quality_facts(view: ReportView) -> list[tuple[str, str]]:
-    """How quality was measured; empty where it was not."""
-    protocol = view.report.quality_protocol
-    if protocol is None:
-        return []
-    facts = [
-        ("comparable", "with published figures" if protocol.comparable else "not with published figures"),
-        ("images", f"{protocol.images} of each subject, seeds from {', '.join(map(str, protocol.seeds))}"),
-        ("prompts", f"{protocol.prompts} ({protocol.prompts_sha256[:HASH_DIGITS]})"),
-        ("reference", f"{protocol.reference}, {protocol.reference_images} images{_hash(protocol.reference_sha256)}"),
-        ("features", f"{protocol.extractor}, {protocol.features} of them{_hash(protocol.extractor_sha256)}"),
-        ("resize", protocol.resize),
-        ("neighbours", f"k = {protocol.k}"),
-    ]
-    return facts + [("note", note) for note in protocol.notes]
-
-
-def _hash(sha256: str | None) -> str:
-    return "" if sha256 is None else f" ({sha256[:HASH_DIGITS]})"
+    return bytes_text(value) if figure == "memory" else number(value)
 
 
 def signed_percent(share: float) -> str:

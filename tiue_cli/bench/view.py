@@ -41,6 +41,12 @@ METRIC_NAMES = {
     "coverage": "coverage ↑",
     "diversity": "diversity ↑",
 }
+HASH_DIGITS = 12
+"""Of a hash, enough for people to compare."""
+MAIN_METRICS = ("fid", "clip_score", "recall", "precision", "kid", "coverage")
+MAIN_METRIC_COUNT = 4
+REFERENCE = "reference"
+"""Key of the quality of references measured against references; it is no subject."""
 MANY_STEPS = frozenset({"teacher", "peer"})
 """Kinds whose time is of another order."""
 
@@ -130,6 +136,13 @@ class ReportView:
         known = [name for name in METRIC_NAMES if name in found]
         return known + [name for name in found if name not in METRIC_NAMES]
 
+    @cached_property
+    def main_metrics(self) -> list[str]:
+        """The few that say most, the checker's verdict beside the Fréchet distance."""
+        checker = [name for name in self.metrics if name.startswith("checker_all")]
+        ordered = [*MAIN_METRICS[:1], *checker, *MAIN_METRICS[1:]]
+        return [name for name in ordered if name in self.metrics][:MAIN_METRIC_COUNT]
+
     # --- words ---
 
     @cached_property
@@ -183,6 +196,21 @@ class ReportView:
             for stage in STAGE_NAMES
             if record.stage_samples_ms.get(stage)
         }
+
+    def stage_parts(self, record: LatencyRecord) -> dict[Stage, float]:
+        """The median divided among the stages by their mean shares of a run, in milliseconds; what is left is the rest.
+
+        Medians of stages do not add up to the median of the whole; these do.
+        """
+        whole = np.asarray(record.samples_ms)
+        shares = {
+            stage: float(np.mean(np.asarray(record.stage_samples_ms[stage]) / whole))
+            for stage in self.stage_medians(record)
+            if len(record.stage_samples_ms[stage]) == len(whole) and whole.min() > 0
+        }
+        # Stages on another clock (CUDA events) may take a little more than the whole.
+        scale = float(np.median(whole)) / max(1.0, sum(shares.values()))
+        return {stage: share * scale for stage, share in shares.items()}
 
     def rest_ms(self, record: LatencyRecord) -> float | None:
         """What the whole takes beyond its stages (tokens, transfers, pixels): median over the runs, not below 0.
@@ -305,8 +333,8 @@ class Shown:
 
     @property
     def interval(self) -> str:
-        """E.g. ``2.58 to 2.64``; empty where there is none."""
-        return "" if self.low is None or self.high is None else f"{number(self.low)} to {number(self.high)}"
+        """E.g. ``2.58–2.64``; empty where there is none."""
+        return "" if self.low is None or self.high is None else f"{number(self.low)}–{number(self.high)}"
 
 
 def as_multiple(ratio: RatioRecord) -> Shown:
