@@ -8,14 +8,14 @@ checker's shares stand beside, and renders measured against renders: the ceiling
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tiue_cli.bench.clip_features import ClipExtractor
-from tiue_cli.bench.events import Event, Note, Progress
+from tiue_cli.bench.events import Emit, Note, Progress
 from tiue_cli.bench.features import Extractor, PapercutChecker, Resizing, open_extractor
 from tiue_cli.bench.metrics import FeatureSet, clip_score, compare_sets, diversity, mean_figures
 from tiue_cli.bench.quality_drawing import Drawing, Processes, QualitySubject, slug
@@ -54,16 +54,20 @@ class QualityResult:
 
 
 def measure_quality(
-    config: QualityConfig, subjects: Iterable[QualitySubject], *, processes: Processes | None = None
-) -> Generator[Event, None, QualityResult | None]:
-    """Measure each subject; yields notes and progress, returns the result, or None in all but the main process.
+    config: QualityConfig,
+    subjects: Iterable[QualitySubject],
+    *,
+    emit: Emit = lambda event: None,
+    processes: Processes | None = None,
+) -> QualityResult | None:
+    """Measure each subject; returns the result, or None in all but the main process. ``emit`` gets notes and progress.
 
     ``subjects`` are taken one by one, so that they can be loaded one by one; all processes must get the same. Raises
     UsageError for what does not fit together, QualityError for images, references and features that cannot be measured.
     """
-    measurement = _Measurement(config, Processes() if processes is None else processes)
+    measurement = _Measurement(config, Processes() if processes is None else processes, emit)
     for subject in subjects:
-        yield from measurement.measure(subject)
+        measurement.measure(subject)
     return measurement.result()
 
 
@@ -79,8 +83,8 @@ class _Tools:
 class _Measurement:
     """One measurement in the making."""
 
-    def __init__(self, config: QualityConfig, processes: Processes) -> None:
-        self._config, self._processes = config, processes
+    def __init__(self, config: QualityConfig, processes: Processes, emit: Emit) -> None:
+        self._config, self._processes, self._emit = config, processes, emit
         self._plan = plan_quality(config)
         self._resizing = Resizing(config.resize, config.resize_filter)
         self._tools = _open_tools(config, self._plan)
@@ -90,13 +94,13 @@ class _Measurement:
         self._left_out: dict[str, str] = {}
         self._records: list[QualityRecord] = []
 
-    def measure(self, subject: QualitySubject) -> Generator[Event]:
+    def measure(self, subject: QualitySubject) -> None:
         """Draw a subject's images and, in the main process, add its record."""
         if subject.key in {record.subject for record in self._records}:
             raise UsageError(f"{subject.key} was given twice", hint="name each subject once")
         self._check_size(subject)
         if self._processes.is_main and self._reference is None:
-            yield from self._open_reference(subject.size)
+            self._open_reference(subject.size)
         drawings = [self._drawing(subject, repetition) for repetition in range(len(self._config.seeds))]
         total = sum(len(drawing) for drawing in drawings)
         share = sum(drawing.remaining(self._processes) for drawing in drawings)
@@ -105,7 +109,7 @@ class _Measurement:
         for drawing in drawings:
             for count in drawing.draw(self._processes):
                 done += count
-                yield Progress("quality", done, total, subject.key)
+                self._emit(Progress("quality", done, total, subject.key))
         self._processes.wait()
         if self._processes.is_main:
             for drawing in drawings:
@@ -138,18 +142,17 @@ class _Measurement:
             )
         self._size = subject.size
 
-    def _open_reference(self, size: tuple[int, int]) -> Generator[Event]:
-        yield Progress("reference", 0, 1)
+    def _open_reference(self, size: tuple[int, int]) -> None:
         self._reference = reference = open_reference(
             self._config.reference,
             specs=self._plan.specs,
             extractor=self._tools.extractor,
             resizing=self._resizing,
             size=size,
+            progress=lambda done, total: self._emit(Progress("reference", done, total)),
         )
-        yield Progress("reference", 1, 1)
         for text in (*self._plan.notes, *reference.notes):
-            yield Note(text)
+            self._emit(Note(text))
         if self._tools.clip is not None:
             self._texts = self._tools.clip.texts(self._plan.prompts)
         if self._config.reference is None and self._plan.specs is not None:
@@ -252,6 +255,22 @@ def quality_subject(subject: Subject, *, size: tuple[int, int], latent_shape: tu
         latent_shape=latent_shape,
         generate=lambda prompts, noise: subject.run(prompts, noise).images,
     )
+
+
+def quality_subjects(
+    subjects: Iterable[Subject], *, size: tuple[int, int], latent_shape: tuple[int, int, int]
+) -> list[QualitySubject]:
+    """Those of a bench whose pictures are their own: teachers, students at each K, peers.
+
+    Left out is what draws another one's pictures in another way (parity is its check), and what is not trained.
+    """
+    return [
+        quality_subject(subject, size=size, latent_shape=latent_shape)
+        for subject in subjects
+        if subject.record.kind in ("teacher", "student", "peer")
+        and subject.reference is None
+        and not (subject.record.untrained and subject.record.kind == "student")
+    ]
 
 
 def _open_tools(config: QualityConfig, plan: QualityPlan) -> _Tools:
