@@ -131,7 +131,7 @@ def _check(comparison: Comparison, condition: Condition) -> Check:
         if estimate is None or estimate.low is None:
             raise UsageError(
                 f"{condition.text!r} cannot be judged for {row.place}: {_why_not(row, estimate)}",
-                hint="measure both with more repetitions, or leave this condition out",
+                hint="measure both with --repetitions 3 or more, or leave this condition out",
             )
         if condition.is_met_by(estimate):
             offenders.append(row)
