@@ -471,12 +471,21 @@ def bench(
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i.")
     ] = _BENCH.seed,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Do not time anything: quality alone.", rich_help_panel=_QUALITY)
+    ] = not _BENCH.latency,
     quality: Annotated[
         bool, typer.Option("--quality", help="Measure the pictures as well.", rich_help_panel=_QUALITY)
     ] = _BENCH.quality,
     images: Annotated[
         int, typer.Option(metavar="N", min=2, help="Pictures of each subject.", rich_help_panel=_QUALITY)
     ] = _BENCH.images,
+    repetitions: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="With other seeds each: what tells the noise of quality.", rich_help_panel=_QUALITY
+        ),
+    ] = _BENCH.repetitions,
     reference: Annotated[
         Path | None,
         typer.Option(
@@ -485,6 +494,24 @@ def bench(
             rich_help_panel=_QUALITY,
         ),
     ] = _BENCH.reference,
+    extractor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.onnx|DIR",
+            help="Network for the distances: Inception as ONNX, or a CLIP folder. Papercut has its own.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = _BENCH.extractor,
+    clip: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="CLIP folder for the CLIP score.", rich_help_panel=_QUALITY)
+    ] = _BENCH.clip,
+    resize: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Crop and resize all pictures to N x N first.", rich_help_panel=_QUALITY),
+    ] = _BENCH.resize,
+    keep_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the pictures here.", rich_help_panel=_QUALITY)
+    ] = _BENCH.keep_images,
     compare: Annotated[
         Path | None,
         typer.Option(
@@ -544,9 +571,15 @@ def bench(
             seed=seed,
             threads=threads,
             out=out,
+            latency=not no_latency,
             quality=quality,
-            reference=reference,
             images=images,
+            repetitions=repetitions,
+            reference=reference,
+            extractor=extractor,
+            clip=clip,
+            resize=resize,
+            keep_images=keep_images,
             command=shlex.join(["tiue", *sys.argv[1:]]),
         )
         ok = run_bench(config, Console(format_), old=compare, fail_if=fail_if or ())

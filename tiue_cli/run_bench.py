@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiue_cli.artifacts import read_manifest, write_json
 from tiue_cli.console import Console
 
 if TYPE_CHECKING:
@@ -23,21 +22,25 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
     """
     config.validate()
     from tiue_cli.bench.conditions import parse_conditions
-    from tiue_cli.bench.schema import BenchReport
+    from tiue_cli.bench.report import read_report, write_report
 
     conditions = parse_conditions(fail_if)
-    before = None if old is None else read_manifest(old, BenchReport)
+    before = None if old is None else read_report(old)
     from tiue_cli.bench.run import run_bench as measure
 
     try:
         with console.stages(live=False) as stages:
             report = measure(config, emit=lambda event: _show(event, console, stages))
     except KeyboardInterrupt:
-        console.stopped("nothing was written")
+        again = "; the same command goes on with the pictures that were drawn" if config.quality else ""
+        console.stopped(f"no report was written{again}")
         raise
-    path = write_json(config.out / f"{report.name}.json", report)
+    if report is None:  # the first of several processes has it
+        return True
     console.bench(report)
-    console.path(str(path))
+    files = write_report(report, config.out)
+    for path in (files.json, files.markdown, files.html):
+        console.path(str(path))
     if before is None:
         console.document(report.model_dump(mode="json"))
         return True
@@ -47,10 +50,10 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
 def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[str]) -> bool:
     """Compare two reports that are there. Returns whether no condition failed. Raises ManifestError, UsageError."""
     from tiue_cli.bench.conditions import parse_conditions
-    from tiue_cli.bench.schema import BenchReport
+    from tiue_cli.bench.report import read_report
 
     conditions = parse_conditions(fail_if)
-    return _compare(read_manifest(old, BenchReport), read_manifest(new, BenchReport), conditions, console)
+    return _compare(read_report(old), read_report(new), conditions, console)
 
 
 def _compare(old: BenchReport, new: BenchReport, conditions: Sequence[Condition], console: Console) -> bool:

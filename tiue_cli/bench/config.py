@@ -49,7 +49,7 @@ class BenchConfig:
     says (``teacher``), that of ``tiue generate`` (``guidance``), every core (``threads``), or for ``backends``: torch,
     and ONNX Runtime and TensorRT where an export or engine of the model lies ready. ``duration_s`` is what each subject
     is measured for at each batch. ``prompts`` None are scenes of papercut's language, which any model can read.
-    ``images`` is the number of pictures of each subject for ``quality``.
+    For ``quality``: ``images`` of each subject and repetition; the rest as in ``quality_plan.QualityConfig``.
     """
 
     models: tuple[str, ...]
@@ -63,16 +63,22 @@ class BenchConfig:
     precision: PrecisionName = "auto"
     device: DeviceName = "auto"
     vae: str | None = None
-    duration_s: float = 3.0
+    duration_s: float = 2.0
     random_weights: bool = False
     peers: tuple[PeerSpec, ...] = ()
     prompts: Path | None = None
     seed: int = 0
     threads: int | None = None
     out: Path = Path("benchmarks")
+    latency: bool = True
     quality: bool = False
-    reference: Path | None = None
     images: int = 256
+    repetitions: int = 1
+    reference: Path | None = None
+    extractor: Path | None = None
+    clip: Path | None = None
+    resize: int | None = None
+    keep_images: Path | None = None
     command: str = "tiue bench"
     """What was typed, for the record."""
 
@@ -119,8 +125,19 @@ class BenchConfig:
             raise UsageError("random weights have no quality", hint="leave --quality out, or give trained models")
 
     def _check_quality(self) -> None:
-        if not self.quality and self.reference is not None:
-            raise UsageError("--reference is for --quality", hint="add --quality, or leave --reference out")
+        for option, value in (
+            ("--reference", self.reference),
+            ("--extractor", self.extractor),
+            ("--clip", self.clip),
+            ("--resize", self.resize),
+            ("--keep-images", self.keep_images),
+        ):
+            if not self.quality and value is not None:
+                raise UsageError(f"{option} is for --quality", hint=f"add --quality, or leave {option} out")
+        if not self.quality and not self.latency:
+            raise UsageError("with --no-latency and without --quality nothing is measured", hint="add --quality")
+        if not 1 <= self.repetitions <= 100:
+            raise UsageError(f"--repetitions {self.repetitions} is impossible", hint="give 1 to 100")
         if self.images < 2:
             raise UsageError(
                 f"--images {self.images} is impossible", hint="give at least 2; 256 and more say something"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,22 +36,26 @@ def make_grid(
     """
     if not prompts or len(prompts) != len(seeds) or (reference is not None and len(reference) != len(prompts)):
         raise UsageError("a grid needs a prompt, a seed and, where given, a reference for each row", hint="count them")
-    keys, columns = ([], []) if reference is None else ([REFERENCE], [reference])
+    columns = {} if reference is None else {REFERENCE: reference}
     for subject in subjects:
         noise = draw_noise(seeds, subject.latent_shape)
-        keys.append(subject.key)
         # One by one: a grid must not need a larger batch than the measurement beside it.
-        columns.append(np.concatenate([subject.generate([p], noise[i : i + 1]) for i, p in enumerate(prompts)]))
+        columns[subject.key] = np.concatenate([subject.generate([p], noise[i : i + 1]) for i, p in enumerate(prompts)])
     if not columns:
         raise UsageError("a grid needs a subject", hint="name a model")
-    largest = max((column.shape[1:3] for column in columns), key=max)
+    return picture_grid(columns, prompts, seeds)
+
+
+def picture_grid(columns: Mapping[str, NDArray[np.uint8]], prompts: Sequence[str], seeds: Sequence[int]) -> GridRecord:
+    """The grid of pictures (rows, H, W, 3) that are drawn already, by the key of each column; at least one column."""
+    largest = max((column.shape[1:3] for column in columns.values()), key=max)
     scale = min(1.0, MAX_CELL_PX / max(largest))
     cell = (round(largest[0] * scale), round(largest[1] * scale))
     return GridRecord(
-        columns=tuple(keys),
+        columns=tuple(columns),
         prompts=tuple(prompts),
         seeds=tuple(seeds),
-        png_base64=_png(_sheet(columns, cell)),
+        png_base64=_png(_sheet(list(columns.values()), cell)),
         cell=cell,
     )
 

@@ -49,6 +49,8 @@ class Lineup:
     precision: Any
     size: tuple[int, int]
     latent: tuple[int, int, int]
+    names: tuple[str, ...] = ()
+    """Of the models, short."""
     subjects: list[Subject] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,7 +76,15 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
             f"the models' latents have different shapes: {', '.join(map(str, sorted(shapes)))}",
             hint="measure models of one family in one run: the same noise goes into all",
         )
-    lineup = Lineup(device, precision, size, shapes.pop(), warnings=loader.warnings, notes=loader.notes)
+    lineup = Lineup(
+        device,
+        precision,
+        size,
+        shapes.pop(),
+        names=tuple(contestant.name for contestant in contestants),
+        warnings=loader.warnings,
+        notes=loader.notes,
+    )
     builder = _Builder(config, lineup, stack, say)
     for model in teachers:
         builder.add_teacher(model)

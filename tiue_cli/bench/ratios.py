@@ -2,26 +2,61 @@
 
 The baselines are every teacher that was measured, at each of its numbers of steps, and the plain UNet pass of the
 subject's own model, with merged upsamplers where the subject has them. A subject whose pictures are not its
-reference's gets no figure: being wrong fast is no speed.
+reference's gets no figure: being wrong fast is no speed. Nor is it a speed-up over a teacher whose pictures it does not
+come near.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Final
 
-from tiue_cli.bench.schema import UNET_STAGES, LatencyRecord, ParityRecord, RatioRecord, Scope
+from tiue_cli.bench.schema import UNET_STAGES, LatencyRecord, ParityRecord, QualityRecord, RatioRecord, Scope
 from tiue_cli.bench.stats import ratio_of_medians
 from tiue_cli.bench.subjects import Subject
+
+LEAST_QUALITY: Final = 0.5
+"""Share of its teacher's precision and coverage that a student must reach for a speed-up over it to be given."""
+JUDGED: Final = ("precision", "coverage")
+"""Whether its pictures look like real ones, and whether they are of all kinds."""
+
+
+def quality_failures(subjects: Sequence[Subject], records: Sequence[QualityRecord]) -> dict[str, str]:
+    """Why subjects are no substitute for their teacher, by key: only where both were measured.
+
+    A subject that only draws another's pictures in another way shares that one's verdict.
+    """
+    metrics = {record.subject: record.metrics for record in records}
+    teacher = next((one for one in subjects if one.record.kind == "teacher" and one.key in metrics), None)
+    if teacher is None:
+        return {}
+    found = {}
+    for subject in subjects:
+        own = metrics.get(subject.reference or subject.key)
+        if own is None or subject.record.kind == "teacher":
+            continue
+        for name in JUDGED:
+            needed = LEAST_QUALITY * metrics[teacher.key].get(name, 0.0)
+            if own.get(name, needed) < needed:
+                found[subject.key] = (
+                    f"its pictures did not pass: {name} {own[name]:.2f}, and {metrics[teacher.key][name]:.2f} of"
+                    f" {teacher.record.label}"
+                )
+    return found
 
 
 def all_ratios(
     subjects: Sequence[Subject],
     latency: Sequence[LatencyRecord],
     parities: Mapping[str, ParityRecord],
+    failures: Mapping[str, str],
     *,
     seed: int,
 ) -> tuple[RatioRecord, ...]:
-    """Ratios of every subject at every batch, prompt to pixels and of the UNet's stages alone."""
+    """Ratios of every subject at every batch, prompt to pixels and of the UNet's stages alone.
+
+    ``failures`` are of quality: they speak against a teacher's replacement, not against a cost in UNet passes.
+    """
     found = []
     by_key = {(record.subject, record.batch): record for record in latency}
     teachers = [subject.key for subject in subjects if subject.record.kind == "teacher"]
@@ -29,11 +64,12 @@ def all_ratios(
         baselines = [] if subject.record.kind == "teacher" else list(teachers)
         if subject.plain_pass is not None:
             baselines.append(subject.plain_pass)
-        withheld = _reason(subject, parities)
+        wrong = _reason(subject, parities)
         for batch in sorted({record.batch for record in latency}):
             record = by_key.get((subject.key, batch))
             for baseline in baselines:
                 against = by_key.get((baseline, batch))
+                withheld = wrong or (failures.get(subject.key) if baseline in teachers else None)
                 if record is not None and against is not None:
                     found += _ratios(record, against, withheld=withheld, seed=seed)
     return tuple(found)

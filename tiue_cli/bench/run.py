@@ -1,88 +1,98 @@
-"""The whole bench: load, time in interleaved rounds, compare pictures, and put it all into one report."""
+"""The whole bench: load, time in interleaved rounds, compare pictures, measure quality, and make it one report."""
 
 from __future__ import annotations
 
 import datetime
-import re
-import subprocess
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Final
 
 import torch
 
 from tiue_cli import __version__
 from tiue_cli.bench.config import BenchConfig
+from tiue_cli.bench.environment import machine_record, report_name, source_commit
 from tiue_cli.bench.events import Emit, Note, Progress
 from tiue_cli.bench.lineup import Lineup, open_lineup
-from tiue_cli.bench.machine_state import machine_warnings
-from tiue_cli.bench.parity import compare_images
 from tiue_cli.bench.peak import measure_peak
-from tiue_cli.bench.ratios import all_ratios
-from tiue_cli.bench.schema import BenchReport, LatencyRecord, MachineRecord, ParityRecord, SubjectRecord
-from tiue_cli.bench.stats import OUTLIER_FACTOR, summarize
+from tiue_cli.bench.quality import QualityResult, measure_quality, quality_subjects
+from tiue_cli.bench.quality_drawing import Processes
+from tiue_cli.bench.quality_plan import QualityConfig, plan_quality
+from tiue_cli.bench.ratios import all_ratios, quality_failures
+from tiue_cli.bench.records import (
+    Timings,
+    control_samples,
+    grid_record,
+    latency_records,
+    parities,
+    parity_warnings,
+    subject_records,
+    timing_warnings,
+)
+from tiue_cli.bench.schema import BenchReport
 from tiue_cli.bench.subjects import Subject
-from tiue_cli.bench.timing import SLOW_ROUNDS, SLOW_S, BatchTiming, Measured, measure_batch
-from tiue_cli.machine import machine_info, package_version
+from tiue_cli.bench.timing import measure_batch
+from tiue_cli.errors import UsageError
 from tiue_cli.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs
 from tiue_cli.prompts import read_prompts
 
-PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "torchmetrics")
-"""Whose versions a bench shows beside those that can change a picture."""
-
-MANY_OUTLIERS: Final = 0.1
-"""Share of a subject's runs: more of them are said."""
+QUALITY_CACHE = ".quality"
+"""In the report's folder: features of what is drawn, for a run that was interrupted; removed when all is measured."""
 
 
-def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport:
-    """Measure what ``config`` asks for. Raises what loading and running raise; nothing is written."""
+def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport | None:
+    """Measure what ``config`` asks for; the report is not written. None in all but the first of several processes.
+
+    Raises what loading and running raise, UsageError for what does not fit together.
+    """
     config.validate()
+    processes = Processes()
+    if processes.count > 1 and config.latency:
+        raise UsageError(
+            f"{processes.count} processes would disturb each other's timing",
+            hint="measure quality alone with several: --quality --no-latency",
+        )
     prompts = bench_prompts(config)
+    quality = _quality_config(config) if config.quality else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     with ExitStack() as stack:
         lineup = open_lineup(config, stack, say=lambda text: emit(Progress("loading", 0, 1, text)))
         emit(Progress("loading", 1, 1))
-        for text in (*lineup.warnings, *lineup.notes):
+        for text in lineup.notes:
             emit(Note(text))
-        peak = measure_peak(lineup.device, lineup.precision)
-        timings = {}
-        for batch in config.batches:
-            timings[batch] = measure_batch(
-                lineup.subjects,
-                prompts[:batch],
-                draw_noise(range(config.seed, config.seed + batch), lineup.latent),
-                device=lineup.device,
-                duration_s=config.duration_s,
-                seed=config.seed,
-                progress=lambda stage, done, total, detail: emit(Progress(stage, done, total, detail)),
-            )
-        parities = _parities(lineup, timings)
-        records = _subject_records(lineup, timings, parities)
-        latency = [_latency(subject, timings, batch, lineup) for subject in lineup.subjects for batch in timings]
-    warnings = [*lineup.warnings, *_timing_warnings(lineup, timings), *_parity_warnings(records)]
-    for warning in warnings[len(lineup.warnings) :]:
-        emit(Note(warning))
-    machine = _machine()
+        peak = measure_peak(lineup.device, lineup.precision) if config.latency else None
+        timings = _time(config, lineup, prompts, emit) if config.latency else {}
+        result = None if quality is None else _measure_quality(quality, config, lineup, processes, emit)
+        if not processes.is_main:
+            return None
+        parity = parities(lineup, timings)
+        records = subject_records(lineup, timings, parity)
+        latency = latency_records(lineup, timings)
+        grid = grid_record(lineup, timings, prompts, keys=_picture_keys(lineup), seed=config.seed)
+        machine = machine_record(lineup.device)
+        failures = {} if result is None else quality_failures(lineup.subjects, result.records)
+        ratios = all_ratios(lineup.subjects, latency, parity, failures, seed=config.seed)
     created = datetime.datetime.now(datetime.UTC)
-    kept = [record for record in latency if record is not None]
     return BenchReport(
-        name=report_name(config, machine.name, created),
+        name=report_name(lineup.names, machine.name, created, random_weights=config.random_weights),
         created=created.isoformat(timespec="seconds"),
         command=config.command,
         tiue_version=__version__,
-        commit=_commit(),
+        commit=source_commit(),
         seed=config.seed,
         prompts=tuple(prompts),
         machine=machine,
         peak=peak,
         subjects=records,
-        latency=tuple(kept),
-        ratios=all_ratios(lineup.subjects, kept, parities, seed=config.seed),
-        control_samples_ms=tuple(value for timing in timings.values() for value in timing.control_ms),
-        warnings=tuple(warnings),
+        latency=latency,
+        ratios=ratios,
+        control_samples_ms=control_samples(timings),
+        quality_protocol=None if result is None else result.protocol,
+        quality=() if result is None else result.records,
+        grid=grid,
+        warnings=(*lineup.warnings, *timing_warnings(lineup, timings), *parity_warnings(records)),
     )
 
 
@@ -95,150 +105,65 @@ def bench_prompts(config: BenchConfig) -> list[str]:
     return [rows[index % len(rows)].prompt for index in range(count)]
 
 
-def report_name(config: BenchConfig, machine: str, created: datetime.datetime) -> str:
-    """``<model>_<machine>_<date>``, in letters that every file system takes."""
-    models = "+".join(_slug(Path(model).name or model) for model in config.models)
-    if config.random_weights:
-        models += "-random"
-    return f"{models[:80]}_{machine}_{created:%Y-%m-%d}"
+def _time(config: BenchConfig, lineup: Lineup, prompts: Sequence[str], emit: Emit) -> Timings:
+    return {
+        batch: measure_batch(
+            lineup.subjects,
+            prompts[:batch],
+            draw_noise(range(config.seed, config.seed + batch), lineup.latent),
+            device=lineup.device,
+            duration_s=config.duration_s,
+            seed=config.seed,
+            progress=lambda stage, done, total, detail: emit(Progress(stage, done, total, detail)),
+        )
+        for batch in config.batches
+    }
 
 
-# --- from samples to records ---------------------------------------------------------------------------------------
+# --- quality -------------------------------------------------------------------------------------------------------
 
 
-def _parities(lineup: Lineup, timings: Mapping[int, BatchTiming]) -> dict[str, ParityRecord]:
-    """Of every subject that has a reference, over all batches."""
-    found = {}
-    for subject in lineup.subjects:
-        if subject.reference is not None:
-            pairs = [
-                (timing.measured[subject.key].images, timing.measured[subject.reference].images)
-                for timing in timings.values()
-                if subject.key in timing.measured
-            ]
-            found[subject.key] = compare_images(pairs, reference=subject.reference, precision=lineup.precision)
-    return found
-
-
-def _subject_records(
-    lineup: Lineup, timings: Mapping[int, BatchTiming], parities: Mapping[str, ParityRecord]
-) -> tuple[SubjectRecord, ...]:
-    records = []
-    for subject in lineup.subjects:
-        built = [timing.measured[subject.key].build_s for timing in timings.values() if subject.key in timing.measured]
-        seconds = [value for value in (subject.record.build_s, *built) if value is not None]
-        update = {"build_s": sum(seconds) if seconds else None, "parity": parities.get(subject.key)}
-        records.append(subject.record.model_copy(update=update))
-    return tuple(records)
-
-
-def _latency(subject: Subject, timings: Mapping[int, BatchTiming], batch: int, lineup: Lineup) -> LatencyRecord | None:
-    """None for what served as a reference only."""
-    measured: Measured | None = timings[batch].measured.get(subject.key)
-    if measured is None or not measured.samples_ms:
-        return None
-    return LatencyRecord(
-        subject=subject.key,
-        batch=batch,
-        size=lineup.size,
-        first_call_ms=measured.first_call_ms,
-        warm_up=measured.warm_up,
-        clock=subject.clock_kind,
-        samples_ms=tuple(measured.samples_ms),
-        rounds=tuple(measured.rounds),
-        stage_samples_ms={stage: tuple(values) for stage, values in measured.stage_samples_ms.items()},
-        flops=subject.flops(batch),
-        peak_memory_bytes=measured.memory.peak_bytes,
-        memory_kind=measured.memory.kind,
-        driver_memory_bytes=measured.memory.driver_bytes,
+def _quality_config(config: BenchConfig) -> QualityConfig:
+    """Checked before anything is loaded. Raises UsageError, PromptError."""
+    quality = QualityConfig(
+        cache=config.out / QUALITY_CACHE,
+        prompts=config.prompts,
+        images=config.images,
+        seeds=tuple(config.seed + number * 2**32 for number in range(config.repetitions)),
+        reference=config.reference,
+        extractor=config.extractor,
+        clip=config.clip,
+        resize=config.resize,
+        keep_images=config.keep_images,
     )
+    plan_quality(quality)
+    return quality
 
 
-# --- warnings ------------------------------------------------------------------------------------------------------
+def _measure_quality(
+    quality: QualityConfig, config: BenchConfig, lineup: Lineup, processes: Processes, emit: Emit
+) -> QualityResult | None:
+    subjects = quality_subjects(_with_pictures(lineup), size=lineup.size, latent_shape=lineup.latent)
+    result = measure_quality(quality, subjects, emit=emit, processes=processes)
+    if processes.is_main:
+        shutil.rmtree(quality.cache, ignore_errors=True)
+    return result
 
 
-def _timing_warnings(lineup: Lineup, timings: Mapping[int, BatchTiming]) -> list[str]:
-    found = []
-    labels = {subject.key: subject.record.label for subject in lineup.subjects}
-    for batch, timing in timings.items():
-        found += machine_warnings(timing.use, timing.control_ms, where=f"batch {batch}")
-        timed = {key: measured for key, measured in timing.measured.items() if measured.samples_ms}
-        shares = {key: summarize(measured.samples_ms).outlier_share for key, measured in timed.items()}
-        worst = max(shares, key=lambda key: shares[key])
-        many = sum(share > MANY_OUTLIERS for share in shares.values())
-        if many:
-            found.append(
-                f"batch {batch}: of {many} subjects more than {MANY_OUTLIERS:.0%} of the runs took over"
-                f" {OUTLIER_FACTOR:g} times their median; {shares[worst]:.0%} of {labels[worst]}"
-            )
-        slow = [labels[key] for key, measured in timed.items() if len(measured.samples_ms) <= SLOW_ROUNDS]
-        if slow:
-            found.append(
-                f"batch {batch}: {SLOW_ROUNDS} samples only, as a run takes over {SLOW_S:.0f} s, of {'; '.join(slow)}"
-            )
-    return found
-
-
-def _parity_warnings(records: Sequence[SubjectRecord]) -> list[str]:
+def _with_pictures(lineup: Lineup) -> list[Subject]:
+    """Who is worth looking at: of a teacher the first of its numbers of steps, as each costs what all students do."""
+    first: dict[str, str] = {}
+    for subject in lineup.subjects:
+        if subject.record.kind == "teacher":
+            first.setdefault(subject.record.model, subject.key)
     return [
-        f"{record.label}: its pictures are not those of {record.parity.reference}"
-        f" ({parity_text(record.parity)}); no ratio is given for it"
-        for record in records
-        if record.parity is not None and not record.parity.passed
+        subject
+        for subject in lineup.subjects
+        if subject.record.kind != "teacher" or first[subject.record.model] == subject.key
     ]
 
 
-def parity_text(parity: ParityRecord) -> str:
-    """E.g. ``42.0 dB, and 60 are needed``."""
-    if parity.psnr_db is None:
-        return "equal, but of one colour only"
-    return f"PSNR {parity.psnr_db:.1f} dB, and {parity.required_db:.0f} are needed"
-
-
-# --- where it ran --------------------------------------------------------------------------------------------------
-
-
-def _machine() -> MachineRecord:
-    info = machine_info()
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    extra = {name: package_version(name) for name in PACKAGES}
-    return MachineRecord(
-        name=_slug(gpu) if gpu is not None else f"{_slug(_short_cpu(info.cpu))}-{info.cores}-cores",
-        system=info.system,
-        cpu=info.cpu,
-        cores=info.cores,
-        threads=torch.get_num_threads(),
-        memory_bytes=info.memory_bytes,
-        gpu=gpu,
-        driver=info.gpus[0].driver if info.gpus else None,
-        python=info.python,
-        packages={**info.packages, **{name: version for name, version in extra.items() if version is not None}},
-    )
-
-
-def _short_cpu(name: str) -> str:
-    """``Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz`` → ``intel xeon platinum 8481c``."""
-    bare = re.sub(r"\((R|TM|r|tm)\)|\bCPU\b|\bProcessor\b|@.*$|\d+-Core", " ", name)
-    return " ".join(bare.split()[:4])
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
-
-
-def _commit() -> str | None:
-    """The commit of the source tree that runs, with ``+`` where it was changed; None outside of one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return None
-    try:
-        head = _git(root, "rev-parse", "HEAD")
-        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "tiue_cli")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}+" if changed else head
-
-
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=15)
-    return done.stdout.strip()
+def _picture_keys(lineup: Lineup) -> list[str]:
+    """Columns of the grid."""
+    shown = [subject for subject in _with_pictures(lineup) if not subject.record.random_weights]
+    return [subject.key for subject in quality_subjects(shown, size=lineup.size, latent_shape=lineup.latent)]
