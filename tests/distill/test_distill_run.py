@@ -247,6 +247,29 @@ def test_head_start_moves_the_lora_teacher_alone(make_config: MakeConfig, tmp_pa
     assert not all(torch.equal(value, student[name]) for name, value in networks.student.state_dict().items())
 
 
+def test_kept_regression_alone_equals_the_warm_start(make_config: MakeConfig, tmp_path: Path) -> None:
+    warm = make_config(max_steps=1, warm_start__steps=1, warm_start__learning_rate=1e-3)
+    alone = {"vsd__weight": 0.0, "kl__weight": 0.0, "optimizer__learning_rate": 1e-3}
+    kept = make_config(max_steps=1, warm_start__steps=0, warm_start__keep_weight=1.0, **alone)
+    run(warm, tmp_path / "warm")
+    run(kept, tmp_path / "kept")
+    lines = [
+        json.loads((tmp_path / name / "log.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        for name in ("warm", "kept")
+    ]
+    assert lines[0]["regression"] == pytest.approx(lines[1]["regression"], rel=1e-5)
+    assert lines[0]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=1e-4)
+
+
+def test_kept_regression_is_resumed_with_its_pairs(make_config: MakeConfig, tmp_path: Path) -> None:
+    settings = {"warm_start__steps": 1, "warm_start__keep_weight": 0.5, "checkpoint__every": 1}
+    run(make_config(max_steps=3, **settings), tmp_path / "whole")
+    run(make_config(max_steps=2, **settings), tmp_path / "parts")
+    run(make_config(max_steps=3, **settings), tmp_path / "parts", resume=True)
+    whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
 def test_two_students_of_other_kinds(make_config: MakeConfig, tmp_path: Path) -> None:
     """K = 1 is the one-step student; an explicit list is a setting; a student can start from another."""
     run(make_config(student__steps=1, max_steps=1, warm_start__steps=0), tmp_path / "one")

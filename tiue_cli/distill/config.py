@@ -80,6 +80,14 @@ class WarmStartSettings(_Section):
     """Pairs a micro-batch and process; null takes batch_size."""
     prefix_weight: _Weight = 0.0
     """Weight of the same regression on the solver's result after each of the first K-1 timesteps."""
+    keep_weight: _Weight = 0.0
+    """Weight of the regression that goes on through the distillation proper, a batch of pairs a step, as in DMD (Yin et
+    al. 2023, arXiv 2311.18828): it holds on to the teacher's variety. 0 ends it with the warm start."""
+
+    @property
+    def needs_pairs(self) -> bool:
+        """Whether any step asks for pairs."""
+        return self.steps > 0 or self.keep_weight > 0
 
 
 class VsdSettings(_Section):

@@ -48,6 +48,8 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     info = check_model_folder(resolve_model(teacher_source(config)))
     timesteps = _timesteps(config, info)
     batch = max(config.batch_size, (config.warm_start.batch_size or 0) if config.warm_start.steps else 0)
+    if config.warm_start.keep_weight > 0:  # both go through the student at once
+        batch = max(batch, config.batch_size + (config.warm_start.batch_size or config.batch_size))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = _FakeRun(config, info, timesteps, batch)
     unet, lora = fake.unet_parameters, fake.lora_parameters
@@ -66,7 +68,7 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     weights = _FLOAT32 * (unet + lora + (0 if config.ema is None else unet))
     checkpoint = weights + _ADAM_MOMENTS * (moments * unet + _FLOAT32 * lora)
     text = info.text_tokens * info.text_width * prompts * frozen if config.text_cache else 0
-    pairs = config.warm_start.pairs if config.warm_start.steps else 0
+    pairs = config.warm_start.pairs if config.warm_start.needs_pairs else 0
     return Estimate(
         timesteps=timesteps,
         parameters={"student's UNet": unet, "LoRA": lora, "text encoder and autoencoder": others},

@@ -81,7 +81,9 @@ class Distillation:
         yield from self._fill(self._texts.cache, self._texts.fill(process=self._process), "text states")
         pairs = None
         found = latest_checkpoint(self.folder.checkpoints) if self.resume else None
-        if step_of(found) < self.config.warm_start.steps and not self._stopping:
+        warm_start = self.config.warm_start
+        wanted = step_of(found) < warm_start.steps or warm_start.keep_weight > 0
+        if wanted and not self._stopping:
             cache = self._pair_cache()
             with self._networks.score.adapters_off():
                 yield from self._fill(cache, self._solve_pairs(cache), "pairs")
@@ -158,6 +160,7 @@ class Distillation:
             write_record(self.out, record)
             settings = {key: str(value) for key, value in flatten(self.config.model_dump(mode="json"))}
             self._accelerator.init_trackers(self.config.tracking.project, config=settings)
+            self.folder.remove_leftovers()
             remove_leftovers(self.folder.checkpoints)
         self._accelerator.wait_for_everyone()
 

@@ -5,7 +5,6 @@ OUT/run.json       what was asked for, and of what
     log.jsonl      a line of figures every few steps
     grids/         teacher beside student
     trackers/      TensorBoard's files, where it is used
-    trackers/      TensorBoard's files, where it is used
     checkpoints/   see checkpoint.py
     student/       the result
 """
@@ -13,6 +12,7 @@ OUT/run.json       what was asked for, and of what
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,9 @@ from tiue_cli import __version__
 from tiue_cli.artifacts import RUN_MANIFEST, atomic_file, output_error, read_manifest, write_json
 from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
 from tiue_cli.errors import OutputError, UsageError
+
+LEFTOVERS = ".*.tmp*"
+"""What a kill leaves of a file or folder that was being written (artifacts.py)."""
 
 
 class RunRecord(BaseModel):
@@ -60,6 +63,15 @@ class RunFolder:
         except OSError as error:
             raise output_error(self._log, error) from error
 
+    def remove_leftovers(self) -> None:
+        """Delete what a killed run left half-written beside the checkpoints."""
+        for folder in (self.out, self.grids):
+            for path in folder.glob(LEFTOVERS):
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
     def cut_log(self, step: int) -> None:
         """Forget the lines after ``step``: steps that a killed run did and a resumed one does again."""
         if not self._log.is_file():
@@ -94,7 +106,7 @@ def check_out_folder(out: Path, *, resume: bool) -> None:
             f"{out} holds a distillation already; nothing was changed",
             hint=f"continue it: tiue distill --out {out} --resume; or choose another folder",
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.match(LEFTOVERS) for path in out.iterdir())):
         raise OutputError(f"{out} exists and is not an empty folder", hint="choose another folder for --out")
 
 
@@ -116,6 +128,6 @@ def check_resumable(out: Path, record: RunRecord) -> None:
 
 def write_record(out: Path, record: RunRecord) -> None:
     """Store what the run is. Raises OutputError."""
+    write_json(out / RUN_MANIFEST, record)  # first: with it alone the run can be resumed
     with atomic_file(out / "config.yaml") as temporary:
         temporary.write_text(to_yaml(record.config), encoding="utf-8")
-    write_json(out / RUN_MANIFEST, record)

@@ -163,11 +163,19 @@ class Trainer:
             rows = self._prompt_order.rows(self._position(micro, config.batch_size), config.batch_size)
             states = self.texts.rows(rows)
             noise = self._normal(Stream.NOISE, micro, len(rows))
+            kept = self._kept_pairs(micro)
             with self._accumulating(self._student_ddp, micro):
-                predictions = self._student_ddp(noise, states)
+                if kept is None:
+                    predictions = self._student_ddp(noise, states)
+                else:  # in one pass, as gradients of several processes meet once a pass
+                    both = self._student_ddp(torch.cat([noise, kept[0]]), torch.cat([states, kept[2]]))
+                    predictions, of_pairs = both[:, : len(rows)], both[:, len(rows) :]
                 x_0 = self.networks.combine(noise, predictions)
                 parts = {"vsd": vsd_loss(x_0, self._vsd_gradient(x_0.detach(), states, micro))}
                 total = config.vsd.weight * parts["vsd"]
+                if kept is not None:
+                    parts["regression"] = regression_loss(self.networks.combine(kept[0], of_pairs), kept[1])
+                    total = total + config.warm_start.keep_weight * parts["regression"]
                 if config.kl.weight > 0:
                     noises = self.networks.combine.noise_predictions(noise, predictions)
                     parts["kl"] = kl_to_standard_normal(noises, kind=config.kl.kind)
@@ -185,6 +193,15 @@ class Trainer:
         if figures["finite"]:  # else these latents may be what was not finite
             figures |= self._update_lora(made)
         return figures
+
+    def _kept_pairs(self, micro: int) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Noise, solution and text states of the pairs that go beside a micro-batch; None where none do."""
+        settings = self.config.warm_start
+        if settings.keep_weight == 0:
+            return None
+        assert self.pairs is not None
+        batch = settings.batch_size or self.config.batch_size
+        return self.pairs.batch(self.pairs.order.rows(self._position(micro, batch), batch), self.texts)
 
     def _vsd_gradient(self, x_0: Tensor, states: Tensor, micro: int) -> Tensor:
         """The distillation's gradient at detached latents (B, C, h, w)."""
