@@ -59,8 +59,9 @@ def test_an_export_stays_below_20_gib_and_equals_torch(student: Path, precision:
     manifest = read_export_manifest(out)
     assert manifest.parity is not None and manifest.parity.image_psnr_db >= REQUIRED_PSNR_DB[precision]
     check_files(out, [file for graph in manifest.graphs for file in (graph.onnx, *graph.data)])
+    # Protocol buffers end at 2 GiB: the weights lie beside the graphs, whatever their size.
+    assert max(graph.onnx.size_bytes for graph in manifest.graphs) < 10 * 2**20
     decoder_bytes = manifest.graph("unet_decoder").size_bytes
-    assert (decoder_bytes > 2**31) == (precision == "fp32"), "one file of weights that no protobuf could hold"
     size = sum(graph.size_bytes for graph in manifest.graphs)
     print(  # noqa: T201 - shown with -s
         f"{student.name} {precision}: peak {peak_bytes / 2**30:.1f} GiB, {seconds:.0f} s,"
