@@ -103,12 +103,15 @@ def main() -> None:
     options.add_argument("--config", type=Path, required=True, help="the distillation's YAML: its pairs are the data")
     options.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
     options.add_argument("--steps", type=int, default=3000)
+    options.add_argument("--pairs", type=int, default=None, help="only the first so many")
     options.add_argument("--learning-rate", type=float, default=5e-4)
     options.add_argument("--huber", type=float, default=1e-3)
     options.add_argument("--ema", type=float, default=0.95)
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "work" / "lcm")
     args = options.parse_args()
     values = {**read_config(args.config), "prompts": str(args.prompts)}
+    if args.pairs is not None:
+        values["warm_start"] = {**values["warm_start"], "pairs": args.pairs}
     run = Distillation(resolve_config([Layer("file", values)]).config, args.out)
     report = train(run, args)
     folder = save_student(run._student, args.out, overwrite=True)

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Every student of the comparison, one after the other: about three hours on one CPU core. Run it in benchmarks/papercut.
+set -euo pipefail
+warm=(tiue distill --config runs/warm.yaml --prompts prompts.txt)
+distill=(tiue distill --config runs/distill.yaml --prompts prompts_balanced.txt)
+
+"${warm[@]}" --out work/warm
+"${distill[@]}" --out work/tiue
+"${distill[@]}" --out work/no-kl --set kl.weight=0
+"${distill[@]}" --out work/no-warm-start --set student.init=null
+"${warm[@]}" --out work/one-step-warm --set student.steps=1
+"${distill[@]}" --out work/one-step --set student.steps=1 --set student.init=work/one-step-warm/student
+"${warm[@]}" --out work/leading-warm --set student.spacing=leading
+"${distill[@]}" --out work/leading --set student.spacing=leading --set student.init=work/leading-warm/student
+# Half the pairs as data, the rest of the same teacher evaluations in its own steps.
+python train_lcm.py --config runs/warm.yaml --pairs 6144 --steps 3100 --out work/lcm
+python compare.py runs/methods.yaml --name comparison
