@@ -46,6 +46,8 @@ ROOMS: dict[str, tuple[int, str]] = {
     "run_export": (5, "cli"),
     "run_bench": (5, "cli"),
     "cli": (5, "cli"),
+    "cli_bench": (5, "cli"),
+    "options": (5, "cli"),
     "__main__": (5, "cli"),
 }
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxruntime", "tensorrt"}
