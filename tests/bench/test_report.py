@@ -277,6 +277,10 @@ def test_the_picture_is_cut_at_its_cells() -> None:
     )
     report = make_report(keys=(STUDENT, ONNX, PLAIN), batches=(), quality=False).model_copy(update={"grid": grid})
     page = Tags(render_html(report))
+    (classes,) = [
+        attributes["class"] or "" for tag, attributes in page.tags if tag == "table" and "style" in attributes
+    ]
+    assert classes.split() == ["grid", "small"], "7 pixels are shown enlarged"
     sources = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     for index, source in enumerate(sources):
         with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
