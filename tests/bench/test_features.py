@@ -11,16 +11,18 @@ import pytest
 import torch
 from helpers import build_tokenizer, edit_json
 from onnx import TensorProto, helper
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection as ClipVision
 
 from tiue_cli.bench.clip_features import ClipExtractor
-from tiue_cli.bench.features import PapercutChecker, Resizing, open_extractor
+from tiue_cli.bench.features import PapercutChecker, Resizing, Sharpness, open_extractor
 from tiue_cli.bench.metrics import clip_score
 from tiue_cli.bench.onnx_features import OnnxExtractor
 from tiue_cli.errors import QualityError, TiueError, UsageError
 from tiue_cli.papercut.checker import embed, load_checker
+from tiue_cli.papercut.evaluation import balanced_specs
+from tiue_cli.papercut.scenes import render
 
 
 def pictures(count: int = 5, height: int = 12, width: int = 12) -> np.ndarray:
@@ -243,6 +245,18 @@ def test_the_extractor_is_papercuts_on_papercut_and_asked_for_elsewhere(clip_fol
 def test_the_checkers_features_are_its_penultimate_layer_over_eight() -> None:
     images = pictures(3, 64, 64)
     np.testing.assert_array_equal(PapercutChecker()(images) * 8, embed(load_checker(), images))
+
+
+def test_sharpness_is_the_slope_of_a_ramp_and_blur_lowers_it() -> None:
+    down, right = np.mgrid[:20, :30]
+    ramp = np.repeat((3 * down + 4 * right)[..., None], 3, axis=2).astype(np.uint8)
+    assert Sharpness()(ramp[None]) == pytest.approx(np.array([[5.0]]), rel=1e-5)  # hypot(3, 4)
+    green = np.zeros((1, 9, 9, 3), np.uint8)
+    green[0, :, ::2, 1] = 100
+    assert Sharpness()(green) == pytest.approx(np.array([[58.7]]), rel=1e-5)
+    images = render(balanced_specs(6), 0)
+    blurred = np.stack([np.asarray(Image.fromarray(i).filter(ImageFilter.GaussianBlur(1))) for i in images])
+    assert (Sharpness()(blurred) < 0.85 * Sharpness()(images)).all()
 
 
 def test_resizing_crops_the_centre_and_then_resizes_as_pillow_does() -> None:

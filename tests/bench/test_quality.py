@@ -23,7 +23,7 @@ from test_features import mean_color_graph
 
 from tiue_cli.bench import quality
 from tiue_cli.bench.events import Event, Note, Progress
-from tiue_cli.bench.features import Resizing
+from tiue_cli.bench.features import Resizing, Sharpness
 from tiue_cli.bench.metrics import FeatureSet, compare_sets, diversity
 from tiue_cli.bench.onnx_features import OnnxExtractor
 from tiue_cli.bench.papercut_quality import papercut_features, papercut_metrics
@@ -325,7 +325,7 @@ def test_accelerate_launch_with_two_processes_equals_one(tmp_path: Path) -> None
     whole, _ = run(small(tmp_path / "one"), subject())
     assert found["metrics"] == whole.records[1].metrics and found["images_per_s"] is None
     names = [sorted(file.name for file in (tmp_path / one).rglob("*.npy")) for one in ("one", "two")]
-    assert names[0] == names[1] and len(names[0]) == 4
+    assert names[0] == names[1] and len(names[0]) == 8
 
 
 def test_subjects_with_one_key_and_no_subject_are_refused(tmp_path: Path) -> None:
@@ -377,6 +377,7 @@ def test_any_pictures_are_measured_by_a_given_extractor_folder_and_prompts(tmp_p
     ours, theirs = (FeatureSet(OnnxExtractor(graph)(one), name="x") for one in (images, Resizing(16)(references)))
     ordered = FeatureSet(theirs.features[np.argsort([str(n) for n in range(50)], kind="stable")], name="x")
     expected, left_out = compare_sets(ours, ordered)
+    expected["sharpness"] = float(Sharpness()(images).mean())
     assert left_out == {} and record.metrics == pytest.approx(expected, rel=1e-5)
     assert result.protocol.extractor == "mean.onnx (ONNX)" and result.protocol.reference == "50 images in photos"
     assert "16x16 by lanczos" in result.protocol.resize and result.protocol.diversity is None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_cli.bench.features import PapercutChecker
+from tiue_cli.bench.features import PapercutChecker, Sharpness
 from tiue_cli.bench.metrics import NEIGHBOURS, FeatureSet, compare_sets, diversity
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.evaluation import prompt_following_of_features
@@ -29,7 +29,8 @@ def papercut_metrics(
     """Figures of images (N, H, W, 3) of N scenes, against references (M, H, W, 3) or their ``papercut_features``.
 
     fid, kid, precision, recall, density, coverage as N and M allow (``compare_sets``); diversity over the captions
-    that occur more than once, absent where none does; ``checker_…`` as in ``prompt_following``. Raises QualityError.
+    that occur more than once, absent where none does; sharpness (``Sharpness``; compare it with the references' own);
+    ``checker_…`` as in ``prompt_following``. Raises QualityError.
     """
     ours = papercut_features(images, name=name)
     theirs = references if isinstance(references, FeatureSet) else papercut_features(references, name="the references")
@@ -37,5 +38,6 @@ def papercut_metrics(
     spread = diversity(ours.features, [spec.caption for spec in specs])
     if spread is not None:
         figures["diversity"] = spread
+    figures["sharpness"] = float(Sharpness()(images).mean())
     following = prompt_following_of_features(ours.features * PapercutChecker.scale, specs)
     return figures | {f"checker_{attribute}": value for attribute, value in following.items()}

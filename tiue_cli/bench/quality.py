@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tiue_cli.bench.clip_features import ClipExtractor
 from tiue_cli.bench.events import Emit, Note, Progress
-from tiue_cli.bench.features import Extractor, PapercutChecker, Resizing, open_extractor
+from tiue_cli.bench.features import Extractor, PapercutChecker, Resizing, Sharpness, open_extractor
 from tiue_cli.bench.metrics import FeatureSet, clip_score, compare_sets, diversity, mean_figures
 from tiue_cli.bench.quality_drawing import Drawing, Processes, QualitySubject, slug
 from tiue_cli.bench.quality_plan import COMPARABLE_IMAGES, QualityConfig, QualityPlan, plan_quality, spec_rows
@@ -29,7 +29,7 @@ from tiue_cli.papercut.scenes import SIZE
 
 REFERENCE = "reference"
 """Key of the record of papercut's renders: the best that the figures can be."""
-_FEATURES, _CLIP, _CHECKER = "features", "clip", "checker"
+_FEATURES, _CLIP, _CHECKER, _SHARPNESS = "features", "clip", "checker", "sharpness"
 _SEEDS_A_REPETITION = 2**30
 _IDENTITY = {
     "model",
@@ -195,6 +195,7 @@ class _Measurement:
         spread = diversity(ours[places], groups) if places else None
         if spread is not None:
             figures["diversity"] = spread
+        figures["sharpness"] = float(features[_SHARPNESS][:count].mean())
         if self._texts is not None:
             figures["clip_score"] = clip_score(features.get(_CLIP, ours)[:count], self._texts)
         if self._plan.specs is not None and _checker_name(self._tools) is not None:
@@ -277,7 +278,7 @@ def _open_tools(config: QualityConfig, plan: QualityPlan) -> _Tools:
     papercut = plan.specs is not None
     extractor = open_extractor(config.extractor, papercut=papercut)
     clip = extractor if isinstance(extractor, ClipExtractor) and extractor.reads_text else None
-    tools = _Tools(extractor, clip, {_FEATURES: extractor})
+    tools = _Tools(extractor, clip, {_FEATURES: extractor, _SHARPNESS: Sharpness()})
     if config.clip is not None:
         tools.clip = tools.all[_CLIP] = ClipExtractor(config.clip)
     # Another extractor on papercut's own reference: the checker still reads what the captions ask for.
