@@ -89,6 +89,11 @@ def test_only_safetensors_are_written(tiny_student_folder: Path) -> None:
     assert suffixes == {".json", ".safetensors", ".md"}
 
 
+def test_weights_can_be_read_by_whoever_can_read_the_rest(tiny_student_folder: Path) -> None:
+    modes = {file.stat().st_mode for file in tiny_student_folder.rglob("*") if file.is_file()}
+    assert len(modes) == 1
+
+
 def test_a_student_replaces_a_student_and_nothing_else(student: StudentModel, tmp_path: Path) -> None:
     out = save_student(student, tmp_path / "out")
     with pytest.raises(OutputError, match="not empty"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,10 +214,13 @@ def _save_module(
     write_json(folder / "config.json", config)
     _drop(folder / "config.json", "_name_or_path")
     weights = {key: value.detach().to("cpu", stored).contiguous() for key, value in module.state_dict().items()}
+    path = folder / f"{name}.safetensors"
     try:
-        save_file(weights, folder / f"{name}.safetensors", metadata={"format": "pt"})
+        save_file(weights, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise OutputError(f"cannot write {folder / name}.safetensors: {error}", hint=_SPACE_HINT) from error
+        raise OutputError(f"cannot write {path}: {error}", hint=_SPACE_HINT) from error
+    # The library writes files that their owner alone can read, whatever the umask.
+    shutil.copymode(folder / "config.json", path)
 
 
 def _drop(path: Path, *fields: str) -> None:
