@@ -51,7 +51,7 @@ class QualityConfig:
     resize_filter: Filter = "lanczos"
     k: int = NEIGHBOURS
     diversity_prompts: int = 32
-    diversity_images: int = 4
+    diversity_images: int = 2
     batch: int = 16
     keep_images: Path | None = None
 
