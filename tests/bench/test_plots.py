@@ -138,7 +138,7 @@ def test_a_withheld_ratio_has_no_dot() -> None:
     view = ReportView(make_report(keys=(TEACHER, PLAIN, compiled), batches=(1,), quality=False, grid=False))
     plot = ratio_plot(view, view.places[0])
     assert plot is not None
-    assert texts(plot.wide).count("withheld: other pictures") == 2
+    assert texts(plot.wide).count("withheld: the reason is in the table") == 2
     assert not re.search(r"<use [^>]*fill: var\(--student\)", plot.wide)
 
 

@@ -237,7 +237,7 @@ def _ratio_rows(view: ReportView, axes: Axes, ratios: Sequence[RatioRecord], for
         y = row + _row_offset(width)
         if item.value is None:
             axes.annotate(
-                "withheld: other pictures", (0, y), (4, 0), xycoords=axes.get_yaxis_transform(),
+                "withheld: the reason is in the table", (0, y), (4, 0), xycoords=axes.get_yaxis_transform(),
                 textcoords="offset points", va="center", color=colour("muted"), style="italic", bbox=_paper(),
             )  # fmt: skip
             continue
