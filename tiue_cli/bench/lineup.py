@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from tiue_cli.bench.models import LoadedModel, check_same_size, student_steps
 from tiue_cli.bench.peers import PeerSubject, load_peer, pipeline_bytes
 from tiue_cli.bench.schema import SubjectRecord
 from tiue_cli.bench.subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, UsageError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 
@@ -92,7 +92,16 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
         builder.add_contestant(contestant)
     for peer in config.peers:
         builder.add_peer(peer)
+    _compare_with_a_plain_pass(lineup)
     return lineup
+
+
+def _compare_with_a_plain_pass(lineup: Lineup) -> None:
+    """Many-step models cost so many plain passes of the first model: guided, about twice their steps."""
+    plain = [subject.key for subject in lineup.subjects if subject.record.kind == "plain-unet"]
+    for subject in lineup.subjects:
+        if plain and subject.record.kind in ("teacher", "peer"):
+            subject.plain_pass = plain[0]
 
 
 def _latent_shape(contestant: Contestant, size: tuple[int, int]) -> tuple[int, int, int]:
@@ -252,21 +261,19 @@ class _Builder:
         if isinstance(ready, str):
             self._lineup.notes.append(f"{backend} is left out: {ready}")
             return
-        if backend == "trt":
-            engine = self._engine(ready, asked=asked)
-            if isinstance(engine, str):
-                self._lineup.notes.append(f"trt is left out: {engine}")
-                return
-            ready = engine
-        started = time.perf_counter()
-        opened: TimedOnnxBackend | TrtBackend
-        if backend == "trt":
-            opened = self._stack.enter_context(TrtBackend(ready.folder, engine=ready.engine))
-        else:
-            provider = "cuda" if self._lineup.device == "cuda" else "cpu"
-            opened = self._stack.enter_context(
-                TimedOnnxBackend(ready.folder, provider=provider, threads=torch.get_num_threads())
-            )
+        try:
+            if backend == "trt":
+                ready = self._with_engine(ready, asked=asked)
+            started = time.perf_counter()
+            opened = self._backend(ready, backend)
+            self._stack.enter_context(opened)
+        except (DeviceError, ManifestError, MissingDependencyError) as error:
+            # An export that was given as a model is there to be run, and an engine that was named as well.
+            wanted = ready.engine is not None if backend == "trt" else contestant.export is not None
+            if asked or wanted:
+                raise
+            self._lineup.notes.append(f"{backend} is left out: {error.message}")
+            return
         load_s = time.perf_counter() - started
         for steps in all_steps:
             self._add_exported_at(contestant, ready, opened, backend, steps=steps, load_s=load_s)
@@ -333,18 +340,23 @@ class _Builder:
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tiue-bench-")))
         return export_now(model, folder, precision=lineup.precision, size=lineup.size, say=self._say)
 
-    def _engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport | str:
+    def _with_engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport:
+        """The export with an engine that takes every batch. Raises where there is none and none is to be built."""
         batches = self._config.batches
         obstacle = engine_obstacle(ready.folder, ready.engine, size=self._lineup.size, batches=batches)
         if obstacle is None:
             return ready
-        if not asked:
-            return obstacle.message
-        if ready.build_s is None:
+        if not asked or ready.build_s is None:
             raise obstacle
         # The export was made for this run, so its engine is as well.
         engine, build_s = engine_now(ready, batches=batches, say=self._say)
-        return ReadyExport(ready.folder, ready.manifest, build_s=ready.build_s + build_s, engine=engine)
+        return replace(ready, build_s=ready.build_s + build_s, engine=engine)
+
+    def _backend(self, ready: ReadyExport, backend: StudentBackend) -> TimedOnnxBackend | TrtBackend:
+        if backend == "trt":
+            return TrtBackend(ready.folder, engine=ready.engine)
+        provider = "cuda" if self._lineup.device == "cuda" else "cpu"
+        return TimedOnnxBackend(ready.folder, provider=provider, threads=torch.get_num_threads())
 
     # --- records ---
 
