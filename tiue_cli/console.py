@@ -305,7 +305,7 @@ class Console:
                 shown.add_column(plain(column.head), overflow="fold")
             else:
                 width = max((len(row[index]) for row in table.rows), default=0)
-                head = textwrap.fill(plain(column.head), max(width, 8), break_long_words=False)
+                head = textwrap.fill(plain(column.head), max(width, 10), break_long_words=False)
                 shown.add_column(head, justify="right", no_wrap=True)
         for row in table.rows:
             shown.add_row(*(Text(_indented(cell), style=_VERDICT_STYLES.get(cell, "")) for cell in row))

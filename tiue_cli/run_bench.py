@@ -16,16 +16,20 @@ if TYPE_CHECKING:
 
 
 def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_if: Sequence[str]) -> bool:
-    """Measure, show the tables, write the report; with ``old``, compare with it. Returns whether no condition failed.
+    """Measure, write the report, show the tables; with ``old``, compare with it. Returns whether no condition failed.
 
     What speaks against the comparison is said before anything is measured.
     """
     config.validate()
-    from tiue_cli.bench.conditions import parse_conditions
+    from tiue_cli.bench.compare import compare_reports
+    from tiue_cli.bench.conditions import check_conditions, parse_conditions
     from tiue_cli.bench.report import read_report, write_report
 
     conditions = parse_conditions(fail_if)
     before = None if old is None else read_report(old)
+    if before is not None:
+        # What cannot be judged in the old report cannot be in any comparison with it.
+        check_conditions(compare_reports(before, before), conditions)
     from tiue_cli.bench.run import run_bench as measure
 
     try:
@@ -37,8 +41,9 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
         raise
     if report is None:  # the first of several processes has it
         return True
-    console.bench(report)
+    # Written first: a closed pipe (| head) must not cost what took hours.
     files = write_report(report, config.out)
+    console.bench(report)
     for path in (files.json, files.markdown, files.html):
         console.path(str(path))
     if before is None:
