@@ -10,8 +10,11 @@ distill=(tiue distill --config runs/distill.yaml --prompts prompts_balanced.txt)
 "${distill[@]}" --out work/no-warm-start --set student.init=null
 "${warm[@]}" --out work/one-step-warm --set student.steps=1
 "${distill[@]}" --out work/one-step --set student.steps=1 --set student.init=work/one-step-warm/student
-"${warm[@]}" --out work/leading-warm --set student.spacing=leading
-"${distill[@]}" --out work/leading --set student.spacing=leading --set student.init=work/leading-warm/student
+for spacing in trailing leading; do
+    "${warm[@]}" --out work/$spacing-600 --set student.spacing=$spacing --set warm_start.steps=600 --set max_steps=600
+done
+# The regression goes on beside the distillation: the student that ships.
+tiue distill --config runs/student.yaml --prompts prompts_balanced.txt --out work/student
 # Half the pairs as data, the rest of the same teacher evaluations in its own steps.
 python train_lcm.py --config runs/warm.yaml --pairs 6144 --steps 3100 --out work/lcm
 python compare.py runs/methods.yaml --name comparison
