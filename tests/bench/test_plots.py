@@ -209,3 +209,14 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
 def test_plain_text_has_no_control_characters() -> None:
     assert plain("a\x00b\n\tc\u202ed\u200be") == "a b c d e"
     assert plain("naïve 猫 ★ ×") == "naïve 猫 ★ ×"
+
+
+def test_references_against_references_are_a_line(report: BenchReport) -> None:
+    ceiling = report.quality[0].model_copy(update={"subject": "reference"})
+    view = ReportView(report.model_copy(update={"quality": (ceiling, *report.quality)}))
+    plot = quality_plot(view)
+    assert plot is not None and "dashed line" in plot.caption
+    assert texts(plot.wide).count("reference") == len(view.main_metrics)
+    assert len(re.findall(r"stroke-dasharray", plot.wide)) == len(view.main_metrics)
+    numbered = [text for text in texts(plot.wide) if re.match(r"\d  ", text)]
+    assert len(numbered) == len(report.quality), "it is no subject, and has no number"

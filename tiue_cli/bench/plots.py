@@ -378,8 +378,8 @@ def _quality_points(view: ReportView, axes: Axes, metric: str, keys: Sequence[st
     if reference is not None and metric in reference.metrics:
         axes.axhline(reference.metrics[metric], color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
         axes.annotate(
-            "reference", (1, reference.metrics[metric]), (-2, 3), xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points", ha="right", color=colour("muted"),
+            "reference", (1, reference.metrics[metric]), (4, 0), xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points", va="center", color=colour("muted"), annotation_clip=False,
         )  # fmt: skip
     times = []
     for index, key in enumerate(keys, 1):
