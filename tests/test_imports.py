@@ -43,6 +43,7 @@ ROOMS: dict[str, tuple[int, str]] = {
     "console": (5, "cli"),
     "run": (5, "cli"),
     "run_distill": (5, "cli"),
+    "launch": (5, "cli"),
     "run_export": (5, "cli"),
     "run_bench": (5, "cli"),
     "cli": (5, "cli"),
@@ -53,7 +54,7 @@ ROOMS: dict[str, tuple[int, str]] = {
 HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxruntime", "tensorrt"}
 # Rooms whose modules may load them when they are imported; elsewhere only the functions listed below may, when called.
 HEAVY_ROOMS = {"model", "papercut", "distill", "export", "bench", "backends"}
-HEAVY_FUNCTIONS = {("machine", "torch"), ("machine", "onnxruntime")}
+HEAVY_FUNCTIONS = {("machine", "torch"), ("machine", "onnxruntime"), ("launch", "torch"), ("launch", "accelerate")}
 LIGHT_MODULES_OF_HEAVY_ROOMS = {
     "model.folder",
     "model.hub",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -89,17 +87,16 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
 
 def relaunch(request: DistillRequest, accelerate_args: Sequence[str], console: Console, *, format_: str) -> int:
     """Run the same request under ``accelerate launch``; returns its exit status."""
-    request.resolve()  # what is wrong with the request is said once, here
-    words = ["-m", "accelerate.commands.launch", *accelerate_args, "-m", "tiue_cli", "distill", *request.arguments()]
-    command = [sys.executable, *words, "--format", format_]
-    console.note(f"running: {shlex.join(command)}")
-    # The terminal sends Ctrl-C to the whole group: the workers save, and this process only waits for them.
-    with subprocess.Popen(command) as process:
-        while True:
-            try:
-                return process.wait()
-            except KeyboardInterrupt:
-                continue
+    from tiue_cli.distill.run_folder import check_out_folder
+    from tiue_cli.launch import ACCELERATE_ARGS, command_line, launch, launcher_arguments
+
+    # What is wrong with the request is said once, here.
+    request.resolve()
+    check_out_folder(request.out, resume=request.resume)
+    words, environment = launcher_arguments(accelerate_args)
+    arguments = [*request.arguments(), "--format", format_]
+    console.note(f"running: {command_line(words, environment, arguments)}")
+    return launch(words, {**environment, ACCELERATE_ARGS: shlex.join(accelerate_args)}, arguments)
 
 
 def is_worker() -> bool:
@@ -108,8 +105,14 @@ def is_worker() -> bool:
 
 
 def resume_command(out: str) -> str:
-    """What to type to go on."""
-    return f"tiue distill --out {shlex.quote(out)} --resume"
+    """What to type to go on, with as many processes."""
+    from tiue_cli.launch import ACCELERATE_ARGS
+
+    words = f"distill --out {shlex.quote(out)} --resume"
+    if ACCELERATE_ARGS in os.environ:
+        return f"tiue {words} --launch -- {os.environ[ACCELERATE_ARGS]}"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return f"tiue {words}" if processes == "1" else f"accelerate launch --num_processes {processes} -m tiue_cli {words}"
 
 
 def _report(finished: Finished, figures: Mapping[str, float], console: Console) -> None:
@@ -124,7 +127,7 @@ def _report(finished: Finished, figures: Mapping[str, float], console: Console) 
             "figures": dict(figures),
         }
     )
-    if finished.interrupted:
+    if finished.interrupted and not is_worker():
         console.stopped(f"at step {finished.step}, saved; to go on: {resume_command(out)}")
     elif finished.student is not None:
         console.summary(f'to use it: tiue generate "a prompt" --model {shlex.quote(str(finished.student))}')

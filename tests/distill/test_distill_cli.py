@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 from tiue_cli.cli import main
+from tiue_cli.distill.acceleration import _refuse_lost_processes
 from tiue_cli.distill.request import DistillRequest
+from tiue_cli.distill.signals import StopRequest
 from tiue_cli.errors import UsageError
+from tiue_cli.launch import WorkerError, launcher_arguments
 
 SETTINGS = (
     "lora.rank=2",
@@ -28,6 +32,9 @@ SETTINGS = (
     "student.steps=2",
     "tracking.every=1",
 )
+
+
+LAUNCH = ("--launch", "--", "--cpu", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no")
 
 
 @pytest.fixture
@@ -142,35 +149,99 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(words: Callable[..., l
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_with_twice_the_batch(words: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_two_processes_train_as_one_with_twice_the_batch(
+    words: Callable[..., list[str]], v_teacher_folder: Path, tmp_path: Path
+) -> None:
     """accelerate launch with two CPU processes: they share the rows of each step, and their gradients are averaged."""
-    pairs = ["--warm-start", "2", "--set", "warm_start.pairs=4", "--set", "warm_start.teacher_steps=2"]
-    launch = [
-        "--launch",
-        "--",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-    ]
+    settings = ("warm_start.pairs=4", "warm_start.teacher_steps=2", "warm_start.learning_rate=1e-2")
+    pairs = ["--warm-start", "2", *(word for key in settings for word in ("--set", key))]
     done = subprocess.run(
-        [sys.executable, "-m", "tiue_cli", *words(tmp_path / "two", *pairs), *launch],
+        [sys.executable, "-m", "tiue_cli", *words(tmp_path / "two", *pairs), *LAUNCH, "--num_processes", "2"],
         capture_output=True, text=True, env=environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 processes on cpu" in done.stderr
     assert done.stdout.splitlines() == [
         str(tmp_path / "two" / "checkpoints" / "step_00000002"), str(tmp_path / "two" / "student"),
     ]  # fmt: skip
     assert main(words(tmp_path / "one", *pairs, "--set", "batch_size=4")) == 0
-    file = Path("student", "unet", "diffusion_pytorch_model.safetensors")
-    first, second = (load_file(tmp_path / name / file) for name in ("one", "two"))
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4)
+    file = Path("unet", "diffusion_pytorch_model.safetensors")
+    folders = (v_teacher_folder, tmp_path / "one" / "student", tmp_path / "two" / "student")
+    start, one, two = (torch.cat([value.flatten() for value in load_file(path / file).values()]) for path in folders)
+    # Adam's first steps are signs: where a gradient is all but 0, they may differ.
+    assert (two - one).norm() < 0.05 * (one - start).norm()
+
+
+def test_several_cpu_processes_are_started_as_several_gpus() -> None:
+    """Accelerate itself would start one."""
+    words, added = launcher_arguments(["--num_processes", "2", "--cpu", "--mixed_precision", "no"])
+    assert words == ["--num_processes", "2", "--multi_gpu", "--mixed_precision", "no"]
+    assert added == {"ACCELERATE_USE_CPU": "true"}
+    for alone in (["--cpu"], ["--num_processes=2"], ["--cpu", "--num_processes=2", "--mpirun_hostfile", "h"]):
+        assert launcher_arguments(alone) == (alone, {})
+
+
+def test_accelerate_that_lost_processes_is_refused(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ``accelerate launch --cpu --num_processes 2`` leaves in the environment of the one process it starts."""
+    from accelerate.commands.launch import launch_command_parser, prepare_simple_launcher_cmd_env
+
+    arguments = ["--cpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "x.py"]
+    for processes, refused in (("1", False), ("2", True)):
+        parsed = launch_command_parser().parse_args(["--num_processes", processes, *arguments])
+        parsed.use_cpu, parsed.num_cpu_threads_per_process = True, 1
+        for name, value in prepare_simple_launcher_cmd_env(parsed)[1].items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UsageError, match="has started one") if refused else contextlib.nullcontext():
+            _refuse_lost_processes()
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_launched_run_reaches_its_workers(words: Callable[..., list[str]], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "tiue_cli", *words(out, "--max-steps", "100000"), *LAUNCH, "--num_processes", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        deadline_s = time.monotonic() + 120
+        while not (out / "log.jsonl").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        shown = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, shown
+    assert list((out / "checkpoints").glob("step_*"))
+    assert f"tiue distill --out {out} --resume {' '.join(LAUNCH)} --num_processes 1" in shown
+
+
+def launch_main(monkeypatch: pytest.MonkeyPatch, *worker: str) -> int:
+    import tiue_cli.launch as launch
+
+    monkeypatch.setattr(sys, "argv", ["launch", *LAUNCH[2:], "--num_processes=1", *worker])
+    return launch.main()
+
+
+def test_worker_that_fails_says_so_once_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert launch_main(monkeypatch, "-m", "tiue_cli", "recipes", "show", "none") == 2
+    shown = capfd.readouterr().err
+    assert shown.count("error:") == 1 and "there is no recipe" in shown and "Traceback" not in shown
+
+
+def test_worker_that_is_killed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    with pytest.raises(WorkerError, match="worker 0 was killed by signal 9"):
+        launch_main(monkeypatch, str(tmp_path / "worker.py"))
+
+
+@pytest.mark.parametrize(("after_s", "at_once"), [(0.01, False), (5.0, True)])
+def test_a_later_sigint_interrupts_at_once(monkeypatch: pytest.MonkeyPatch, after_s: float, at_once: bool) -> None:
+    clock = iter([100.0, 100.0 + after_s])
+    monkeypatch.setattr("tiue_cli.distill.signals.time.monotonic", lambda: next(clock))
+    with StopRequest() as stop, pytest.raises(KeyboardInterrupt) if at_once else contextlib.nullcontext():
+        assert not stop
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_run_of_one_process_is_not_resumed_by_two(make_config: Any, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import os
 import sys
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -35,8 +36,15 @@ def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
     that is not installed.
     """
     trackers = chosen_trackers(config)
+    _refuse_lost_processes()
+    # Without a GPU Accelerate sees the other processes of torchrun only when it is told of the CPU.
+    several_on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    if several_on_cpu:
+        # Of convolutions of one pixel, whose strides are equal but for a name.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         accelerator = Accelerator(
+            cpu=several_on_cpu,
             mixed_precision=chosen_precision(config),
             log_with=list(trackers) or None,
             project_dir=logs,
@@ -73,6 +81,17 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20}
     return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def _refuse_lost_processes() -> None:
+    """``accelerate launch --cpu`` starts one process however many it was asked for, unless mpirun starts the others."""
+    counts = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    asked_for_several = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU", "MASTER_PORT"} <= os.environ.keys()
+    if asked_for_several and not any(name in os.environ for name in counts):
+        raise UsageError(
+            "accelerate launch was asked for several processes and has started one, as it does with --cpu",
+            hint="let tiue start it: tiue distill ... --launch -- --cpu --num_processes N",
+        )
 
 
 def chosen_precision(config: DistillConfig) -> str | None:

@@ -7,6 +7,7 @@ several processes fill one cache by taking different chunks.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,8 +55,11 @@ class RowCache:
         """Store a chunk, whole or not at all. Raises OutputError."""
         expected = (len(self.chunk_range(chunk)), *self.shape)
         assert rows.shape == expected, f"chunk {chunk} is {rows.shape}, not {expected}"
+        # By way of memory: np.save to a file reports a full disk without an errno to know it by.
+        content = io.BytesIO()
+        np.save(content, rows.astype(self.dtype, copy=False))
         with atomic_file(self._path(chunk)) as temporary:
-            np.save(temporary, rows.astype(self.dtype, copy=False))
+            temporary.write_bytes(content.getbuffer())
 
     def rows(self, indices: Sequence[int]) -> np.ndarray:
         """The rows (len(indices), *shape), copied. Raises OutputError for a damaged chunk."""
