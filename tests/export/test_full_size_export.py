@@ -64,7 +64,8 @@ def test_an_export_stays_below_20_gib_and_equals_torch(student: Path, precision:
     decoder_bytes = manifest.graph("unet_decoder").size_bytes
     size = sum(graph.size_bytes for graph in manifest.graphs)
     print(  # noqa: T201 - shown with -s
-        f"{student.name} {precision}: peak {peak_bytes / 2**30:.1f} GiB, {seconds:.0f} s,"
+        f"{student.name} {precision}: peak {peak_bytes / 2**30:.1f} GiB, {seconds:.0f} s"
+        f" ({usage.ru_utime + usage.ru_stime:.0f} s of CPU),"
         f" {size / 1e9:.2f} GB (unet_decoder {decoder_bytes / 1e9:.2f}), images {manifest.parity.image_psnr_db:.1f} dB,"
         f" largest relative error {max(output.relative_error for output in manifest.parity.outputs):.1e}"
     )

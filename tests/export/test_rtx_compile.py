@@ -16,8 +16,7 @@ from tiny_export import write_tiny_export
 
 from tiue_cli.export.manifest import GRAPHS, read_export_manifest
 from tiue_cli.model.folder import check_model_folder
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, resolve_model
-from tiue_cli.model.student import save_student, student_from_teacher
+from tiue_cli.model.hub import EMBEDDED, resolve_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("tensorrt_rtx_libs", "tensorrt_rtx_bindings")
@@ -42,17 +41,9 @@ def compiled(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-def papercut_student(scratch: Path) -> Path:
-    """The student that ships; where none does, an untrained one of the same structure."""
-    shipped = resolve_model(EMBEDDED)
-    if check_model_folder(shipped).kind == "student":
-        return shipped
-    return save_student(student_from_teacher(EMBEDDED_TEACHER, steps=4, spacing="trailing"), scratch / "papercut")
-
-
 @pytest.mark.slow
-def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles(tmp_path: Path) -> None:
-    student = papercut_student(tmp_path)
+def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
+    student = resolve_model(EMBEDDED)
     folder = exported(student, precision="fp16", sizes=(check_model_folder(student).image_size,))
     built = compiled(folder)
     assert [one["graph"] for one in built] == [f"{name}.onnx" for name in GRAPHS]
