@@ -11,10 +11,9 @@ distill=(tiue distill --config runs/distill.yaml --prompts prompts_balanced.txt)
 "${warm[@]}" --out work/one-step-warm --set student.steps=1
 "${distill[@]}" --out work/one-step --set student.steps=1 --set student.init=work/one-step-warm/student
 for spacing in trailing leading; do
-    "${warm[@]}" --out work/$spacing-600 --set student.spacing=$spacing --set warm_start.steps=600 --set max_steps=600
+    "${warm[@]}" --out work/$spacing-400 --set student.spacing=$spacing --set warm_start.steps=400 --set max_steps=400
 done
-# The regression goes on beside the distillation: the student that ships.
-tiue distill --config runs/student.yaml --prompts prompts_balanced.txt --out work/student
+tiue distill --config runs/kept.yaml --prompts prompts_balanced.txt --out work/kept
 # Half the pairs as data, the rest of the same teacher evaluations in its own steps.
 python train_lcm.py --config runs/warm.yaml --pairs 6144 --steps 3100 --out work/lcm
 python compare.py runs/methods.yaml --name comparison
