@@ -1,6 +1,6 @@
 """Distil papercut's teacher into a latent consistency model: one of the methods that TiUE is compared with.
 
-    python train_lcm.py --steps 3000 --out work/lcm
+    python train_lcm.py --config runs/warm.yaml --pairs 10240 --steps 1500 --out work/lcm
 
 LCM (Luo et al. 2023, arXiv 2310.04378, algorithm 1): f(x_t, t) = c_skip·x_t + c_out·x_0(x_t, t) must agree along the
 teacher's guided trajectory; one DDIM step of the teacher over k = 20 timesteps from the noisier point, the target from
@@ -45,7 +45,8 @@ def boundary(timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 def consistency(unet: nn.Module, x_t: Tensor, timesteps: Tensor, states: Tensor, schedule: NoiseSchedule) -> Tensor:
     """f(x_t, t) (B, C, h, w)."""
-    noise: Tensor = unet(x_t, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+    prediction = unet(x_t, timesteps, encoder_hidden_states=states, return_dict=False)[0]
+    noise = schedule.noise_of(prediction, x_t, timesteps)
     root_abar, sigma = schedule.at(timesteps)
     skip, out = boundary(timesteps)
     return skip * x_t + out * (x_t - sigma * noise) / root_abar
@@ -74,6 +75,7 @@ def train(run: Distillation, args: argparse.Namespace) -> dict[str, Any]:
                 predicted = guided_prediction(
                     networks.score, x_t, t, text_states=states, empty_states=texts.empty, guidance=guidance
                 )
+            predicted = schedule.noise_of(predicted, x_t, t)
             root_abar, sigma = schedule.at(t)
             root_abar_next, sigma_next = schedule.at(t_next)
             x_next = root_abar_next * (x_t - sigma * predicted) / root_abar + sigma_next * predicted
@@ -102,7 +104,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--config", type=Path, required=True, help="the distillation's YAML: its pairs are the data")
     options.add_argument("--prompts", type=Path, default=Path(__file__).parent / "prompts.txt")
-    options.add_argument("--steps", type=int, default=3000)
+    options.add_argument("--steps", type=int, default=1500)
     options.add_argument("--pairs", type=int, default=None, help="only the first so many")
     options.add_argument("--learning-rate", type=float, default=5e-4)
     options.add_argument("--huber", type=float, default=1e-3)

@@ -14,6 +14,6 @@ for spacing in trailing leading; do
     "${warm[@]}" --out work/$spacing-400 --set student.spacing=$spacing --set warm_start.steps=400 --set max_steps=400
 done
 tiue distill --config runs/kept.yaml --prompts prompts_balanced.txt --out work/kept
-# Half the pairs as data, the rest of the same teacher evaluations in its own steps.
-python train_lcm.py --config runs/warm.yaml --pairs 6144 --steps 3100 --out work/lcm
+# Fewer pairs as data, the rest of the same teacher evaluations in its own steps.
+python train_lcm.py --config runs/warm.yaml --pairs 10240 --steps 1500 --out work/lcm
 python compare.py runs/methods.yaml --name comparison
