@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 
-from tiue_cli.bench.plots import Plot, _apart, quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
+from tiue_cli.bench.plot_frame import Plot
+from tiue_cli.bench.plots import ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.schema import BenchReport
 from tiue_cli.bench.svg import COLOURS, css_variables, plain
+from tiue_cli.bench.trend_plots import _apart, quality_plot, throughput_plot
 from tiue_cli.bench.view import ReportView, as_speedup, number
 
 KEYS = (TEACHER, PLAIN, STUDENT, ONNX)

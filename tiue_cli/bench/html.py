@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from tiue_cli.bench.facts import machine_facts, quality_facts, run_facts
-from tiue_cli.bench.plots import quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
+from tiue_cli.bench.plots import ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.schema import BenchReport, GridRecord
 from tiue_cli.bench.svg import css_variables, plain
 from tiue_cli.bench.tables import (
@@ -26,6 +26,7 @@ from tiue_cli.bench.tables import (
     ratio_tables,
     subject_table,
 )
+from tiue_cli.bench.trend_plots import quality_plot, throughput_plot
 from tiue_cli.bench.view import ReportView
 
 SMALL_PX = 160
