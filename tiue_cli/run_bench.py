@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tiue_cli.console import Console
 
 if TYPE_CHECKING:
+    from tiue_cli.bench.compare import Comparison
     from tiue_cli.bench.conditions import Check, Condition
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.bench.events import Event
@@ -62,13 +63,17 @@ def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[s
 
 
 def _compare(old: BenchReport, new: BenchReport, conditions: Sequence[Condition], console: Console) -> bool:
+    comparison, checks = _judge(old, new, conditions)
+    console.comparison(comparison, checks)
+    return not any(check.failed for check in checks)
+
+
+def _judge(old: BenchReport, new: BenchReport, conditions: Sequence[Condition]) -> tuple[Comparison, tuple[Check, ...]]:
     from tiue_cli.bench.compare import compare_reports
     from tiue_cli.bench.conditions import check_conditions
 
     comparison = compare_reports(old, new)
-    checks: tuple[Check, ...] = check_conditions(comparison, conditions)
-    console.comparison(comparison, checks)
-    return not any(check.failed for check in checks)
+    return comparison, check_conditions(comparison, conditions)
 
 
 def _show(event: Event, console: Console, stages: Callable[[str, int, int, str], None]) -> None:

@@ -202,6 +202,20 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
     assert named("papercut-student", ()) == "papercut"
 
 
+def test_compiled_student_draws_the_same_and_leaves_the_model_as_it_was(
+    student: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced and run without a code generator, which would take minutes.
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    subject = StudentSubject(record(steps=4, backend="compile"), student, flops_of(student), variant="shared")
+    assert subject.compiles
+    expected = StudentSubject(record(steps=4), student, flops_of(student), variant="shared").run(PROMPTS, NOISE)
+    found = subject.run(PROMPTS, NOISE)
+    assert psnr_db(found.images, expected.images) > 60
+    assert type(student.components.vae.decoder).__name__ != "OptimizedModule"
+
+
 # --- parity --------------------------------------------------------------------------------------------------------
 
 

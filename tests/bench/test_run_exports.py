@@ -1,0 +1,115 @@
+"""Exports in a bench: found where ``tiue export`` puts them, made where they were asked for, compared either way."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exports import build_small_student, exported
+from helpers import edit_json
+
+from tiue_cli.bench import lineup, peak
+from tiue_cli.bench.config import BenchConfig
+from tiue_cli.bench.events import Event, Note
+from tiue_cli.bench.exports import ReadyExport
+from tiue_cli.bench.run import run_bench
+from tiue_cli.bench.schema import BenchReport
+from tiue_cli.errors import UsageError
+from tiue_cli.export.manifest import EXPORT_MANIFEST, read_export_manifest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_peak() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peak, "SIDES", {"cpu": (128,), "cuda": (128,)})
+        yield
+
+
+@pytest.fixture(scope="module")
+def student(tiny_student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_student(tiny_student_folder, tmp_path_factory.mktemp("small") / "student")
+
+
+@pytest.fixture
+def place(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with the student's export where ``tiue export`` would have put it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported(student), tmp_path / "engines" / student.name)
+    return tmp_path / "engines" / student.name
+
+
+def config(model: Path, **options: Any) -> BenchConfig:
+    return BenchConfig(
+        models=(str(model),), teacher="none", batches=(2,), device="cpu", duration_s=0.001, **{"steps": (2,), **options}
+    )
+
+
+def run(config: BenchConfig) -> tuple[BenchReport, str]:
+    events: list[Event] = []
+    report = run_bench(config, emit=events.append)
+    assert report is not None
+    return report, "\n".join(event.text for event in events if isinstance(event, Note))
+
+
+def test_a_ready_export_is_measured_and_compared_without_being_asked_for(student: Path, place: Path) -> None:
+    report, notes = run(config(student))
+    (onnx,) = [subject for subject in report.subjects if subject.backend == "onnx"]
+    assert onnx.build_s is None
+    assert onnx.parity is not None and onnx.parity.passed
+    (record,) = [record for record in report.latency if record.subject == onnx.key]
+    assert set(record.stage_samples_ms) == {"text", "unet_encoder", "unet_decoder", "vae"} == set(record.flops)
+    ratios = {one.scope: one for one in report.ratios if one.subject == onnx.key}
+    assert set(ratios) == {"image", "unet"} and all(one.ratio is not None for one in ratios.values())
+    assert "trt is left out" in notes
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"precision": "fp16"}, "exported in fp16"), ({"sha256": "0" * 64}, "another student")]
+)
+def test_an_export_that_is_not_this_students_is_left_out_with_the_reason(
+    change: dict[str, str], reason: str, student: Path, place: Path
+) -> None:
+    source = read_export_manifest(place).student.model_dump()
+    fields = change if "precision" in change else {"student": {**source, **change}}
+    edit_json(place / EXPORT_MANIFEST, **fields)
+    report, notes = run(config(student))
+    assert all(subject.backend == "torch" for subject in report.subjects)
+    assert "onnx is left out: " in notes and reason in notes
+
+
+def test_an_export_as_the_model_brings_its_student_to_be_compared_with(student: Path, place: Path) -> None:
+    source = read_export_manifest(place).student.model_dump()
+    edit_json(place / EXPORT_MANIFEST, student={**source, "source": str(student)})
+    report, _ = run(config(place))
+    onnx = next(subject for subject in report.subjects if subject.backend == "onnx")
+    assert onnx.parity is not None and onnx.parity.passed
+    assert onnx.parity.reference in {subject.key for subject in report.subjects}
+    with pytest.raises(UsageError, match="autoencoder"):
+        run(config(place, vae="x"))
+
+
+def test_an_export_that_was_asked_for_is_made_for_the_run(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ready = exported(student)
+    asked: list[Path] = []
+
+    def export_now(model: object, folder: Path, **_: object) -> ReadyExport:
+        assert folder.is_dir()
+        asked.append(folder)
+        return ReadyExport(ready, read_export_manifest(ready), build_s=7.0)
+
+    monkeypatch.setattr(lineup, "export_now", export_now)
+    report, _ = run(config(student, backends=("onnx",)))
+    onnx = next(subject for subject in report.subjects if subject.backend == "onnx")
+    assert onnx.build_s == 7.0
+    assert onnx.parity is not None and onnx.parity.passed
+    assert not asked[0].exists(), "what was made for the run goes with it"
+    reference = next(subject for subject in report.subjects if subject.key == onnx.parity.reference)
+    assert not [record for record in report.latency if record.subject == reference.key], "torch was not asked for"
