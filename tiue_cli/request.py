@@ -21,7 +21,7 @@ from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
 from tiue_cli.exported import ExportInfo, backend_for, check_export_options, find_export
 from tiue_cli.fingerprint import fingerprint
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, resolve_model, resolve_vae
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER, resolve_model, resolve_vae
 from tiue_cli.noise import check_seed
 from tiue_cli.pngmeta import GridRecord, ImageRecord, ImageSpec, Record, read_record
 from tiue_cli.prompts import PromptRow
@@ -33,8 +33,6 @@ ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
-EMBEDDED_GUIDANCE = 2.0
-"""Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 RELEASED_STUDENT_STEPS = 4
 """Decoder timesteps of a student that was released without a manifest."""
 

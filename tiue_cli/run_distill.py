@@ -43,6 +43,7 @@ def run_distill(request: DistillRequest, console: Console) -> None:
 def plan_distill(request: DistillRequest, console: Console) -> None:
     """Show the resolved config and what the run would need and write; nothing is written."""
     resolved = request.resolve()
+    from tiue_cli.distill.acceleration import HALF, effective_precision
     from tiue_cli.distill.config import to_yaml
     from tiue_cli.distill.estimate import estimate_run
     from tiue_cli.distill.prompts import read_training_prompts
@@ -51,7 +52,7 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
     config = resolved.config
     check_out_folder(request.out, resume=request.resume)
     prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
-    needs = estimate_run(config, prompts=len(prompts.prompts), half=config.precision in ("bf16", "fp16"))
+    needs = estimate_run(config, prompts=len(prompts.prompts), half=effective_precision(config) in HALF)
     origins: dict[str, list[str]] = {}
     for key, origin in resolved.origins.items():
         origins.setdefault(origin, []).append(key)

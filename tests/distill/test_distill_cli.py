@@ -107,6 +107,19 @@ def test_no_prompts_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFix
     assert "no prompts" in capsys.readouterr().err
 
 
+def test_papercuts_teacher_has_a_guidance_of_its_own(prompts_file: Path, tmp_path: Path) -> None:
+    """The one at which it follows captions best, unless something else is said; a recipe says something else."""
+
+    def guidances(**given: Any) -> tuple[float, float, float]:
+        config = DistillRequest(out=tmp_path / "run", prompts=str(prompts_file), **given).resolve().config
+        return config.vsd.guidance, config.warm_start.guidance, config.validation.teacher_guidance
+
+    assert guidances(teacher="papercut") == guidances(overrides=("teacher=papercut-teacher",)) == (2.0, 2.0, 2.0)
+    assert guidances(teacher="OWNER/NAME") == (4.5, 4.5, 4.5)
+    assert guidances(teacher="papercut", overrides=("vsd.guidance=3",)) == (3.0, 2.0, 2.0)
+    assert guidances(teacher="papercut", config="sd15")[0] == 4.5
+
+
 def test_request_survives_as_words() -> None:
     request = DistillRequest(
         out=Path("o"), teacher="t", prompts="p.txt", config="papercut", overrides=("seed=3",), max_steps=4, warm_start=0

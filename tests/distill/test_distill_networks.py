@@ -18,7 +18,7 @@ from helpers import seeded_noise, tiny_unet
 from tiue_cli.distill.config import LoraSettings
 from tiue_cli.distill.estimate import estimate_run, lora_parameter_count, saved_bytes
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
-from tiue_cli.distill.trainer import make_optimizer, rate_factor
+from tiue_cli.distill.optimizers import make_optimizer, rate_factor
 from tiue_cli.distill.warm_start import solve
 from tiue_cli.errors import UsageError
 from tiue_cli.model.schedule import alphas_cumprod

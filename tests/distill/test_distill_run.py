@@ -234,6 +234,34 @@ def test_steps_without_finite_gradient_are_skipped_counted_and_end_the_run(
     assert all(torch.isfinite(value).all() for value in read_checkpoint(good).weights["student"].values())
 
 
+def test_infinite_loss_with_finite_gradients_is_skipped(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiue_cli.distill.trainer.vsd_loss", lambda latents, gradient: latents.mean() + float("inf"))
+    trainer = Distillation(make_config(warm_start__steps=0), tmp_path / "none").prepare()
+    before = {name: value.clone() for name, value in trainer.networks.student.state_dict().items()}
+    assert "lora" not in trainer.step() and trainer.state.skipped_steps == 1
+    assert all(torch.equal(value, before[name]) for name, value in trainer.networks.student.state_dict().items())
+
+
+def test_broken_weights_do_not_replace_a_good_checkpoint(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Trainer.step
+
+    def step(self: Trainer) -> dict[str, float]:
+        figures = real(self)
+        if self.state.step == 2:
+            self._adapters[0].data.fill_(float("nan"))
+        return figures
+
+    monkeypatch.setattr(Trainer, "step", step)
+    with pytest.raises(NotFiniteError, match="no longer finite at step 2"):
+        run(make_config(warm_start__steps=0, checkpoint__every=1, checkpoint__keep=1), tmp_path / "run")
+    good = latest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert good is not None and good.name == "step_00000001" and not (tmp_path / "run" / "student").exists()
+
+
 def test_head_start_moves_the_lora_teacher_alone(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(warm_start__steps=0, lora__head_start=1, accumulation=2)
     trainer = Distillation(config, tmp_path / "none").prepare()
@@ -311,6 +339,20 @@ def test_out_folder_of_another_run_is_left_alone(make_config: MakeConfig, uninte
         Distillation(make_config(**SETTINGS), uninterrupted)
     assert "--resume" in says(caught.value)
     assert sorted(path.name for path in uninterrupted.rglob("*")) == before
+
+
+def test_run_killed_before_it_was_written_down_can_be_started_and_after_it_resumed(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    out, config = tmp_path / "run", make_config(max_steps=1, warm_start__steps=0)
+    out.mkdir()
+    (out / ".run.0123abcd.tmp.json").write_text("{")  # what a kill leaves
+    run(config, out)
+    (out / "config.yaml").unlink()  # written after run.json
+    (out / ".student.0123abcd.tmp").mkdir()
+    events = run(make_config(max_steps=2, warm_start__steps=0), out, resume=True)
+    assert isinstance(events[-1], Finished) and events[-1].step == 2
+    assert (out / "config.yaml").is_file() and not list(out.glob(".*"))
 
 
 def test_folder_with_other_things_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,21 @@ def test_longer_cache_finds_the_whole_chunks_of_a_shorter_one(tmp_path: Path) ->
     longer = RowCache(tmp_path, 8, (1,), max_chunk_rows=2)
     assert longer.missing() == [2, 3]  # the shorter one's last chunk held one row
     assert longer.rows([0, 3]).flatten().tolist() == [0.0, 1.0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on the size of files")
+def test_chunk_that_finds_no_room_is_one_clear_error(tmp_path: Path) -> None:
+    import resource
+
+    cache = RowCache(tmp_path, 1, (4096,))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot write"):
+            cache.write(0, np.zeros((1, 4096), np.float32))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert cache.missing() == [0] and not list(tmp_path.iterdir())
 
 
 def test_damaged_chunk_is_named(tmp_path: Path) -> None:

@@ -103,6 +103,11 @@ def chosen_precision(config: DistillConfig) -> str | None:
     return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
 
 
+def effective_precision(config: DistillConfig) -> str:
+    """Accelerate's name of the mixed precision of a run in this process."""
+    return chosen_precision(config) or os.environ["ACCELERATE_MIXED_PRECISION"]
+
+
 def chosen_trackers(config: DistillConfig) -> tuple[str, ...]:
     """The trackers asked for; TensorBoard where none were and it is installed."""
     if config.tracking.trackers is not None:

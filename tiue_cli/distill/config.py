@@ -95,7 +95,7 @@ class VsdSettings(_Section):
 
     weight: _Weight = 1.0
     guidance: float = Field(default=4.5, ge=1.0)
-    """Classifier-free guidance of the teacher's prediction."""
+    """Classifier-free guidance of the teacher's prediction. The command line gives papercut's teacher its own."""
     lora_guidance: float = Field(default=1.0, ge=1.0)
     """The same of the LoRA teacher's. At 1 the student's own score is what it is, and half of the pass is saved."""
     min_timestep: _Count = 20

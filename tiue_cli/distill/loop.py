@@ -278,6 +278,7 @@ class Distillation:
         self._accelerator.log(shown, step=step)
 
     def _save(self, trainer: Trainer) -> Iterator[Event]:
+        trainer.check_finite()
         path = None
         if self._is_main:
             path = write_checkpoint(self.folder.checkpoints, trainer.checkpoint(), keep=self.config.checkpoint.keep)
@@ -324,6 +325,8 @@ class Distillation:
 
     def _finish(self, trainer: Trainer) -> Iterator[Event]:
         path = None
+        if trainer.state.skipped_steps:
+            yield Note(f"{trainer.state.skipped_steps} steps had no finite gradient and were skipped")
         if self._is_main:
             path = self._save_student(trainer)
             yield Saved("student", path)

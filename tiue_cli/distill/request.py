@@ -11,6 +11,7 @@ from tiue_cli.distill.config import Layer, ResolvedConfig, parse_overrides, reso
 from tiue_cli.distill.recipes import config_layer
 from tiue_cli.distill.run_folder import stored_config
 from tiue_cli.errors import UsageError
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class DistillRequest:
     resume: bool = False
 
     def resolve(self) -> ResolvedConfig:
-        """Merge the stored config (with ``resume``) or defaults, ``config``, ``overrides`` and options, in that order.
+        """Merge the stored config (with ``resume``) or the teacher's own, ``config``, ``overrides`` and options.
 
         Raises UsageError.
         """
@@ -41,6 +42,8 @@ class DistillRequest:
             layers.append(Layer(option, values))
         if not self.resume and self.prompts is None and not _sets_prompts(layers):
             raise UsageError("there are no prompts to train on", hint="give --prompts FILE")
+        if not self.resume:
+            layers.insert(0, Layer("the teacher", _teachers_own(layers)))
         return resolve_config(layers)
 
     def arguments(self) -> list[str]:
@@ -67,6 +70,18 @@ class DistillRequest:
         if self.warm_start is not None:
             options["--warm-start"] = {"warm_start": {"steps": self.warm_start}}
         return options
+
+
+def _teachers_own(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Settings that a teacher wants otherwise than Stable Diffusion, whose are the defaults of the config."""
+    teachers = [layer.values["teacher"] for layer in layers if "teacher" in layer.values]
+    if not teachers or teachers[-1] not in (EMBEDDED, EMBEDDED_TEACHER):
+        return {}
+    return {
+        "warm_start.guidance": EMBEDDED_GUIDANCE,
+        "vsd.guidance": EMBEDDED_GUIDANCE,
+        "validation.teacher_guidance": EMBEDDED_GUIDANCE,
+    }
 
 
 def _sets_prompts(layers: Sequence[Layer]) -> bool:

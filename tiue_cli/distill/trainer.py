@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tiue_cli.distill.checkpoint import Checkpoint, TrainingState
-from tiue_cli.distill.config import Decay, DistillConfig, LoraSettings, OptimizerSettings
+from tiue_cli.distill.config import Decay, DistillConfig
 from tiue_cli.distill.losses import (
     NoiseSchedule,
     annealed,
@@ -31,10 +31,11 @@ from tiue_cli.distill.losses import (
     vsd_loss,
 )
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction
+from tiue_cli.distill.optimizers import make_optimizer, rate_factor
 from tiue_cli.distill.streams import EndlessOrder, Stream, generator, normal
 from tiue_cli.distill.text_states import TextStates
 from tiue_cli.distill.warm_start import PairData
-from tiue_cli.errors import MissingDependencyError, TiueError
+from tiue_cli.errors import TiueError
 from tiue_cli.model.schedule import LinearCombine
 
 ClipLoss = Callable[[Tensor, Sequence[str]], Tensor]
@@ -54,7 +55,7 @@ class Networks:
 
 
 class NotFiniteError(TiueError):
-    """Too many steps in a row had no finite gradient."""
+    """Weights that are not finite, or too many steps in a row without a finite gradient."""
 
 
 class Trainer:
@@ -137,7 +138,7 @@ class Trainer:
                 if settings.prefix_weight > 0:
                     parts["prefix"] = prefix_loss(noise, predictions, solution, self.networks.prefixes)
                     total = total + settings.prefix_weight * parts["prefix"]
-                self.accelerator.backward(total / self.config.accumulation)
+                self._backward(total / self.config.accumulation)
             self._add(sums, parts)
         rate = settings.learning_rate * self._rate_factor(self.state.step, settings.steps, settings.decay)
         figures = self._update_student(rate)
@@ -184,7 +185,7 @@ class Trainer:
                     assert self.clip is not None
                     parts["clip"] = self.clip(x_0, [self.texts.prompts[row] for row in rows])
                     total = total + clip_weight * parts["clip"]
-                self.accelerator.backward(total / config.accumulation)
+                self._backward(total / config.accumulation)
             made.append((x_0.detach(), states))
             self._add(sums, parts)
         done, length = self.state.step - config.warm_start.steps, config.max_steps - config.warm_start.steps
@@ -253,7 +254,7 @@ class Trainer:
                         schedule=schedule,
                         kind=settings.loss,
                     )
-                    self.accelerator.backward(loss / len(made))
+                    self._backward(loss / len(made))
                 self._add(sums, {"lora": loss})
             _, finite = self._apply(
                 self._lora_optimizer, self._adapters, settings.learning_rate, settings.max_grad_norm
@@ -270,6 +271,13 @@ class Trainer:
             self.ema.step(parameters)
             self.state.ema_steps += 1
         return {"grad_norm": norm, "learning_rate": rate, "finite": float(finite)}
+
+    def _backward(self, loss: Tensor) -> None:
+        """Add the gradients of ``loss``; where it is not finite they are NaN, so that all processes skip the step.
+
+        Infinity by itself can have finite gradients: a square that overflows does.
+        """
+        self.accelerator.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
 
     def _apply(
         self, optimizer: Any, parameters: Sequence[nn.Parameter], rate: float, max_norm: float | None
@@ -348,6 +356,14 @@ class Trainer:
         }
         return Checkpoint(self.state, weights, optimizers)
 
+    def check_finite(self) -> None:
+        """Raise NotFiniteError where a weight is not: such a state must not take the place of a good checkpoint."""
+        if not all(bool(value.isfinite().all()) for value in (*self._student_parameters, *self._adapters)):
+            raise NotFiniteError(
+                f"weights are no longer finite at step {self.state.step}",
+                hint="lower optimizer.learning_rate or lora.learning_rate; the last checkpoint is untouched",
+            )
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same config."""
         networks = self.networks
@@ -377,37 +393,3 @@ class Trainer:
             yield
         finally:
             self.ema.restore(self._student_parameters)
-
-
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings | LoraSettings) -> Any:
-    """AdamW over the parameters. Raises MissingDependencyError for the 8-bit one without bitsandbytes."""
-    values = list(parameters)
-    if isinstance(settings, LoraSettings):
-        return torch.optim.AdamW(values, lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0, fused=True)
-    arguments = {
-        "lr": settings.learning_rate,
-        "betas": settings.betas,
-        "eps": settings.epsilon,
-        "weight_decay": settings.weight_decay,
-    }
-    if settings.name == "adamw":
-        return torch.optim.AdamW(values, fused=True, **arguments)  # type: ignore[arg-type]
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise MissingDependencyError(
-            "optimizer.name adamw8bit needs bitsandbytes",
-            hint='install it: python -m pip install "tiue[adam8bit]", or use adamw',
-        ) from None
-    return bitsandbytes.optim.AdamW8bit(values, **arguments)
-
-
-def rate_factor(done: int, length: int, *, warmup_steps: int, decay: Decay) -> float:
-    """The learning rate at step ``done`` of ``length`` as a share of its setting: linear rise, then the decay."""
-    rise = min(1.0, (done + 1) / (warmup_steps + 1))
-    progress = min(1.0, done / max(1, length))
-    if decay == "linear":
-        return rise * (1.0 - progress)
-    if decay == "cosine":
-        return rise * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return rise
