@@ -1,6 +1,6 @@
 """Stable Diffusion's real sizes through the whole command, random weights: memory, files over 2 GB, parity.
 
-An hour on one core, 14 GB of memory and 13 GB of disk; figures are shown with -s:
+Ten minutes on one core that is free, 10 GB of memory and 19 GB of disk; figures are shown with -s:
 
 TIUE_SLOW=1 python -m pytest -s tests/export/test_full_size_export.py
 """
@@ -25,7 +25,7 @@ Kind = Literal["sd15", "sd21"]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif("TIUE_SLOW" not in os.environ, reason="takes an hour and 14 GB; set TIUE_SLOW=1"),
+    pytest.mark.skipif("TIUE_SLOW" not in os.environ, reason="takes ten minutes and 10 GB of memory; set TIUE_SLOW=1"),
     pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory as Linux counts it"),
 ]
 
