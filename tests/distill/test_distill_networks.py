@@ -88,11 +88,24 @@ def test_adapters_have_the_same_gradients_merged_and_beside_their_layers() -> No
 
 def test_only_adapters_can_be_trained() -> None:
     score = ScoreModel(tiny_unet(), LoraSettings(rank=2), seed=0)
-    trainable = [name for name, value in score.unet.named_parameters() if value.requires_grad]
-    assert trainable == list(score.adapter_parameters())
+    wanted = {id(value) for value in score.adapter_parameters().values()}
+    assert {id(value) for value in score.parameters() if value.requires_grad} == wanted
     with score.adapters_off():
         pass
-    assert [name for name, value in score.unet.named_parameters() if value.requires_grad] == trainable
+    assert {id(value) for value in score.parameters() if value.requires_grad} == wanted
+
+
+def test_merged_adapters_leave_the_network_as_it_was() -> None:
+    """peft's layers are out of it again; names, order and first values of the adapters are peft's."""
+    settings, plain = LoraSettings(rank=2, targets="all"), tiny_unet()
+    merged, beside = (ScoreModel(tiny_unet(), settings, seed=3, merged=merge) for merge in (True, False))
+    assert {name: type(layer) for name, layer in merged.unet.named_modules() if "upsamplers" not in name} == {
+        name: type(layer) for name, layer in plain.named_modules() if "upsamplers" not in name
+    }
+    state = merged.unet.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in plain.state_dict().items())
+    mine, pefts = merged.adapter_parameters(), beside.adapter_parameters()
+    assert list(mine) == list(pefts) and all(torch.equal(mine[name], pefts[name]) for name in mine)
 
 
 def test_lora_weights_depend_on_the_seed_alone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unet_configs import TINY_UNETS, draw_inputs, encoded_features, relative_error, tiny_unet
 
 from tiue_cli.model.sd_configs import SD15_UNET
-from tiue_cli.model.shared import SharedUNetDecoder, merged_weight
+from tiue_cli.model.shared import SharedUNetDecoder, _repeated, merge_upsamplers, merged_weight
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder, UNetFeatures
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -213,6 +214,28 @@ def test_channels_last_stays_channels_last(name: str) -> None:
 def _channels_last(features: UNetFeatures) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     mid, *skips = (tensor.to(memory_format=torch.channels_last) for tensor in (features.mid, *features.skips))
     return mid, tuple(skips)
+
+
+def test_repeated_rows_keep_the_memory_format() -> None:
+    """Where they did not, a concatenation with them left channels-last, and with it the layers after it."""
+    skip, embedding = torch.randn(2, 6, 3, 3), torch.zeros(4, 1)
+    for strided in (skip, skip.to(memory_format=torch.channels_last)):
+        part = strided[:, :5]
+        rows = _repeated(part, embedding)
+        assert torch.equal(rows, part.repeat_interleave(4, dim=0))
+        assert rows.is_contiguous(memory_format=torch.channels_last) == (strided is not skip)
+
+
+@torch.no_grad()
+def test_a_unet_with_exchanged_upsamplers_is_the_same() -> None:
+    unet = tiny_unet("sd15")
+    exchanged = copy.deepcopy(unet)
+    merge_upsamplers(exchanged)
+    assert exchanged.state_dict().keys() == unet.state_dict().keys()
+    for size in ((8, 8), (10, 6)):  # the second is no multiple: some levels upsample to another size than the double
+        noise, text_states = draw_inputs(unet, 2, size)
+        actual, expected = (each(noise, 500, text_states, return_dict=False)[0] for each in (exchanged, unet))
+        assert relative_error(actual, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 2)])

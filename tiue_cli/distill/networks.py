@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
@@ -13,11 +12,12 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from tiue_cli.distill.adapters import MergedAdapters
 from tiue_cli.distill.config import LoraSettings
 from tiue_cli.distill.losses import guided
 from tiue_cli.distill.streams import Stream, generator
 from tiue_cli.errors import UsageError
-from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.shared import SharedUNetDecoder, merge_upsamplers
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 _ENDINGS = {
@@ -31,10 +31,18 @@ class StudentGenerator(nn.Module):
 
     timesteps: Tensor
 
-    def __init__(self, unet: UNet2DConditionModel, timesteps: Sequence[int], *, decoder: str = "shared") -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        timesteps: Sequence[int],
+        *,
+        decoder: str = "shared",
+        merged_upsampler: bool = False,
+    ) -> None:
         super().__init__()
         self.unet_encoder = UNetEncoder(unet)
-        self.unet_decoder = (SharedUNetDecoder if decoder == "shared" else UNetDecoder)(unet)
+        shared = decoder == "shared"
+        self.unet_decoder = SharedUNetDecoder(unet, merged_upsampler=merged_upsampler) if shared else UNetDecoder(unet)
         self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.long), persistent=False)
 
     def forward(self, noise: Tensor, text_states: Tensor) -> Tensor:
@@ -50,14 +58,23 @@ class ScoreModel(nn.Module):
     Called as a module it is the LoRA teacher; within ``adapters_off`` it is the teacher. Only adapters can be trained.
     ``merged`` adds the adapters' product to the weights anew in each call instead of running it beside each layer: the
     same function and the same gradients, and faster where the rank is near the width. It needs weights in float32, as
-    half precision would round small changes away; None chooses it there.
+    half precision would round small changes away; None chooses it there. ``merged_upsampler`` computes the UNet's
+    upsamplers as the shared decoder can, which is faster on a CPU and not measured elsewhere; None chooses it there.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, settings: LoraSettings, *, seed: int, merged: bool | None = None
+        self,
+        unet: UNet2DConditionModel,
+        settings: LoraSettings,
+        *,
+        seed: int,
+        merged: bool | None = None,
+        merged_upsampler: bool | None = None,
     ) -> None:
         super().__init__()
-        self._merged = unet.dtype == torch.float32 if merged is None else merged
+        if merged_upsampler or (merged_upsampler is None and unet.device.type == "cpu"):
+            merge_upsamplers(unet)
+        is_merged = unet.dtype == torch.float32 if merged is None else merged
         self._is_teacher = False
         unet.requires_grad_(False)
         adapter = LoraConfig(
@@ -71,16 +88,11 @@ class ScoreModel(nn.Module):
             unet.add_adapter(adapter)
         cast_training_params(unet, torch.float32)
         self.unet = unet
-        layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, BaseTunerLayer)}
-        self._adapted: dict[str, Any] = layers
-        if self._merged:
-            self._enable(False)
-            for parameter in self.adapter_parameters().values():
-                parameter.requires_grad_(True)
+        self._merged = MergedAdapters(unet, scale=settings.alpha / settings.rank) if is_merged else None
 
     def forward(self, x_t: Tensor, timesteps: Tensor, text_states: Tensor) -> Tensor:
         """Prediction (B, C, h, w) at x_t (B, C, h, w), timesteps (B,), text states (B, L, D)."""
-        weights = self._merged_weights() if self._merged and not self._is_teacher else {}
+        weights = {} if self._merged is None or self._is_teacher else self._merged.weights()
         inputs, options = (x_t, timesteps), {"encoder_hidden_states": text_states, "return_dict": False}
         prediction: Tensor = torch.func.functional_call(self.unet, weights, inputs, options)[0]
         return prediction
@@ -89,28 +101,22 @@ class ScoreModel(nn.Module):
     def adapters_off(self) -> Iterator[None]:
         """Within the block the module is the frozen teacher. No gradients may be taken in it."""
         self._is_teacher = True
-        if not self._merged:
-            self._enable(False)
+        self._enable(False)
         try:
             yield
         finally:
             self._is_teacher = False
-            if not self._merged:
-                self._enable(True)
+            self._enable(True)
 
     def _enable(self, wish: bool) -> None:
-        for layer in self._adapted.values():
-            layer.enable_adapters(wish)
-
-    def _merged_weights(self) -> dict[str, Tensor]:
-        """W + alpha/rank·B·A of every adapted layer, by the name of W."""
-        return {
-            f"{name}.base_layer.weight": layer.base_layer.weight + layer.get_delta_weight("default")
-            for name, layer in self._adapted.items()
-        }
+        for layer in self.unet.modules():
+            if isinstance(layer, BaseTunerLayer):  # merged ones are out of the network
+                layer.enable_adapters(wish)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters by name, in the UNet's order."""
+        if self._merged is not None:
+            return self._merged.named()
         return {name: value for name, value in self.unet.named_parameters() if ".lora_" in name}
 
 

@@ -74,7 +74,12 @@ class Trainer:
         self.config, self.networks, self.texts, self.pairs, self.clip = config, networks, texts, pairs, clip
         self.accelerator = accelerator
         self.state = TrainingState(teacher_evaluations=0 if pairs is None else pairs.teacher_evaluations)
-        generator_ = StudentGenerator(networks.student, networks.combine.timesteps, decoder=config.student.decoder)
+        generator_ = StudentGenerator(
+            networks.student,
+            networks.combine.timesteps,
+            decoder=config.student.decoder,
+            merged_upsampler=accelerator.device.type == "cpu",
+        )
         self.generator = generator_
         self._student_parameters = [value for value in networks.student.parameters() if value.requires_grad]
         self._adapters = list(networks.score.adapter_parameters().values())

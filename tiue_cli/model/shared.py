@@ -21,7 +21,7 @@ unseen when weights change through ``.data`` (EMA swaps do that), and gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -68,15 +68,37 @@ class SharedUNetDecoder(nn.Module):
                 if attention is not None:
                     hidden = _transformer(attention, hidden, text_states)
             if size is not None:
-                hidden = self._upsample(block.upsamplers[0].conv, hidden, size)
+                hidden = _upsample(block.upsamplers[0].conv, hidden, size, merged=self.merged_upsampler)
         return output_layers(unet, hidden).unflatten(0, (batch, steps)).transpose(0, 1)
 
-    def _upsample(self, conv: nn.Conv2d, hidden: Tensor, size: torch.Size) -> Tensor:
-        """Nearest neighbour to ``size``, then the convolution; (rows, C, h, w) → (rows, C, *size)."""
-        height, width = hidden.shape[-2:]
-        if self.merged_upsampler and _is_bare(conv, nn.Conv2d) and (size[0], size[1]) == (2 * height, 2 * width):
-            return F.conv_transpose2d(hidden, merged_weight(conv.weight), conv.bias, stride=2, padding=1)
-        return conv(F.interpolate(hidden, size=(size[0], size[1]), mode="nearest"))
+
+class MergedUpsample(nn.Module):
+    """In place of a UNet's ``Upsample2D``: the same, merged where the size exactly doubles."""
+
+    def __init__(self, upsampler: Any) -> None:
+        super().__init__()
+        self.conv = upsampler.conv  # under its old name, so that weights are found
+
+    def forward(self, hidden: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """(rows, C, h, w) → (rows, C, *output_size), without one (rows, C, 2h, 2w)."""
+        size = [2 * side for side in hidden.shape[-2:]] if output_size is None else output_size
+        return _upsample(self.conv, hidden, size, merged=True)
+
+
+def merge_upsamplers(unet: UNet2DConditionModel) -> None:
+    """Exchange the UNet's upsamplers for merged ones, in place: for a caller's own copy."""
+    blocks: Any = unet.up_blocks
+    for block in blocks:
+        if block.upsamplers is not None:
+            block.upsamplers = nn.ModuleList(MergedUpsample(upsampler) for upsampler in block.upsamplers)
+
+
+def _upsample(conv: nn.Conv2d, hidden: Tensor, size: Sequence[int], *, merged: bool) -> Tensor:
+    """Nearest neighbour to ``size``, then the convolution; (rows, C, h, w) → (rows, C, *size)."""
+    height, width = hidden.shape[-2:]
+    if merged and _is_bare(conv, nn.Conv2d) and (size[0], size[1]) == (2 * height, 2 * width):
+        return F.conv_transpose2d(hidden, merged_weight(conv.weight), conv.bias, stride=2, padding=1)
+    return conv(F.interpolate(hidden, size=(size[0], size[1]), mode="nearest"))
 
 
 def merged_weight(weight: Tensor) -> Tensor:
@@ -202,5 +224,7 @@ def _by_image(rows: Tensor, embedding: Tensor) -> Tensor:
 
 
 def _repeated(tensor: Tensor, embedding: Tensor) -> Tensor:
-    """(B, …) → (B·K, …), each image K times."""
-    return tensor[:, None].expand(-1, embedding.shape[0], *tensor.shape[1:]).flatten(0, 1)
+    """(B, …) → (B·K, …), each image K times, in the memory format of ``tensor``."""
+    rows = tensor[:, None].expand(-1, embedding.shape[0], *tensor.shape[1:]).flatten(0, 1)
+    # Else cat would answer in the other format, and norm, activation and their gradients would run in it.
+    return rows.contiguous(memory_format=torch.channels_last) if tensor.stride(1) == 1 else rows
