@@ -83,30 +83,37 @@ def measure_batch(
 
     Subjects that are not ``timed`` run once, for their pictures. Raises what the subjects raise.
     """
+    where = f"batch {len(prompts)}"
     measured: dict[str, Measured] = {}
-    for number, subject in enumerate(subjects):
-        progress(f"warm-up, batch {len(prompts)}", number, len(subjects), subject.record.label)
-        measured[subject.key] = _warm_up(subject, prompts, noise, device=device)
-    progress(f"warm-up, batch {len(prompts)}", len(subjects), len(subjects), "")
-    timed = [subject for subject in subjects if subject.timed]
-    strides = plan_rounds({subject.key: measured[subject.key].estimate_ms for subject in timed}, duration_s=duration_s)
-    rounds = round_count(strides)
-    runs, done = sum(strides[key].count for key in strides), 0
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    control = Control(device)
-    control_ms: list[float] = []
-    with _no_garbage_collection(), watch_machine() as watch:
-        for round_ in range(rounds):
-            control_ms.append(control.run_ms())
-            for position in generator.permutation(len(timed)):
-                subject = timed[position]
-                if round_ % strides[subject.key].every == 0:
-                    progress(f"timing, batch {len(prompts)}", done, runs, f"round {round_ + 1} of {rounds}")
-                    latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
-                    measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
-                    done += 1
-    progress(f"timing, batch {len(prompts)}", runs, runs, "")
+    with _small_heap():
+        for number, subject in enumerate(subjects):
+            progress(f"warm-up, {where}", number, len(subjects), subject.record.label)
+            measured[subject.key] = _warm_up(subject, prompts, noise, device=device)
+        progress(f"warm-up, {where}", len(subjects), len(subjects), "")
+        timed = [subject for subject in subjects if subject.timed]
+        estimates_ms = {subject.key: measured[subject.key].estimate_ms for subject in timed}
+        strides = plan_rounds(estimates_ms, duration_s=duration_s)
+        runs, control = sum(stride.count for stride in strides.values()), Control(device)
+        control_ms: list[float] = []
+        with _no_garbage_collection(), watch_machine() as watch:
+            for done, (round_, subject) in enumerate(_order(timed, strides, seed=seed)):
+                if round_ == len(control_ms):
+                    control_ms.append(control.run_ms())
+                progress(f"timing, {where}", done, runs, f"round {round_ + 1} of {round_count(strides)}")
+                latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
+                measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
+        progress(f"timing, {where}", runs, runs, "")
     return BatchTiming(measured, tuple(control_ms), watch())
+
+
+def _order(subjects: Sequence[Subject], strides: Mapping[str, Stride], *, seed: int) -> Iterator[tuple[int, Subject]]:
+    """(round, subject) of every run; the order in a round is drawn. In every round somebody runs."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    for round_ in range(round_count(strides)):
+        for position in generator.permutation(len(subjects)):
+            subject = subjects[position]
+            if round_ % strides[subject.key].every == 0:
+                yield round_, subject
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,17 @@ def _timed_run(subject: Subject, prompts: Sequence[str], noise: np.ndarray, *, d
     started = time.perf_counter()
     outcome = subject.run(prompts, noise)
     return (time.perf_counter() - started) * 1000.0, outcome
+
+
+@contextlib.contextmanager
+def _small_heap() -> Iterator[None]:
+    """Set aside what is alive already: the collections before each first call would go through all of the libraries."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager
