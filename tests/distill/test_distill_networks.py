@@ -20,7 +20,7 @@ from tiue_cli.distill.estimate import estimate_run, lora_parameter_count, saved_
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
 from tiue_cli.distill.optimizers import make_optimizer, rate_factor
 from tiue_cli.distill.warm_start import solve
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.model.schedule import alphas_cumprod
 from tiue_cli.model.teacher import load_teacher
 
@@ -273,6 +273,26 @@ def test_estimate_knows_the_parts(make_config: Callable[..., Any]) -> None:
     ratio = large.memory_bytes["activations"] / small.memory_bytes["activations"]
     assert 3.8 < ratio < 4.2
     assert small.steps == {"warm start": 2, "distillation": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"student__timesteps": [100, 500]}, "must fall"),
+        ({"student__timesteps": [500, 100], "student__spacing": "trailing"}, "both given"),
+        ({"size": [30, 32]}, "multiples of 4"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_would_refuse(
+    make_config: Callable[..., Any], changes: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(TiueError, match=says):
+        estimate_run(make_config(**changes), prompts=5, half=False)
+
+
+def test_dry_run_refuses_a_student_as_a_teacher(make_config: Callable[..., Any], tiny_student_folder: Path) -> None:
+    with pytest.raises(TiueError, match="not a teacher"):
+        estimate_run(make_config(teacher=tiny_student_folder), prompts=5, half=False)
 
 
 def test_learning_rate_rises_and_decays() -> None:

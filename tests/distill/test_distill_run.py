@@ -27,7 +27,7 @@ from tiue_cli.distill.config import to_yaml
 from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.trainer import NotFiniteError, Trainer
-from tiue_cli.errors import MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
+from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
 
 MakeConfig = Callable[..., Any]
 
@@ -487,6 +487,39 @@ def test_trackers_get_settings_and_figures(
     run(make_config(tracking__trackers=["memory"], max_steps=1, warm_start__steps=0), tmp_path / "run")
     assert [line["step"] for line in MemoryTracker.lines] == [1] and "vsd" in MemoryTracker.lines[0]
     assert MemoryTracker.config["kl.weight"] == "0.1"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+def test_tensorboard_gets_figures_and_grids(make_config: MakeConfig, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(max_steps=2, warm_start__steps=0, validation__every=2, validation__teacher_steps=1)
+    assert config.tracking.trackers is None  # it is the default where it is installed
+    run(config, tmp_path / "run")
+    events = EventAccumulator(str(tmp_path / "run" / "trackers" / "tiue"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("vsd")] == [1, 2]
+    grids = events.Images("teacher above student")
+    with Image.open(tmp_path / "run" / "grids" / "step_00000002.png") as grid:
+        assert [(shown.step, shown.width, shown.height) for shown in grids] == [(step, *grid.size) for step in (0, 2)]
+
+
+def test_compiler_that_does_not_work_is_one_error(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def compile_later(module: torch.nn.Module) -> torch.nn.Module:
+        module.forward = fail  # type: ignore[method-assign]
+        return module
+
+    def fail(*_: Any) -> None:
+        raise BackendCompilerFailed("inductor", RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(torch, "compile", compile_later)
+    with pytest.raises(DeviceError, match=r"torch\.compile does not work here: .*no C\+\+ compiler") as caught:
+        run(make_config(compile=True), tmp_path / "run")
+    assert caught.value.hint == "set compile=false"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")

@@ -10,6 +10,7 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
@@ -129,6 +130,16 @@ def describe(accelerator: Accelerator, config: DistillConfig) -> str:
     if trackers := chosen_trackers(config):
         words.append(f"tracked by {', '.join(trackers)}")
     return ", ".join(words)
+
+
+def log_image(accelerator: Accelerator, name: str, pixels: np.ndarray, *, step: int) -> None:
+    """Give pixels (H, W, 3) uint8 to every tracker that takes images. Accelerate passes on what each library wants."""
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+        elif hasattr(tracker, "log_images"):
+            one = tracker.name in ("aim", "clearml")
+            tracker.log_images({name: pixels if one else [pixels]}, step=step)
 
 
 def memory_bytes() -> int:

@@ -19,9 +19,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tiue_cli.distill.config import DistillConfig, LoraSettings
 from tiue_cli.distill.networks import StudentGenerator, lora_targets
 from tiue_cli.distill.student_init import teacher_source
+from tiue_cli.model.autoencoder import latent_size
 from tiue_cli.model.folder import ModelInfo, check_model_folder, read_json
 from tiue_cli.model.hub import resolve_model
-from tiue_cli.model.schedule import decoder_timesteps
+from tiue_cli.model.student import choose_timesteps, refuse_student
 
 _FLOAT32, _HALF = 4, 2
 _ADAM_MOMENTS = 2
@@ -44,8 +45,9 @@ class Estimate:
 
 
 def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate:
-    """What ``config`` needs over ``prompts`` prompts; ``half``: mixed precision. Raises ModelFolderError."""
+    """What ``config`` needs over ``prompts`` prompts; ``half``: mixed precision. Raises TiueError."""
     info = check_model_folder(resolve_model(teacher_source(config)))
+    refuse_student(info)
     timesteps = _timesteps(config, info)
     batch = max(config.batch_size, (config.warm_start.batch_size or 0) if config.warm_start.steps else 0)
     if config.warm_start.keep_weight > 0:  # both go through the student at once
@@ -87,11 +89,11 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
 
 
 def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:
-    settings = config.student
-    if settings.timesteps is not None:
-        return settings.timesteps
-    scheduler = read_json(info.path / "scheduler" / "scheduler_config.json")
-    return decoder_timesteps(scheduler, settings.steps, spacing=settings.spacing)
+    settings, scheduler = config.student, read_json(info.path / "scheduler" / "scheduler_config.json")
+    chosen, _ = choose_timesteps(
+        scheduler, steps=settings.steps, spacing=settings.spacing, timesteps=settings.timesteps
+    )
+    return chosen
 
 
 class _FakeRun:
@@ -100,7 +102,7 @@ class _FakeRun:
     def __init__(self, config: DistillConfig, info: ModelInfo, timesteps: tuple[int, ...], batch: int) -> None:
         shape = (info.latent_channels, *info.sample_size)
         if config.size is not None:
-            shape = (info.latent_channels, config.size[0] // info.factor, config.size[1] // info.factor)
+            shape = (info.latent_channels, *latent_size(config.size, info.factor))
         self.latent_numbers = shape[0] * shape[1] * shape[2]
         unet_config = read_json(info.path / "unet" / "config.json")
         noise, states = torch.zeros(batch, *shape), torch.zeros(batch, info.text_tokens, info.text_width)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tiue_cli.artifacts import atomic_file
-from tiue_cli.distill.acceleration import HALF, describe, make_accelerator, memory_bytes
+from tiue_cli.distill.acceleration import HALF, describe, log_image, make_accelerator, memory_bytes
 from tiue_cli.distill.cache import RowCache, cache_key
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
 from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
@@ -64,6 +64,13 @@ class Distillation:
                     "the GPU's memory is used up",
                     hint="lower batch_size and raise accumulation, or set gradient_checkpointing=true; see --dry-run",
                 ) from error
+            except RuntimeError as error:
+                # Asked last: looking for torch._dynamo imports it, seconds which no other error should cost.
+                if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                    raise
+                first, *others = str(error).strip().splitlines()
+                says = f"{first} {others[0]}" if first.endswith("raised:") and others else first
+                raise DeviceError(f"torch.compile does not work here: {says}", hint="set compile=false") from error
 
     def prepare(self) -> Trainer:
         """Load everything and return the trainer before its first step; without pairs, and only caches are written."""
@@ -318,9 +325,7 @@ class Distillation:
                 pixels = validation.grid(one_pass)
             step = trainer.state.step
             yield Saved("grid", save_grid(self.folder.grids / f"step_{step:08d}.png", pixels))
-            for tracker in self._accelerator.trackers:
-                if hasattr(tracker, "log_images"):
-                    tracker.log_images({"teacher above student": pixels[None]}, step=step)
+            log_image(self._accelerator, "teacher above student", pixels, step=step)
         self._accelerator.wait_for_everyone()
 
     def _finish(self, trainer: Trainer) -> Iterator[Event]:

@@ -34,14 +34,7 @@ class ImageDecoder:
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Latents (h, w) for an image of ``size`` (H, W) pixels. UsageError unless both sides are multiples."""
-        height, width = size
-        if height < 1 or width < 1 or height % self.factor or width % self.factor:
-            near = [max(1, round(side / self.factor)) * self.factor for side in size]
-            raise UsageError(
-                f"an image of {height}x{width} pixels is impossible: this model's sides are multiples of {self.factor}",
-                hint=f"the nearest size is {near[0]}x{near[1]}",
-            )
-        return height // self.factor, width // self.factor
+        return latent_size(size, self.factor)
 
     def decode_float(self, latents: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) float32, nominally in [-1, 1] and not clamped, from latents (B, C, h, w); differentiable.
@@ -71,6 +64,18 @@ class ImageDecoder:
             )
         levels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return levels.round().to(torch.uint8).cpu().numpy()
+
+
+def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Latents (h, w) for an image of ``size`` (H, W) pixels, ``factor`` a latent. UsageError unless it divides both."""
+    height, width = size
+    if height < 1 or width < 1 or height % factor or width % factor:
+        near = [max(1, round(side / factor)) * factor for side in size]
+        raise UsageError(
+            f"an image of {height}x{width} pixels is impossible: this model's sides are multiples of {factor}",
+            hint=f"the nearest size is {near[0]}x{near[1]}",
+        )
+    return height // factor, width // factor
 
 
 def _factor(vae: AutoencoderKL | AutoencoderTiny) -> int:

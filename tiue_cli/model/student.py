@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tiue_cli import __version__
 from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
 from tiue_cli.model.components import Components, load_components, quiet
+from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model
 from tiue_cli.model.schedule import LinearCombine, ddim_config, decoder_timesteps
 from tiue_cli.model.text import cut_text, encode_prompts
@@ -100,13 +101,35 @@ def student_from_teacher(
     ``spacing`` None takes the scheduler config's own. Raises ModelFolderError, SchedulerError, UsageError, DeviceError.
     """
     components = load_components(teacher, device=device, dtype=dtype)
-    if components.info.manifest is not None:
-        raise ModelFolderError(
-            f"{components.info.path} is a student ({STUDENT_MANIFEST} lies in it), not a teacher",
-            hint=f"give its teacher: {components.info.manifest.teacher}",
-        )
+    refuse_student(components.info)
     manifest = _manifest(components, teacher, steps=steps, spacing=spacing, timesteps=timesteps)
     return _student(components, manifest, source=str(teacher), notes=[])
+
+
+def refuse_student(info: ModelInfo) -> None:
+    """Raise ModelFolderError where a student was given as a teacher."""
+    if info.manifest is not None:
+        raise ModelFolderError(
+            f"{info.path} is a student ({STUDENT_MANIFEST} lies in it), not a teacher",
+            hint=f"give its teacher: {info.manifest.teacher}",
+        )
+
+
+def choose_timesteps(
+    scheduler_config: Mapping[str, Any], *, steps: int, spacing: str | None, timesteps: Sequence[int] | None
+) -> tuple[tuple[int, ...], str]:
+    """The decoder timesteps of a student to be, and how they are spaced. Raises SchedulerError, UsageError."""
+    if timesteps is not None:
+        if spacing is not None:
+            raise UsageError("timesteps and a spacing were both given", hint="give one of them")
+        chosen, how = tuple(timesteps), "explicit"
+    else:
+        chosen = decoder_timesteps(scheduler_config, steps, spacing=spacing)
+        # A single step is the last timestep whatever the spacing: what "trailing" means.
+        how = "trailing" if steps == 1 else spacing or str(ddim_config(scheduler_config)["timestep_spacing"])
+    # Here rather than after hours of training: what cannot be combined cannot be a student.
+    LinearCombine.from_scheduler_config(scheduler_config, chosen)
+    return chosen, how
 
 
 def save_student(
@@ -164,17 +187,7 @@ def _manifest(
     spacing: str | None,
     timesteps: Sequence[int] | None,
 ) -> StudentManifest:
-    config = components.scheduler_config
-    if timesteps is not None:
-        if spacing is not None:
-            raise UsageError("timesteps and a spacing were both given", hint="give one of them")
-        chosen, how = tuple(timesteps), "explicit"
-    else:
-        chosen = decoder_timesteps(config, steps, spacing=spacing)
-        # A single step is the last timestep whatever the spacing: what "trailing" means.
-        how = "trailing" if steps == 1 else spacing or str(ddim_config(config)["timestep_spacing"])
-    # Here rather than after hours of training: what cannot be combined cannot be a student.
-    LinearCombine.from_scheduler_config(config, chosen)
+    chosen, how = choose_timesteps(components.scheduler_config, steps=steps, spacing=spacing, timesteps=timesteps)
     named = str(teacher) if isinstance(teacher, str) and not Path(teacher).exists() else Path(teacher).resolve().name
     manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
     return manifest.model_copy(update={"teacher_sha256": sha256_folder(components.info.path)})
