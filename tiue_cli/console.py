@@ -280,8 +280,8 @@ class Console:
 
     def comparison(self, comparison: Comparison, checks: Sequence[Check]) -> None:
         """What ``tiue bench --compare`` found, and which conditions failed."""
+        from tiue_cli.bench.comparison_table import comparison_table, offender_text
         from tiue_cli.bench.svg import plain
-        from tiue_cli.bench.tables import comparison_table, offender_text
 
         self.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
         if self._format == "human":

@@ -229,7 +229,7 @@ def test_what_comes_from_outside_is_text_in_markdown(hostile: BenchReport) -> No
     for table in tables:
         rows = table.partition("</table>")[0].split("<tr>")[1:]
         assert len({len(re.findall("<t[hd]", row)) for row in rows}) == 1, "no cell was split or lost"
-    assert len(tables) == 6
+    assert len(tables) == 7
     for text in ("# no heading", "1. no list", "# not a heading"):
         assert text in tags.text
 

@@ -9,10 +9,11 @@ import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 
 from tiue_cli.bench.compare import compare_reports
+from tiue_cli.bench.comparison_table import comparison_table
 from tiue_cli.bench.conditions import check_conditions, parse_conditions
 from tiue_cli.bench.facts import quality_facts, run_facts
 from tiue_cli.bench.schema import BenchReport
-from tiue_cli.bench.tables import comparison_table, latency_tables, quality_table, ratio_tables, with_spread
+from tiue_cli.bench.tables import latency_tables, quality_tables, ratio_tables, with_spread
 from tiue_cli.bench.view import ReportView
 from tiue_cli.console import Console
 
@@ -77,9 +78,9 @@ def test_a_table_counts_the_rows_that_it_leaves_out() -> None:
 
 def test_rows_are_as_wide_as_their_heads() -> None:
     view = ReportView(make_report(**OPTIONS))
-    quality = quality_table(view)
-    assert quality is not None
-    for table in (*latency_tables(view), *ratio_tables(view), quality):
+    quality = quality_tables(view)
+    assert [table.title for table in quality] == ["Quality", "Checker"]
+    for table in (*latency_tables(view), *ratio_tables(view), *quality):
         assert {len(row) for row in table.rows} == {len(table.columns)}
 
 
@@ -124,3 +125,15 @@ def test_facts_say_what_the_protocol_and_the_rounds_were() -> None:
     assert facts["comparable"] == "not with published figures" and "256 of each subject" in facts["images"]
     assert "40 rounds" in dict(run_facts(view))["steadiness"]
     assert quality_facts(ReportView(make_report(keys=(PLAIN,), quality=False, grid=False))) == []
+
+
+def test_the_checker_has_a_row_for_each_kind_of_caption() -> None:
+    report = make_report(**OPTIONS)
+    metrics = {"fid": 2.0, "checker_all": 0.5, "checker_relation": 0.75, "checker_single_all": 0.25}
+    record = report.quality[0].model_copy(update={"metrics": metrics, "repetitions": {"checker_all": (0.4, 0.6)}})
+    view = ReportView(report.model_copy(update={"quality": (record,)}))
+    features, checker = quality_tables(view)
+    label = view.label(record.subject)
+    assert [column.head for column in checker.columns] == ["subject", "captions", "relation ↑", "all ↑"]
+    assert checker.rows == ((label, "all", "0.750", "0.500 ± 0.141"), (label, "one object", "", "0.250"))
+    assert not any("checker" in column.head for column in features.columns)

@@ -22,11 +22,12 @@ def machine_facts(view: ReportView) -> list[tuple[str, str]]:
     if machine.driver is not None:
         facts.append(("driver", machine.driver))
     if peak is not None:
+        as_what = "" if peak.kernel == "matrix product" else f" (a {peak.kernel.replace('x', '×')})"
         facts.append(
             (
                 "peak",
                 f"{number(peak.flops_per_s / 1e12)} TFLOP/s in {peak.precision} on {peak.device}: "
-                f"a {' × '.join(map(str, peak.shape))} matrix product, measured in this run",
+                f"a {' × '.join(map(str, peak.shape))} matrix product{as_what}, measured in this run",
             )
         )
     versions = {"tiue": report.tiue_version, "Python": machine.python, **machine.packages}

@@ -22,7 +22,7 @@ from tiue_cli.bench.tables import (
     Table,
     latency_tables,
     load_table,
-    quality_table,
+    quality_tables,
     ratio_tables,
     subject_table,
 )
@@ -57,7 +57,7 @@ def render_html(report: BenchReport) -> str:
         throughput_plots=[plot for size in sizes if (plot := throughput_plot(view, size)) is not None],
         quality_plot=quality_plot(view),
         spread_plots=[plot for place in places if (plot := spread_plot(view, place)) is not None],
-        quality_table=quality_table(view),
+        quality_tables=quality_tables(view),
         quality_facts=quality_facts(view),
         grid=None if report.grid is None else _grid(view, report.grid),
         tables=_tables(view),

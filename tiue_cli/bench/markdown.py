@@ -12,7 +12,7 @@ from tiue_cli.bench.tables import (
     Table,
     latency_tables,
     load_table,
-    quality_table,
+    quality_tables,
     ratio_tables,
     subject_table,
 )
@@ -33,9 +33,10 @@ def render_markdown(report: BenchReport) -> str:
     parts.append("## Latency")
     parts += [_table(table) for table in latency_tables(view)]
     parts += ["## Ratios", *(_table(table) for table in ratio_tables(view))]
-    quality = quality_table(view)
-    if quality is not None:
-        parts += ["## Quality", _facts(quality_facts(view)), _table(quality, level=0)]
+    quality = quality_tables(view)
+    if quality:
+        parts += ["## Quality", _facts(quality_facts(view)), _table(quality[0], level=0)]
+        parts += [_table(table) for table in quality[1:]]
     parts += ["## Setting up", _table(load_table(view)), _table(subject_table(view))]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -21,6 +21,8 @@ UNET_STAGES: tuple[Stage, ...] = ("unet_encoder", "unet_decoder", "unet")
 Scope = Literal["image", "unet"]
 """What a ratio compares: prompt to pixels, or the UNet's stages alone."""
 
+PeakKernel = Literal["matrix product", "1x1 convolution", "3x3 convolution"]
+
 _Ms = Annotated[float, Field(ge=0.0)]
 
 
@@ -50,7 +52,10 @@ class PeakRecord(_Record):
     flops_per_s: float
     precision: Literal["fp32", "fp16", "bf16"]
     device: str
+    kernel: PeakKernel = "matrix product"
+    """What computed the product: on some CPUs convolutions run on newer instructions than products do."""
     shape: tuple[int, int, int]
+    """M, L, N of the product (M, L) x (L, N); a convolution's as the product that it is."""
     samples_ms: tuple[_Ms, ...]
 
 

@@ -5,15 +5,14 @@ Cells are not escaped: whoever renders them does that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 import numpy as np
 
-from tiue_cli.bench.compare import Comparison, Row
 from tiue_cli.bench.intervals import LEAST_SAMPLES
-from tiue_cli.bench.schema import LatencyRecord, RatioRecord, Stage, SubjectRecord
+from tiue_cli.bench.schema import LatencyRecord, QualityRecord, RatioRecord, Stage, SubjectRecord
 from tiue_cli.bench.view import (
     HASH_DIGITS,
     METRIC_NAMES,
@@ -26,6 +25,10 @@ from tiue_cli.bench.view import (
     bytes_text,
     number,
 )
+
+_CHECKER: Final = "checker_"
+_CAPTIONS: Final = {"": "all", "single_": "one object", "pair_": "two objects"}
+_CHECKED: Final = ("background", "count", "objects", "colors", "relation", "all")
 
 
 @dataclass(frozen=True)
@@ -254,26 +257,50 @@ def _pictures(view: ReportView, subject: SubjectRecord) -> str:
     return f"{words}; {found}" if words else found
 
 
-def quality_table(view: ReportView, metrics: Sequence[str] | None = None, *, spread: bool = True) -> Table | None:
-    """Metrics of every subject (all of them, if not named), with the spread of the repetitions if wanted."""
+def quality_tables(view: ReportView) -> list[Table]:
+    """Every figure of quality with the spread of its repetitions; what the checker read in a table of its own."""
+    table = quality_table(view, [metric for metric in view.metrics if not metric.startswith(_CHECKER)])
+    checker = _checker_table(view)
+    return [found for found in (table, checker) if found is not None]
+
+
+def quality_table(view: ReportView, metrics: Sequence[str], *, spread: bool = True) -> Table | None:
+    """These metrics of every subject, with the spread of the repetitions if wanted."""
     if not view.report.quality:
         return None
-    shown = view.metrics if metrics is None else list(metrics)
-    columns = (Column("subject", "left"), *(Column(metric_name(metric)) for metric in shown), Column("images/s"))
+    columns = (Column("subject", "left"), *(Column(metric_name(metric)) for metric in metrics), Column("images/s"))
     rows = []
     for record in view.report.quality:
-        cells = [
-            with_spread(record.metrics[metric], record.repetitions.get(metric, ()) if spread else ())
-            if metric in record.metrics
-            else ""
-            for metric in shown
-        ]
+        cells = [_quality_cell(record, metric, spread=spread) for metric in metrics]
         rate = "" if record.images_per_s is None else number(record.images_per_s)
         rows.append((view.label(record.subject), *cells, rate))
     notes = ["↓ lower is better, ↑ higher."]
     if spread and any(len(values) > 1 for record in view.report.quality for values in record.repetitions.values()):
         notes = ["Mean over the repetitions ± their standard deviation. ↓ lower is better, ↑ higher."]
     return Table("Quality", columns, tuple(rows), tuple(notes))
+
+
+def _checker_table(view: ReportView) -> Table | None:
+    """Shares of images that are as their caption says: a row for each subject and kind of caption."""
+    found = {metric for metric in view.metrics if metric.startswith(_CHECKER)}
+    if not found:
+        return None
+    attributes = [name for name in _CHECKED if any(f"{_CHECKER}{kind}{name}" in found for kind in _CAPTIONS)]
+    rows = []
+    for record in view.report.quality:
+        for kind, captions in _CAPTIONS.items():
+            cells = [_quality_cell(record, f"{_CHECKER}{kind}{name}", spread=True) for name in attributes]
+            if any(cells):
+                rows.append((view.label(record.subject), captions, *cells))
+    columns = (Column("subject", "left"), Column("captions", "left"), *(Column(f"{name} ↑") for name in attributes))
+    note = "Share of images in which papercut's checker reads what the caption says. Relation: of two objects."
+    return Table("Checker", columns, tuple(rows), (note,))
+
+
+def _quality_cell(record: QualityRecord, metric: str, *, spread: bool) -> str:
+    if metric not in record.metrics:
+        return ""
+    return with_spread(record.metrics[metric], record.repetitions.get(metric, ()) if spread else ())
 
 
 def with_spread(mean: float, values: Sequence[float]) -> str:
@@ -287,8 +314,8 @@ def with_spread(mean: float, values: Sequence[float]) -> str:
 
 def metric_name(metric: str) -> str:
     """A metric's name for people, with an arrow to what is better."""
-    if metric.startswith("checker_"):
-        return f"checker: {metric.removeprefix('checker_').replace('_', ' ')} ↑"
+    if metric.startswith(_CHECKER):
+        return f"checker: {metric.removeprefix(_CHECKER).replace('_', ' ')} ↑"
     return METRIC_NAMES.get(metric, metric.replace("_", " "))
 
 
@@ -315,78 +342,6 @@ def _terminal_table(view: ReportView, place: Place) -> Table:
     if teacher is not None:
         note = f"Speed-up: over {view.label(teacher)}, prompt to pixels. {note}"
     return Table(f"Latency, {place.words}", tuple(columns), tuple(rows), (note,))
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """The medians of whole images, and whatever else changed; each subject's rows stand under its name."""
-    columns = (
-        Column("", "left"),
-        Column("old"),
-        Column("new"),
-        Column("change"),
-        Column("verdict", "left"),
-    )
-    shown = [row for row in comparison.rows if _is_shown(row)]
-    rows: list[tuple[str, ...]] = []
-    for subject in dict.fromkeys(row.subject for row in shown):
-        rows.append((subject, "", "", "", ""))
-        rows += [_comparison_row(row) for row in shown if row.subject == subject]
-    notes = [
-        f"Changes with {100 * comparison.confidence:g} % intervals; faster or slower: all of it, and by more than 1 %."
-    ]
-    if len(shown) < len(comparison.rows):
-        notes.append(f"{len(comparison.rows) - len(shown)} more figures are in --format json.")
-    if comparison.quality_obstacle is not None:
-        notes.append(f"Quality is not compared: {comparison.quality_obstacle}")
-    return Table(f"{comparison.old_name} → {comparison.new_name}", columns, tuple(rows), tuple(notes))
-
-
-def offender_text(row: Row) -> str:
-    """A row in a sentence: where, and what changed from what to what."""
-    _, old, new, change, _ = _comparison_row(row)
-    return f"{row.place}: {_figure_name(row)} {old} → {new}{f', {change}' if change else ''}"
-
-
-def _is_shown(row: Row) -> bool:
-    """Medians of whole images; of the rest what changed, less what follows from another row."""
-    if (row.scope, row.figure) == ("image", "p50"):
-        return True
-    follows = row.figure == "images_per_s" or (row.scope != "image" and row.figure != "p50")
-    return row.verdict not in ("within noise", "not judged") and not follows
-
-
-def _comparison_row(row: Row) -> tuple[str, ...]:
-    relative = row.relative
-    change = "" if relative is None else signed_percent(relative.value)
-    if relative is not None and relative.low is not None and relative.high is not None and relative.low < relative.high:
-        change += f" [{signed_percent(relative.low)}, {signed_percent(relative.high)}]".replace(" %", "")
-    stages: Mapping[str, str] = {str(stage): name for stage, name in STAGE_NAMES.items()}
-    what = _figure_name(row) if row.scope == "image" else stages[row.scope]
-    return (
-        f"  {what}" if row.batch is None else f"  batch {row.batch}: {what}",
-        _figure_text(row.figure, row.old),
-        _figure_text(row.figure, row.new.value),
-        change,
-        row.verdict,
-    )
-
-
-def _figure_name(row: Row) -> str:
-    if row.figure in LEAST_SAMPLES:
-        return f"{'median' if row.figure == 'p50' else row.figure}, ms"
-    if row.batch is None:
-        return metric_name(row.figure)
-    return {"images_per_s": "images/s"}.get(row.figure, row.figure)
-
-
-def _figure_text(figure: str, value: float) -> str:
-    return bytes_text(value) if figure == "memory" else number(value)
-
-
-def signed_percent(share: float) -> str:
-    """E.g. ``+4.2 %``; ``0 %`` for what rounds to nothing."""
-    text = f"{100 * share:+.1f} %"
-    return "0 %" if text in ("+0.0 %", "-0.0 %") else text
 
 
 def percent(share: float) -> str:
