@@ -1,15 +1,14 @@
 """Move papercut's student from a run of `tiue distill` into the package, in fp16, with a card of its own.
 
-    python package_student.py work/student --warm-start work/warm
+    python package_student.py work/longer work/last --warm-start work/warm work/warm-longer
 
-Writes `tiue_cli/papercut/model/student/` and copies the logs of both runs to `logs/`.
+Writes `tiue_cli/papercut/model/student/` and copies the logs of all runs to `logs/`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -46,19 +45,22 @@ def steps_of(run: Path) -> int:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("run", type=Path)
-    options.add_argument("--warm-start", type=Path, required=True, help="the run whose student this one began from")
+    options.add_argument("runs", type=Path, nargs="+", help="the distillations, in their order: the last one's student")
+    options.add_argument(
+        "--warm-start", type=Path, nargs="+", required=True, help="the runs of regression before it, in their order"
+    )
     args = options.parse_args()
-    student = load_student(args.run / "student")
-    warm, steps = steps_of(args.warm_start), steps_of(args.run)
+    student = load_student(args.runs[-1] / "student")
+    warm, steps = sum(map(steps_of, args.warm_start)), sum(map(steps_of, args.runs))
     student.manifest = student.manifest.model_copy(
         update={"training_steps": warm + steps, "teacher": EMBEDDED_TEACHER, "license": "apache-2.0"}
     )
     folder = save_student(student, MODEL / "student", dtype=torch.float16, overwrite=True)
     timesteps = list(student.manifest.decoder_timesteps)
     (folder / "README.md").write_text(CARD.format(timesteps=timesteps, warm=warm, steps=steps))
-    for name, run in (("student_warm_start", args.warm_start), ("student", args.run)):
-        shutil.copyfile(run / "log.jsonl", HERE / "logs" / f"{name}.log.jsonl")
+    for name, runs in (("student_warm_start", args.warm_start), ("student", args.runs)):
+        lines = "".join((run / "log.jsonl").read_text() for run in runs)
+        (HERE / "logs" / f"{name}.log.jsonl").write_text(lines)
     for file in sorted(folder.rglob("*.safetensors")):
         print(f"{file.relative_to(MODEL)}  {file.stat().st_size / 1e6:.2f} MB")
 
