@@ -11,6 +11,7 @@ from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, machine, make_report, p
 from tiue_cli.bench.compare import CONFIDENCE, Comparison, Row, compare_reports
 from tiue_cli.bench.conditions import check_conditions, parse_conditions
 from tiue_cli.bench.intervals import block_bootstrap, mean_interval, student_t, welch_difference
+from tiue_cli.bench.schema import BenchReport
 from tiue_cli.errors import UsageError
 
 FEW = (PLAIN, STUDENT, ONNX)
@@ -105,6 +106,27 @@ def test_a_slower_machine_is_not_blamed_on_the_code() -> None:
     assert any("everything changed alike" in note for note in comparison.notes)
     unpaced = [report.model_copy(update={"control_samples_ms": ()}) for report in (old, new)]
     assert rows_of(compare_reports(*unpaced), "p50", STUDENT).verdict == "slower"
+
+
+def test_a_pace_that_changed_at_one_batch_only_is_not_blamed_on_the_code() -> None:
+    def report(seed: int, pace: float) -> BenchReport:
+        """The machine keeps its pace at batch 1, and has another at batch 16."""
+        first = make_report(keys=FEW, seed=seed, batches=(1,), rounds=144)
+        last = make_report(keys=FEW, seed=seed, batches=(16,), rounds=36, pace=pace)
+        control = first.control_samples_ms + last.control_samples_ms
+        return first.model_copy(update={"latency": first.latency + last.latency, "control_samples_ms": control})
+
+    comparison = compare_reports(report(1, 1.0), report(2, 1.08))
+    assert {row.verdict for row in comparison.rows if row.batch is not None} == {"within noise"}
+    assert any("longer at batch 16" in note and "at batch 1 " not in note for note in comparison.notes)
+    slower = report(2, 1.08)
+    times = [record for record in slower.latency if (record.subject, record.batch) == (STUDENT, 16)]
+    (planted,) = [
+        record.model_copy(update={"samples_ms": tuple(1.3 * value for value in record.samples_ms)}) for record in times
+    ]
+    others = [record for record in slower.latency if record not in times]
+    found = compare_reports(report(1, 1.0), slower.model_copy(update={"latency": (*others, planted)}))
+    assert rows_of(found, "p50", STUDENT, batch=16).verdict == "slower"
 
 
 def test_the_same_call_gives_the_same_intervals() -> None:

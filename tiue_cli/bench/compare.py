@@ -3,12 +3,14 @@
 A change is an estimate with an interval. For times it comes from a block bootstrap of the raw samples: neighbouring
 samples resemble each other (a warm cache, a clock that sinks), and resampling them one by one would promise too much.
 What differs between two runs but not within one is the machine's pace; where both reports timed the same matrix
-product in every round (``control_samples_ms``), the interval covers the change with and without that pace taken off,
-so a change counts only if it shows either way. For quality it is Welch's interval over the repetitions.
+product in every round (``control_samples_ms``), the interval covers the change with and without the pace of the same
+batch taken off, so a change counts only if it shows either way. For quality it is Welch's interval over the
+repetitions.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -37,6 +39,8 @@ LOWER_IS_BETTER = frozenset({"fid", "kid"})
 HIGHER_IS_BETTER = frozenset({"clip_score", "precision", "recall", "density", "coverage", "diversity"})
 CHECKER_PREFIX = "checker_"
 
+_Rounds = tuple[int, tuple[int, int]]
+"""Batch and size: what the rounds of a report are of."""
 Verdict = Literal["faster", "slower", "better", "worse", "more", "less", "changed", "within noise", "not judged"]
 
 
@@ -116,11 +120,12 @@ def row_as_dict(row: Row) -> dict[str, Any]:
 def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Comparison:
     """Compare what both reports measured; ``seed`` draws the bootstrap, so the same call gives the same intervals."""
     generator = np.random.default_rng(seed)
-    pace = _pace(old, new, generator)
+    paces = _paces(old, new, generator)
     before = {_place(record): record for record in old.latency}
     rows: list[Row] = []
     for record in new.latency:
         if _place(record) in before:
+            pace = paces.get((record.batch, record.size))
             rows += _latency_rows(before[_place(record)], record, pace, generator)
     obstacle = quality_obstacle(old, new)
     if obstacle is None:
@@ -132,7 +137,7 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
         old_name=old.name,
         new_name=new.name,
         differences=report_differences(old, new),
-        notes=(*_few_samples(before, new.latency), *_notes(rows, pace)),
+        notes=(*_few_samples(before, new.latency), *_notes(rows, paces)),
         rows=tuple(rows),
         quality_obstacle=obstacle,
     )
@@ -172,12 +177,27 @@ def _series(
     return [_Series(*parts) for parts in zip(*found, *drawn, strict=True)]
 
 
-def _pace(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> _Series | None:
-    """The median time of the control product."""
-    before, after = old.control_samples_ms, new.control_samples_ms
-    if min(len(before), len(after)) < LEAST_SAMPLES["p50"]:
-        return None
-    return _series(before, after, ["p50"], generator)[0]
+def _paces(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> dict[_Rounds, _Series]:
+    """The median time of the control product in both reports, by batch and size."""
+    before, after = _control_samples(old), _control_samples(new)
+    return {
+        place: _series(before[place], samples, ["p50"], generator)[0]
+        for place, samples in after.items()
+        if place in before and min(len(before[place]), len(samples)) >= LEAST_SAMPLES["p50"]
+    }
+
+
+def _control_samples(report: BenchReport) -> dict[_Rounds, tuple[float, ...]]:
+    """The control product's samples by the rounds that they opened; all of them where that cannot be told."""
+    counts: dict[_Rounds, int] = {}
+    for record in report.latency:
+        rounds = max(record.rounds, default=len(record.samples_ms) - 1) + 1
+        counts[record.batch, record.size] = max(rounds, counts.get((record.batch, record.size), 0))
+    samples = report.control_samples_ms
+    if sum(counts.values()) != len(samples):
+        return dict.fromkeys(counts, samples)
+    ends = itertools.accumulate(counts.values())
+    return {place: samples[end - count : end] for (place, count), end in zip(counts.items(), ends, strict=True)}
 
 
 def _latency_rows(
@@ -310,17 +330,21 @@ def _few_samples(
 # --- what the rows say together ------------------------------------------------------------------------------------
 
 
-def _notes(rows: Sequence[Row], pace: _Series | None) -> Iterator[str]:
-    if pace is not None and abs(pace.ratio - 1) > THRESHOLD:
-        word = "longer" if pace.ratio > 1 else "shorter"
+def _notes(rows: Sequence[Row], paces: Mapping[_Rounds, _Series]) -> Iterator[str]:
+    changes = [
+        f"{abs(pace.ratio - 1):.1%} {'longer' if pace.ratio > 1 else 'shorter'} at batch {batch}"
+        for (batch, _), pace in paces.items()
+        if abs(pace.ratio - 1) > THRESHOLD
+    ]
+    if changes:
         yield (
-            f"the machine's pace changed: the same matrix product took {abs(pace.ratio - 1):.1%} {word} than in "
-            "the old run; the intervals cover the changes with and without it"
+            f"the machine's pace changed: the same matrix product took {', '.join(changes)} than in the old run; "
+            "the intervals cover the changes with and without it"
         )
     whole = [row for row in rows if row.figure == "p50" and row.scope == "image" and row.relative is not None]
-    changes = [row.relative.value for row in whole if row.relative is not None]
-    if len(changes) >= 3 and len({change > 0 for change in changes}) == 1:
-        smallest, largest = min(changes, key=abs), max(changes, key=abs)
+    relative = [row.relative.value for row in whole if row.relative is not None]
+    if len(relative) >= 3 and len({change > 0 for change in relative}) == 1:
+        smallest, largest = min(relative, key=abs), max(relative, key=abs)
         if abs(smallest) > THRESHOLD and abs(largest) < 2 * abs(smallest):
             yield (
                 f"everything changed alike ({smallest:+.1%} to {largest:+.1%}): "
