@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tiue_cli"
 ROOMS: dict[str, tuple[int, str]] = {
     "": (0, "base"),
     "errors": (0, "base"),
+    "allocator": (0, "base"),
     "artifacts": (0, "base"),
     "fingerprint": (0, "base"),
     "noise": (1, "images"),

@@ -10,6 +10,8 @@ from contextlib import ExitStack
 import torch
 
 from tiue_cli import __version__
+from tiue_cli.allocator import keep_freed_memory
+from tiue_cli.backends.torch_backend import choose_device
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.environment import machine_record, report_name, source_commit
 from tiue_cli.bench.events import Emit, Note, Progress
@@ -57,6 +59,9 @@ def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport | None:
     quality = _quality_config(config) if config.quality else None
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    if choose_device(config.device) == "cpu":
+        # As in a process that goes on drawing; else it is chance which subject pays for fresh pages.
+        keep_freed_memory()
     with ExitStack() as stack:
         lineup = open_lineup(config, stack, say=lambda text: emit(Progress("loading", 0, 1, text)))
         emit(Progress("loading", 1, 1))

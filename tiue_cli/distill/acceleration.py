@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
-import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
+from tiue_cli.allocator import keep_freed_memory
 from tiue_cli.distill.config import DistillConfig
 from tiue_cli.errors import DeviceError, MissingDependencyError, UsageError
 
@@ -25,9 +24,6 @@ HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 _COLLECTIVE_TIMEOUT = timedelta(hours=12)
 """One process may fill a cache for hours while the others wait."""
-
-# Of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
@@ -66,22 +62,6 @@ def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
             f"tracking.trackers: {missing[0]} is not installed", hint=f"python -m pip install {missing[0]}"
         )
     return accelerator
-
-
-def keep_freed_memory() -> bool:
-    """Let glibc keep freed memory for the next allocation instead of giving it back; False where there is no glibc.
-
-    A training step on a CPU frees and allocates the same tensors again and again, and by default each large one is
-    mapped anew and its pages are faulted in one by one: measured on papercut, 1,600 faults an image, 14 % of the time
-    of a step alone on its core, and far more where two processes do it at once.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is None:
-        return False
-    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 256 * 2**20}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
 def _refuse_lost_processes() -> None:
