@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,8 +12,7 @@ import torch
 from tiue_cli.bench.peak import measure_peak
 
 
-def _seconds(run: object, samples: int = 5) -> float:
-    assert callable(run)
+def _seconds(run: Callable[[], object], samples: int = 5) -> float:
     times = []
     for _ in range(samples):
         started = time.perf_counter()

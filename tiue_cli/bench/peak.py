@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def measure_peak(device: str, precision: Literal["fp32", "fp16", "bf16"], *, bud
     started = time.perf_counter()
     for product in _products(device, precision):
         samples = _samples_ms(product, device=device)
-        rate = 2.0 * product.shape[0] * product.shape[1] * product.shape[2] / (min(samples) / 1000.0)
+        rate = 2.0 * math.prod(product.shape) / (min(samples) / 1000.0)
         if best is None or rate > best.flops_per_s:
             best = PeakRecord(
                 flops_per_s=rate,

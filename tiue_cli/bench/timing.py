@@ -93,13 +93,14 @@ def measure_batch(
         timed = [subject for subject in subjects if subject.timed]
         estimates_ms = {subject.key: measured[subject.key].estimate_ms for subject in timed}
         strides = plan_rounds(estimates_ms, duration_s=duration_s)
-        runs, control = sum(stride.count for stride in strides.values()), Control(device)
+        runs, rounds = sum(stride.count for stride in strides.values()), round_count(strides)
+        control = Control(device)
         control_ms: list[float] = []
         with _no_garbage_collection(), watch_machine() as watch:
             for done, (round_, subject) in enumerate(_order(timed, strides, seed=seed)):
                 if round_ == len(control_ms):
                     control_ms.append(control.run_ms())
-                progress(f"timing, {where}", done, runs, f"round {round_ + 1} of {round_count(strides)}")
+                progress(f"timing, {where}", done, runs, f"round {round_ + 1} of {rounds}")
                 latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
                 measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
         progress(f"timing, {where}", runs, runs, "")
