@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from tiue_cli import __version__
-from tiue_cli.artifacts import write_json
 from tiue_cli.backends.base import Backend
 from tiue_cli.backends.trt_device import require_tensorrt
 from tiue_cli.errors import TiueError
-from tiue_cli.export.compare import psnr_db
+from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.files.atomic import write_json
 from tiue_cli.machine import machine_info, package_version
-from tiue_cli.noise import draw_noise
+from tiue_cli.model.noise import draw_noise
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red heart above a blue house", "a yellow star at night")
@@ -113,7 +113,7 @@ def tiue(*arguments: str) -> dict[str, Any]:
 
 def random_sd15(work: Path) -> str:
     """A student of Stable Diffusion 1.5's shapes with random weights."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from helpers import build_full_size_folder
 
     from tiue_cli.model.student import save_student, student_from_teacher

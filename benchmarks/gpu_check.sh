@@ -15,7 +15,7 @@ if [ "${1:-}" = --install ]; then
     shift
     "$python" -m pip install -e ".[dev,trt]"
 fi
-if ! "$python" -c 'from tiue_cli.cli import main; import tokenizers, pytest' 2>/dev/null; then
+if ! "$python" -c 'from tiue_cli.cli.app import main; import tokenizers, pytest' 2>/dev/null; then
     echo "tiue is not installed for $python: run benchmarks/gpu_check.sh --install" >&2
     exit 1
 fi

@@ -35,9 +35,9 @@ REQUIRED_DB = {"fp16": 35.0, "fp32": 60.0}
 def prepare(export: Path, out: Path) -> None:
     """Write graphs in operator set 17, shapes of two profiles, and ONNX Runtime's tensors for two images."""
     from tiue_cli.backends.onnx_session import Provider
-    from tiue_cli.export.manifest import read_export_manifest
-    from tiue_cli.export.plan_parity import PlanCase, Reference
-    from tiue_cli.export.profiles import batch_profiles, input_shapes
+    from tiue_cli.export.trt.parity import PlanCase, Reference
+    from tiue_cli.export.trt.profiles import batch_profiles, input_shapes
+    from tiue_cli.files.exports import read_export_manifest
 
     manifest = read_export_manifest(export)
     assert manifest.opset == 18, f"operator set {manifest.opset}: export with --opset 18"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,3 +28,55 @@ def tiny_student_folder(tiny_teacher_folder: Path, tmp_path_factory: pytest.Temp
 
     student = student_from_teacher(tiny_teacher_folder, steps=4)
     return save_student(student, tmp_path_factory.mktemp("models") / "student")
+
+
+# --- distillation: a tiny teacher, prompts and a run's config
+
+PROMPTS = "a red star\na blue house\na tree\na star above a tree\na red tree\n"
+
+
+@pytest.fixture(scope="session")
+def v_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher like papercut's: v prediction and a tiny autoencoder."""
+    from helpers import build_sd_folder
+
+    return build_sd_folder(tmp_path_factory.mktemp("models") / "v_teacher", prediction_type="v_prediction", vae="tiny")
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text(PROMPTS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text states and pairs, shared by all runs of a test session as by all runs of a user."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def make_config(v_teacher_folder: Path, prompts_file: Path, session_cache: Path) -> Callable[..., Any]:
+    """Build a small, fast config; keywords are dotted keys with ``__`` for the dot."""
+
+    def make(**changes: Any) -> Any:
+        from tiue_cli.distill.config import Layer, parse_overrides, resolve_config
+
+        base = {
+            "teacher": str(v_teacher_folder),
+            "prompts": str(prompts_file),
+            "cache": str(session_cache),
+            "max_steps": 4,
+            "batch_size": 2,
+            "student": {"steps": 2},
+            "lora": {"rank": 2, "targets": "attention"},
+            "optimizer": {"warmup_steps": 0},
+            "warm_start": {"steps": 2, "pairs": 5, "teacher_steps": 2},
+            "validation": {"every": 0},
+            "tracking": {"every": 1},
+        }
+        words = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+        return resolve_config([Layer("test", base), Layer("changes", parse_overrides(words))]).config
+
+    return make

@@ -20,7 +20,7 @@ from tiny_export import write_tiny_export
 
 from tiue_cli.backends import onnx_backend
 from tiue_cli.backends.onnx_session import Provider
-from tiue_cli.cli import main
+from tiue_cli.cli.app import main
 
 ROOT = Path(__file__).resolve().parent.parent
 

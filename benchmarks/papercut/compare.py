@@ -28,11 +28,11 @@ from evaluate import BATCH, contact_sheet, draw
 from PIL import Image, ImageDraw
 
 import tiue_cli
-from tiue_cli.bench.papercut_quality import papercut_metrics
-from tiue_cli.fingerprint import fingerprint
+from tiue_cli.bench.quality.papercut import papercut_metrics
+from tiue_cli.files.hashes import fingerprint
 from tiue_cli.model.hub import resolve_model
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.teacher import load_teacher
-from tiue_cli.noise import draw_noise
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.evaluation import HELD_OUT_SEED, balanced_specs
 from tiue_cli.papercut.scenes import render

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 
 import tiue_cli
-from tiue_cli.generate import open_backend
+from tiue_cli.generate.plan import GenerateConfig, open_target
+from tiue_cli.generate.session import open_backend
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import resolve_model
-from tiue_cli.noise import draw_noise
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.evaluation import HELD_OUT_SEED as SEED
 from tiue_cli.papercut.evaluation import balanced_specs, prompt_following
 from tiue_cli.papercut.scenes import render
-from tiue_cli.request import GenerateConfig, open_target
 
 BATCH = 64
 

@@ -16,12 +16,12 @@ from tiny_export import write_tiny_export
 from tiue_cli.backends import onnx_backend, onnx_session
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.onnx_session import Provider, choose_provider, cuda_devices, open_session, run_session
-from tiue_cli.cli import main
+from tiue_cli.cli.app import main
 from tiue_cli.errors import DeviceError, ManifestError, TiueError, UsageError
-from tiue_cli.export.compare import psnr_db
-from tiue_cli.export.manifest import EXPORT_MANIFEST
+from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.files.exports import EXPORT_MANIFEST
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.student import load_student
-from tiue_cli.noise import draw_noise
 
 PROMPTS = ["a red star above a blue house", "a tree", "a blue house and much more than the model can read " * 3]
 
@@ -123,7 +123,7 @@ def test_a_whole_run_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'diffusers', 'transformers', 'safetensors', 'onnx'): sys.modules[name] = None\n"
-        "from tiue_cli.cli import main\n"
+        "from tiue_cli.cli.app import main\n"
         f"code = main(['generate', 'a red heart', '--model', {str(tiny)!r}, '--seed', '0', '--out', 'o'])\n"
         "code += main(['inspect', 'o/a-red-heart-0.png'])\n"
         f"code += main(['inspect', {str(tiny)!r}])\n"
@@ -317,7 +317,7 @@ def test_an_export_in_a_picture_and_back(tiny: Path, tmp_path: Path, capsys: pyt
 def test_an_embedded_name_is_not_a_folder_here(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tiue_cli.exported import find_export
+    from tiue_cli.generate.target import find_export
 
     monkeypatch.chdir(tiny.parent)
     tiny.rename(tiny.parent / "papercut")

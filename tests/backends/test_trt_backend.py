@@ -21,9 +21,9 @@ from tiue_cli.backends.base import Backend
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, ProfileError, UsageError
-from tiue_cli.export.manifest import ENGINE_MANIFEST, EXPORT_MANIFEST
-from tiue_cli.export.to_plan import EngineConfig, build_engine
-from tiue_cli.noise import draw_noise
+from tiue_cli.export.trt.engine import EngineConfig, build_engine
+from tiue_cli.files.exports import ENGINE_MANIFEST, EXPORT_MANIFEST
+from tiue_cli.model.noise import draw_noise
 
 PROMPTS = ["a red heart above a blue house", "a yellow star", "a blue heart at night"]
 ENGINE = "nvidia-fake-4090-trt10.8.0.43-fp16"

@@ -15,7 +15,7 @@ from tiny_export import write_tiny_export
 
 from tiue_cli.backends.trt_device import missing_packages
 from tiue_cli.backends.trt_runner import driver_library
-from tiue_cli.export.compare import psnr_db
+from tiue_cli.export.tolerance import psnr_db
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,8 +60,8 @@ import numpy as np
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
 from tiue_cli.backends.trt_runner import memory_bytes
-from tiue_cli.export.compare import psnr_db
-from tiue_cli.noise import draw_noise
+from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.model.noise import draw_noise
 
 with TrtBackend(sys.argv[1]) as backend, OnnxBackend(sys.argv[1], provider="cpu") as reference:
     free = []

@@ -21,9 +21,9 @@ from tiny_export import CHANNELS, TOKENS, write_tiny_export
 from tiue_cli.backends import trt_runner
 from tiue_cli.backends.trt_runner import Plan, PlanChain, open_plan, open_stream
 from tiue_cli.errors import DeviceError, MissingDependencyError, ProfileError
-from tiue_cli.export.manifest import GRAPHS, ExportManifest
-from tiue_cli.export.plan_build import build_plan
-from tiue_cli.export.profiles import batch_profiles, input_shapes
+from tiue_cli.export.trt.builder import build_plan
+from tiue_cli.export.trt.profiles import batch_profiles, input_shapes
+from tiue_cli.files.exports import GRAPHS, ExportManifest
 
 BATCHES = ((1, 1, 1), (1, 2, 4))
 

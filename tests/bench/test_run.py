@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from tiny_export import write_tiny_export
 
-from tiue_cli.bench import peak
 from tiue_cli.bench.config import BenchConfig, PeerSpec
-from tiue_cli.bench.environment import report_name, slug
 from tiue_cli.bench.events import Event, Progress
+from tiue_cli.bench.measure import peak
+from tiue_cli.bench.measure.environment import report_name, slug
 from tiue_cli.bench.ratios import quality_failures
-from tiue_cli.bench.report import read_report, write_report
+from tiue_cli.bench.report.files import read_report, write_report
+from tiue_cli.bench.report.schema import UNET_STAGES, BenchReport, LatencyRecord, QualityRecord, RatioRecord
 from tiue_cli.bench.run import bench_prompts, run_bench
-from tiue_cli.bench.schema import UNET_STAGES, BenchReport, LatencyRecord, QualityRecord, RatioRecord
 from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError, UsageError
-from tiue_cli.export.manifest import EXPORT_MANIFEST
+from tiue_cli.files.exports import EXPORT_MANIFEST
 from tiue_cli.model import shared
 
 
@@ -273,7 +273,7 @@ def test_tensorrt_that_was_asked_for_and_is_not_there_is_an_error(
     if torch.cuda.is_available():
         pytest.skip("there may be TensorRT here")
     monkeypatch.setattr(
-        "tiue_cli.bench.contestants.load_model", lambda *_, **__: pytest.fail("loaded before it was said")
+        "tiue_cli.bench.subjects.loading.load_model", lambda *_, **__: pytest.fail("loaded before it was said")
     )
     with pytest.raises((DeviceError, MissingDependencyError)):
         run(BenchConfig(models=(str(tiny_student_folder),), backends=("torch", "trt")))

@@ -16,10 +16,10 @@ from diffusers.models import UNet2DConditionModel
 from helpers import seeded_noise, tiny_unet
 
 from tiue_cli.distill.config import LoraSettings
+from tiue_cli.distill.data.pairs import solve
 from tiue_cli.distill.estimate import estimate_run, lora_parameter_count, saved_bytes
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
 from tiue_cli.distill.optimizers import make_optimizer, rate_factor
-from tiue_cli.distill.warm_start import solve
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.model.schedule import alphas_cumprod
 from tiue_cli.model.teacher import load_teacher
@@ -226,8 +226,8 @@ def test_vsd_gradient_of_a_step_by_hand(
     tiny_teacher_folder: Path,
 ) -> None:
     """From the drawn timesteps and noise on, everything again with plain diffusers and merged weights."""
+    from tiue_cli.distill.data.order import Stream, generator, normal
     from tiue_cli.distill.loop import Distillation
-    from tiue_cli.distill.streams import Stream, generator, normal
 
     folder = v_teacher_folder if prediction_type == "v_prediction" else tiny_teacher_folder
     config = make_config(teacher=folder, warm_start__steps=0, vsd__guidance=3.0, vsd__lora_guidance=2.0)

@@ -21,13 +21,13 @@ from helpers import copy_folder, edit_json
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, read_manifest
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint
 from tiue_cli.distill.config import to_yaml
-from tiue_cli.distill.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.trainer import NotFiniteError, Trainer
 from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
+from tiue_cli.events import Event, Finished, Note, Progress, Saved
+from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, read_manifest
 
 MakeConfig = Callable[..., Any]
 
@@ -96,7 +96,7 @@ def test_run_gives_a_student_that_loads_and_says_how_it_was_made(make_config: Ma
 def test_grid_shows_what_generate_draws(make_config: MakeConfig, tmp_path: Path) -> None:
     from tiue_cli.backends.torch_backend import StudentTorchBackend
     from tiue_cli.model.folder import check_model_folder
-    from tiue_cli.noise import draw_noise
+    from tiue_cli.model.noise import draw_noise
 
     config = make_config(validation__every=4, validation__teacher_steps=2, validation__seed=3, validation__count=1)
     events = run(config, tmp_path / "run")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tiue_cli.cli import main
+from tiue_cli.cli.app import main
 from tiue_cli.papercut.captions import (
     WORDS,
     SceneSpec,

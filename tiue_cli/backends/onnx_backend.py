@@ -14,9 +14,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session, session_errors
+from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.errors import DeviceError
-from tiue_cli.export.manifest import GRAPHS, ExportManifest, GraphName, GraphSpec, check_files, read_export_manifest
-from tiue_cli.tokenizer import PromptTokenizer
+from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphName, GraphSpec, check_files, read_export_manifest
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,9 +14,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.backends.trt_device import check_device, current_device, find_engine, rebuild_command
 from tiue_cli.errors import DeviceError, ManifestError, OutputError, ProfileError
-from tiue_cli.export.manifest import (
+from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     GRAPHS,
     EngineManifest,
@@ -28,7 +29,6 @@ from tiue_cli.export.manifest import (
     read_engine_manifest,
     read_export_manifest,
 )
-from tiue_cli.tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     import numpy as np

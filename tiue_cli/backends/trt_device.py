@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from tiue_cli.backends.trt_runner import cuda_wrapper, device_errors, driver_cuda, driver_library, import_tensorrt
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
-from tiue_cli.export.manifest import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
+from tiue_cli.files.exports import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
 
 OLDEST: Final = (10, 8)
 NEWER_THAN_ALL: Final = (12,)

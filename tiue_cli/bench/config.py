@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from tiue_cli.errors import UsageError
-from tiue_cli.noise import check_seed
+from tiue_cli.model.noise import check_seed
 
 StudentBackend = Literal["torch", "compile", "onnx", "trt"]
 DeviceName = Literal["auto", "cpu", "cuda"]

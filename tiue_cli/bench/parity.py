@@ -7,8 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from tiue_cli.bench.schema import ParityRecord
-from tiue_cli.export.compare import IDENTICAL_DB, REQUIRED_PSNR_DB, psnr_db
+from tiue_cli.bench.report.schema import ParityRecord
+from tiue_cli.export.tolerance import IDENTICAL_DB, REQUIRED_PSNR_DB, psnr_db
 
 REQUIRED_DB: Final[dict[str, float]] = {
     "fp32": REQUIRED_PSNR_DB["fp32"],

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from tiue_cli.bench.schema import UNET_STAGES, LatencyRecord, ParityRecord, QualityRecord, RatioRecord, Scope
+from tiue_cli.bench.report.schema import UNET_STAGES, LatencyRecord, ParityRecord, QualityRecord, RatioRecord, Scope
 from tiue_cli.bench.stats import ratio_of_medians
-from tiue_cli.bench.subjects import Subject
+from tiue_cli.bench.subjects.torch_subjects import Subject
 
 LEAST_QUALITY: Final = 0.5
 """Share of its teacher's precision and coverage that a student must reach for a speed-up over it to be given."""

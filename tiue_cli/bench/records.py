@@ -8,13 +8,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_cli.bench.grid import REFERENCE, picture_grid
-from tiue_cli.bench.lineup import Lineup
-from tiue_cli.bench.machine_state import machine_warnings
+from tiue_cli.bench.measure.machine import machine_warnings
 from tiue_cli.bench.parity import compare_images
-from tiue_cli.bench.schema import GridRecord, LatencyRecord, ParityRecord, SubjectRecord
+from tiue_cli.bench.report.grid import REFERENCE, picture_grid
+from tiue_cli.bench.report.schema import GridRecord, LatencyRecord, ParityRecord, SubjectRecord
+from tiue_cli.bench.rounds import SLOW_ROUNDS, SLOW_S, BatchTiming
 from tiue_cli.bench.stats import OUTLIER_FACTOR, summarize
-from tiue_cli.bench.timing import SLOW_ROUNDS, SLOW_S, BatchTiming
+from tiue_cli.bench.subjects.lineup import Lineup
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.scenes import SIZE, render
 

@@ -13,13 +13,12 @@ from tiue_cli import __version__
 from tiue_cli.allocator import keep_freed_memory
 from tiue_cli.backends.torch_backend import choose_device
 from tiue_cli.bench.config import BenchConfig
-from tiue_cli.bench.environment import machine_record, report_name, source_commit
 from tiue_cli.bench.events import Emit, Note, Progress
-from tiue_cli.bench.lineup import Lineup, open_lineup
-from tiue_cli.bench.peak import measure_peak
-from tiue_cli.bench.quality import QualityResult, measure_quality, quality_subjects
-from tiue_cli.bench.quality_drawing import Processes
-from tiue_cli.bench.quality_plan import QualityConfig, plan_quality
+from tiue_cli.bench.measure.environment import machine_record, report_name, source_commit
+from tiue_cli.bench.measure.peak import measure_peak
+from tiue_cli.bench.quality.drawing import Processes
+from tiue_cli.bench.quality.measure import QualityResult, measure_quality, quality_subjects
+from tiue_cli.bench.quality.plan import QualityConfig, plan_quality
 from tiue_cli.bench.ratios import all_ratios, quality_failures
 from tiue_cli.bench.records import (
     Timings,
@@ -31,13 +30,14 @@ from tiue_cli.bench.records import (
     subject_records,
     timing_warnings,
 )
-from tiue_cli.bench.schema import BenchReport
-from tiue_cli.bench.subjects import Subject
-from tiue_cli.bench.timing import measure_batch
+from tiue_cli.bench.report.schema import BenchReport
+from tiue_cli.bench.rounds import measure_batch
+from tiue_cli.bench.subjects.lineup import Lineup, open_lineup
+from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
-from tiue_cli.noise import draw_noise
+from tiue_cli.generate.prompts import read_prompts
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs
-from tiue_cli.prompts import read_prompts
 
 QUALITY_CACHE = ".quality"
 """In the report's folder: features of what is drawn, for a run that was interrupted; removed when all is measured."""

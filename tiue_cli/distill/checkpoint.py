@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tiue_cli.artifacts import atomic_folder, read_manifest, write_json
 from tiue_cli.errors import OutputError
+from tiue_cli.files.atomic import atomic_folder, read_manifest, write_json
 
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"

@@ -19,7 +19,7 @@ import yaml
 from pydantic import ConfigDict, Field
 
 from tiue_cli.errors import UsageError
-from tiue_cli.noise import MAX_SEED
+from tiue_cli.model.noise import MAX_SEED
 
 _Positive = Annotated[int, Field(ge=1)]
 _Count = Annotated[int, Field(ge=0)]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from tiue_cli.distill.adapters import MergedAdapters
 from tiue_cli.distill.config import LoraSettings
+from tiue_cli.distill.data.order import Stream, generator
 from tiue_cli.distill.losses import guided
-from tiue_cli.distill.streams import Stream, generator
 from tiue_cli.errors import UsageError
 from tiue_cli.model.shared import SharedUNetDecoder, merge_upsamplers
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tiue_cli.artifacts import atomic_file
 from tiue_cli.distill.config import Layer, parse_yaml, read_config
 from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.atomic import atomic_file
 
 _FOLDER = Path(__file__).parent / "recipes"
 

@@ -20,9 +20,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from tiue_cli import __version__
-from tiue_cli.artifacts import RUN_MANIFEST, atomic_file, output_error, read_manifest, write_json
 from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
 from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.atomic import RUN_MANIFEST, atomic_file, output_error, read_manifest, write_json
 
 LEFTOVERS = ".*.tmp*"
 """What a kill leaves of a file or folder that was being written (artifacts.py)."""

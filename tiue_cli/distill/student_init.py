@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tiue_cli.distill.config import DistillConfig, to_yaml
-from tiue_cli.distill.prompts import TrainingPrompts
+from tiue_cli.distill.data.prompts import TrainingPrompts
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 from tiue_cli.model.schedule import LinearCombine

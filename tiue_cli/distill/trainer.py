@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from tiue_cli.distill.checkpoint import Checkpoint, TrainingState
 from tiue_cli.distill.config import Decay, DistillConfig
+from tiue_cli.distill.data.order import EndlessOrder, Stream, generator, normal
+from tiue_cli.distill.data.pairs import PairData
+from tiue_cli.distill.data.text_states import TextStates
 from tiue_cli.distill.losses import (
     NoiseSchedule,
     annealed,
@@ -32,9 +35,6 @@ from tiue_cli.distill.losses import (
 )
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction
 from tiue_cli.distill.optimizers import make_optimizer, rate_factor
-from tiue_cli.distill.streams import EndlessOrder, Stream, generator, normal
-from tiue_cli.distill.text_states import TextStates
-from tiue_cli.distill.warm_start import PairData
 from tiue_cli.errors import TiueError
 from tiue_cli.model.schedule import LinearCombine
 

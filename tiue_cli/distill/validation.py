@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tiue_cli.artifacts import atomic_file
+from tiue_cli.files.atomic import atomic_file
 from tiue_cli.model.autoencoder import ImageDecoder
-from tiue_cli.noise import draw_noise
+from tiue_cli.model.noise import draw_noise
 
 COLUMNS = 8
 GAP_PX = 2

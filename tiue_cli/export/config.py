@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final
 
 from tiue_cli.errors import UsageError
-from tiue_cli.export.manifest import Precision, Range, Size, is_export_folder
-from tiue_cli.export.profiles import load_profiles
+from tiue_cli.export.trt.profiles import load_profiles
+from tiue_cli.files.exports import Precision, Range, Size, is_export_folder
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)

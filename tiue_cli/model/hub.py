@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tiue_cli.artifacts import RUN_MANIFEST
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.files.atomic import RUN_MANIFEST
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import WEIGHT_STEMS, read_json

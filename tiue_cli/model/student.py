@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiue_cli import __version__
-from tiue_cli.artifacts import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
+from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model

@@ -1,0 +1,225 @@
+"""What the plots show is what the report says; labels never overlap; nothing but SVG comes out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
+
+from tiue_cli.bench.report.plot_frame import Plot
+from tiue_cli.bench.report.plots import ratio_plot, spread_plot, stage_plot
+from tiue_cli.bench.report.schema import BenchReport
+from tiue_cli.bench.report.svg import COLOURS, css_variables
+from tiue_cli.bench.report.trend_plots import _apart, quality_plot, throughput_plot
+from tiue_cli.bench.report.view import ReportView, as_speedup
+from tiue_cli.text import number, plain
+
+KEYS = (TEACHER, PLAIN, STUDENT, ONNX)
+
+
+@pytest.fixture(scope="module")
+def report() -> BenchReport:
+    return make_report(keys=KEYS, batches=(1, 4), rounds=24, grid=False)
+
+
+@pytest.fixture(scope="module")
+def view(report: BenchReport) -> ReportView:
+    return ReportView(report)
+
+
+def all_plots(view: ReportView) -> Iterator[Plot]:
+    place = view.places[0]
+    for plot in (
+        stage_plot(view, place),
+        ratio_plot(view, place),
+        throughput_plot(view, place.size),
+        quality_plot(view),
+        spread_plot(view, place),
+    ):
+        assert plot is not None
+        yield plot
+
+
+@pytest.fixture(scope="module")
+def plots(view: ReportView) -> list[Plot]:
+    return list(all_plots(view))
+
+
+@dataclass(frozen=True)
+class Bar:
+    colour: str
+    left: float
+    right: float
+    top: float
+
+
+def bars(svg: str, colour: str) -> list[Bar]:
+    """Filled rectangles in one of the page's colours, from the path data."""
+    found = []
+    for path, style in re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="([^"]*)"', svg):
+        if f"fill: var(--{colour})" in style:
+            points = np.array([float(word) for word in re.findall(r"-?\d+(?:\.\d+)?", path)]).reshape(-1, 2)
+            found.append(Bar(colour, float(points[:, 0].min()), float(points[:, 0].max()), float(points[:, 1].min())))
+    return sorted(found, key=lambda bar: bar.top)
+
+
+def texts(svg: str) -> list[str]:
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+
+
+def test_every_plot_is_wellformed_svg_in_both_widths(plots: list[Plot]) -> None:
+    for plot in plots:
+        for svg in (plot.wide, plot.narrow):
+            root = ElementTree.fromstring(svg)
+            assert root.tag == "svg" and root.attrib["role"] == "img" and root.attrib["aria-label"]
+            assert not any(tag in svg for tag in ("<script", "<metadata", "<style", "http", "<image"))
+        assert float(ElementTree.fromstring(plot.narrow).attrib["viewBox"].split()[2]) <= 360
+
+
+def test_every_colour_is_the_pages(plots: list[Plot]) -> None:
+    """No colour is fixed, so that one picture serves light and dark pages."""
+    light, dark = css_variables()
+    for plot in plots:
+        used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", plot.wide + plot.narrow))
+        assert used <= {"none", *(f"var(--{name.replace('_', '-')})" for name in COLOURS)}, used
+        for name in re.findall(r"var\((--[\w-]+)\)", plot.wide):
+            assert f"{name}: #" in light and f"{name}: #" in dark
+
+
+def test_the_same_report_gives_the_same_plots(view: ReportView, plots: list[Plot]) -> None:
+    assert spread_plot(view, view.places[0]) == plots[4]
+
+
+def test_bars_are_as_long_as_the_stages_took(report: BenchReport, view: ReportView, plots: list[Plot]) -> None:
+    """Lengths in a panel are in the proportion of the medians, and parts add up to them."""
+    records = {record.subject: record for record in view.records(view.places[0])}
+    decoders, encoders = bars(plots[0].wide, "unet-decoder"), bars(plots[0].wide, "unet-encoder")
+    assert len(decoders) == len(encoders) == 2
+    lengths = [bar.right - bar.left for bar in (*decoders, *encoders)]
+    expected = [
+        float(np.mean(np.divide(records[key].stage_samples_ms[stage], records[key].samples_ms)))
+        * float(np.median(records[key].samples_ms))
+        for stage in ("unet_decoder", "unet_encoder")
+        for key in (STUDENT, ONNX)
+    ]
+    np.testing.assert_allclose(np.divide(lengths, lengths[0]), np.divide(expected, expected[0]), rtol=2e-3)
+    first = [
+        bar for name in ("text", "unet-encoder", "unet-decoder", "vae", "rest") for bar in bars(plots[0].wide, name)
+    ]
+    student = [bar for bar in first if abs(bar.top - decoders[0].top) < 0.5]
+    whole_px = max(bar.right for bar in student) - min(bar.left for bar in student)
+    median = float(np.median(records[STUDENT].samples_ms))
+    assert whole_px / lengths[0] == pytest.approx(median / expected[0], rel=2e-3)
+
+
+def test_the_teacher_has_a_scale_of_its_own(plots: list[Plot]) -> None:
+    shown = texts(plots[0].wide)
+    assert "One pass" in shown and "Many steps (another scale)" in shown
+    assert "different scales" in plots[0].caption
+
+
+def test_labels_give_the_figures_of_the_report(view: ReportView, plots: list[Plot]) -> None:
+    place = view.places[0]
+    for record in view.records(place):
+        median = view.summary(record).median
+        assert f"{number(median)} ms" in texts(plots[0].wide)
+        assert f"{number(median)} ms" in texts(plots[0].narrow)
+    ratio = view.ratio(STUDENT, TEACHER, place, "image")
+    assert ratio is not None
+    shown = as_speedup(ratio)
+    assert shown.value == pytest.approx(1 / (ratio.ratio or 0)) and (shown.low or 0) < shown.value < (shown.high or 0)
+    assert f"{number(shown.value)}×  [{shown.interval}]" in texts(plots[1].wide)
+
+
+def test_a_withheld_ratio_has_no_dot() -> None:
+    compiled = "papercut-student/compile/k4"
+    view = ReportView(make_report(keys=(TEACHER, PLAIN, compiled), batches=(1,), quality=False, grid=False))
+    plot = ratio_plot(view, view.places[0])
+    assert plot is not None
+    assert texts(plot.wide).count("withheld: the reason is in the table") == 2
+    assert not re.search(r"<use [^>]*fill: var\(--student\)", plot.wide)
+
+
+def test_every_sample_is_a_point(view: ReportView, plots: list[Plot]) -> None:
+    place = view.places[0]
+    points = len(re.findall(r"<use [^>]*fill: var\(--(?:teacher|student|plain-unet)\)", plots[4].wide))
+    beyond = sum(int(count) for count in re.findall(r">(\d+) more, to", plots[4].wide))
+    assert points + beyond == sum(len(record.samples_ms) for record in view.records(place))
+
+
+def test_outliers_are_counted_where_the_axis_ends() -> None:
+    report = make_report(keys=(PLAIN,), batches=(1,), rounds=40, quality=False, grid=False)
+    (record,) = report.latency
+    samples = (*record.samples_ms[:-2], 10 * record.samples_ms[0], 20 * record.samples_ms[0])
+    changed = record.model_copy(update={"samples_ms": samples, "stage_samples_ms": {}})
+    view = ReportView(report.model_copy(update={"latency": (changed,)}))
+    plot = spread_plot(view, view.places[0])
+    assert plot is not None
+    largest = 100 * (samples[-1] / float(np.median(samples)) - 1)
+    assert f"2 more, to +{number(largest, 2)} %" in texts(plot.wide)
+
+
+def test_many_samples_are_thinned_and_it_is_said() -> None:
+    view = ReportView(make_report(keys=(PLAIN,), batches=(1,), rounds=1000, quality=False, grid=False))
+    plot = spread_plot(view, view.places[0])
+    assert plot is not None and "evenly chosen" in plot.caption
+    assert len(re.findall(r"<use [^>]*fill: var\(--plain-unet\)", plot.wide)) <= 150
+
+
+def test_nothing_to_plot_is_no_plot(report: BenchReport) -> None:
+    bare = ReportView(report.model_copy(update={"quality": (), "ratios": ()}))
+    assert quality_plot(bare) is None and ratio_plot(bare, bare.places[0]) is None
+    single = ReportView(make_report(keys=(PLAIN,), batches=(1,), rounds=1, quality=False, grid=False))
+    assert throughput_plot(single, single.places[0].size) is None
+    assert spread_plot(single, single.places[0]) is None
+
+
+def test_names_from_outside_are_text_in_a_plot(report: BenchReport) -> None:
+    label = "<script>x</script> & $\\frac{1}{2}$ \x1b[31m 猫"
+    subjects = tuple(subject.model_copy(update={"label": label}) for subject in report.subjects)
+    view = ReportView(report.model_copy(update={"subjects": subjects}))
+    plot = stage_plot(view, view.places[0])
+    assert plot is not None and "<script" not in plot.wide
+    shown = " ".join(texts(plot.wide))
+    assert "<script>x</script> &" in shown and "$\\frac{1}{2}$" in shown and "猫" in shown and "\x1b" not in plot.wide
+
+
+def test_labels_keep_their_distance_and_their_order() -> None:
+    generator = np.random.default_rng(0)
+    for count in (1, 5, 15):
+        wanted = sorted(generator.uniform(0, 1, count).tolist(), reverse=True)
+        placed = _apart(wanted, 1 / 17)
+        gaps = -np.diff(placed)
+        assert (gaps >= 1 / 17 - 1e-9).all()
+        assert placed[-1] >= 0
+    assert _apart([0.9, 0.5, 0.1], 0.06) == [0.9, 0.5, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.01234, "0.0123"), (1.234, "1.23"), (12.34, "12.3"), (123.4, "123"), (1234.5, "1,234"),
+     (9.996, "10.0"), (99.96, "100"), (0.9996, "1.00"), (-1.234, "-1.23"), (1e-9, "1.00e-09")],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_plain_text_has_no_control_characters() -> None:
+    assert plain("a\x00b\n\tc\u202ed\u200be") == "a b c d e"
+    assert plain("naïve 猫 ★ ×") == "naïve 猫 ★ ×"
+
+
+def test_references_against_references_are_a_line(report: BenchReport) -> None:
+    ceiling = report.quality[0].model_copy(update={"subject": "reference"})
+    view = ReportView(report.model_copy(update={"quality": (ceiling, *report.quality)}))
+    plot = quality_plot(view)
+    assert plot is not None and "dashed line" in plot.caption
+    assert texts(plot.wide).count("reference") == len(view.main_metrics)
+    assert len(re.findall(r"stroke-dasharray", plot.wide)) == len(view.main_metrics)
+    numbered = [text for text in texts(plot.wide) if re.match(r"\d  ", text)]
+    assert len(numbered) == len(report.quality), "it is no subject, and has no number"

@@ -1,0 +1,99 @@
+"""A real compiler takes the graphs: TensorRT-RTX, ahead of time, on the CPU, through our own builder code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exports import build_small_student, exported
+from tiny_export import write_tiny_export
+
+from tiue_cli.files.exports import GRAPHS, read_export_manifest
+from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.hub import EMBEDDED, resolve_model
+
+ROOT = Path(__file__).resolve().parents[3]
+PACKAGES = ("tensorrt_rtx_libs", "tensorrt_rtx_bindings")
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(package) is None for package in PACKAGES),
+    reason="TensorRT-RTX is not installed: python -m pip install -e '.[rtx-check]'",
+)
+
+
+def python(*arguments: str) -> str:
+    """A Python of its own: Polygraphy decides once a process which TensorRT it uses."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def compiled(folder: Path) -> list[dict[str, Any]]:
+    out = python(str(ROOT / "tests" / "compile_rtx.py"), str(folder))
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.mark.slow
+def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
+    student = resolve_model(EMBEDDED)
+    folder = exported(student, precision="fp16", sizes=(check_model_folder(student).image_size,))
+    built = compiled(folder)
+    assert [one["graph"] for one in built] == [f"{name}.onnx" for name in GRAPHS]
+    for one in built:
+        assert one["profiles"] == 2 and one["layers"] > 20 and one["plan_bytes"] > 1_000_000
+
+
+@pytest.mark.slow
+def test_every_fp16_graph_with_attention_as_one_operator_compiles(tiny_student_folder: Path, tmp_path: Path) -> None:
+    student = build_small_student(tiny_student_folder, tmp_path / "student")
+    folder = exported(student, precision="fp16", sizes=((16, 12),), opset=23)
+    built = compiled(folder)
+    assert [one["graph"] for one in built] == [graph.onnx.file for graph in read_export_manifest(folder).graphs]
+    for one in built:
+        assert one["profiles"] == 2 and one["layers"] > 0 and one["plan_bytes"] > 10_000
+
+
+@pytest.mark.parametrize("sizes", [(), ((32, 32), (32, 48))])
+def test_free_and_fixed_graphs_compile_for_the_default_profiles(sizes: tuple[Any, ...], tmp_path: Path) -> None:
+    write_tiny_export(tmp_path, sizes=sizes)
+    built = compiled(tmp_path)
+    assert len(built) == (4 if not sizes else 7)
+    assert {one["profiles"] for one in built} == {2}
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from compile_rtx import provide_tensorrt_rtx
+provide_tensorrt_rtx()
+from tiue_cli.export.trt import builder as plan_build
+plan_build.BEAT_S = 0.001
+folder = Path(sys.argv[1])
+shapes = [{"latents": ((1, 4, 8, 8), (1, 4, 8, 8), (4, 4, 8, 8))}]
+
+def interrupt(share, detail):
+    if "starting" not in detail:
+        raise KeyboardInterrupt
+
+try:
+    plan_build.build_plan(
+        folder / "vae_decoder.onnx", folder / "plan", shapes, workspace_bytes=2**28, progress=interrupt
+    )
+    raise SystemExit("it was not interrupted")
+except KeyboardInterrupt:
+    assert not (folder / "plan").exists()
+    print(plan_build.collect_messages().errors()[0])
+"""
+
+
+def test_an_interrupt_ends_a_real_build(tmp_path: Path) -> None:
+    write_tiny_export(tmp_path)
+    assert "BuildCanceled" in python("-c", INTERRUPTED, str(tmp_path))

@@ -1,0 +1,275 @@
+"""Manifests, atomic writes and hashes. The oracle is the file system after a failure at the worst moment."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiue_cli.errors import ManifestError, OutputError, UsageError
+from tiue_cli.files.atomic import (
+    STUDENT_MANIFEST,
+    StudentManifest,
+    atomic_file,
+    atomic_folder,
+    read_manifest,
+    sha256_file,
+    sha256_folder,
+    write_json,
+)
+
+FIELDS: dict[str, Any] = {
+    "decoder_timesteps": (751, 501, 251, 1),
+    "encoder_timestep": 751,
+    "spacing": "leading",
+    "prediction_type": "epsilon",
+    "teacher": "owner/teacher",
+    "tiue_version": "0.1.0",
+}
+
+
+def manifest(**changes: Any) -> StudentManifest:
+    return StudentManifest(**{**FIELDS, **changes})
+
+
+# --- manifests
+
+
+def test_manifest_survives_a_round_trip(tmp_path: Path) -> None:
+    written = manifest(teacher="Größe/日本", training_steps=3, recipe_sha256="0" * 64)
+    assert read_manifest(write_json(tmp_path / "sub" / STUDENT_MANIFEST, written), StudentManifest) == written
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"spacing": "linspace"}, "spacing"),
+        ({"decoder_timesteps": []}, "decoder_timesteps"),
+        ({"decoder_timesteps": [1, 251]}, "decoder_timesteps"),
+        ({"decoder_timesteps": ["751"]}, "decoder_timesteps"),
+        ({"teacher_sha256": "abc"}, "teacher_sha256"),
+        ({"training_steps": -1}, "training_steps"),
+        ({"encoder_timestep": 999}, "encoder_timestep"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+def test_a_wrong_field_is_named_with_its_file(tmp_path: Path, changes: dict[str, Any], field: str) -> None:
+    path = tmp_path / STUDENT_MANIFEST
+    path.write_text(json.dumps({**FIELDS, **changes}))
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path, StudentManifest)
+    assert str(path) in caught.value.message
+    assert field in caught.value.message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"format_version": 1}'])
+def test_a_damaged_manifest_is_one_clear_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / STUDENT_MANIFEST
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=STUDENT_MANIFEST):
+        read_manifest(path, StudentManifest)
+
+
+def test_a_missing_manifest_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="does not exist"):
+        read_manifest(tmp_path / STUDENT_MANIFEST, StudentManifest)
+
+
+def test_a_newer_format_asks_for_an_upgrade_and_not_for_a_field(tmp_path: Path) -> None:
+    path = tmp_path / STUDENT_MANIFEST
+    path.write_text(json.dumps({**FIELDS, "format_version": 2, "something": "new"}))
+    with pytest.raises(ManifestError, match="newer") as caught:
+        read_manifest(path, StudentManifest)
+    assert "upgrade" in str(caught.value.hint)
+
+
+def test_not_a_number_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- atomic writes
+
+
+class Stop(BaseException):
+    """Stands for Ctrl-C: no Exception."""
+
+
+def test_a_stopped_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    path.write_text("old")
+    with pytest.raises(Stop), atomic_file(path) as temporary:
+        assert temporary.suffix == ".png"
+        temporary.write_text("half")
+        raise Stop
+    assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
+    assert path.read_text() == "old"
+
+
+def test_a_stopped_folder_leaves_the_old_folder_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(Stop), atomic_folder(folder, overwrite=True) as temporary:
+        (temporary / "a").write_text("half")
+        raise Stop
+    assert [file.name for file in tmp_path.iterdir()] == ["student"]
+    assert (folder / "a").read_text() == "old"
+
+
+def test_a_killed_process_leaves_the_old_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    program = (
+        "import os, signal, sys; from tiue_cli.files.atomic import atomic_folder\n"
+        "with atomic_folder(sys.argv[1], overwrite=True) as temporary:\n"
+        "    (temporary / 'a').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(folder)], check=False)
+    assert (folder / "a").read_text() == "old"
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(OutputError, match="not empty"), atomic_folder(tmp_path / "out"):
+        pytest.fail("the block must not run")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_overwrite_replaces_only_what_bears_the_marker(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("precious")
+    with (
+        pytest.raises(OutputError, match=r"holds no tiue\.json"),
+        atomic_folder(home, overwrite=True, marker="tiue.json"),
+    ):
+        pytest.fail("the block must not run")
+    (home / "tiue.json").write_text("{}")
+    with atomic_folder(home, overwrite=True, marker="tiue.json") as temporary:
+        (temporary / "new").write_text("")
+    assert [file.name for file in home.iterdir()] == ["new"]
+    assert [folder.name for folder in tmp_path.iterdir()] == ["home"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "a").write_text("")
+    assert (tmp_path / "out" / "a").exists()
+
+
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with atomic_folder(tmp_path / "link") as temporary:
+        (temporary / "a").write_text("")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "a").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OutputError, match=r"result\.json: the disk is full"),
+        atomic_file(tmp_path / "result.json"),
+        Path("/dev/full").open("w") as full,
+    ):
+        full.write("x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.json", tmp_path / "file" / "b" / "a.json"):
+        with pytest.raises(OutputError, match="cannot write"):
+            write_json(path, {})
+    with pytest.raises(OutputError, match="is a file"), atomic_folder(tmp_path / "file"):
+        pytest.fail("the block must not run")
+
+
+def test_a_folder_in_the_way_of_a_file_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(OutputError, match="it is a folder"):
+        write_json(tmp_path / "a.json", {})
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_protected_folder_is_one_clear_line(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        with pytest.raises(OutputError, match="permission denied"):
+            write_json(tmp_path / "a.json", {})
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_other_errors_of_the_block_are_not_renamed(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "a.json"):
+        Path(tmp_path / "prompts.txt").read_text()
+
+
+# --- hashes
+
+
+def test_hash_equals_the_systems(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"tiue" * 300_000)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(b"tiue" * 300_000).hexdigest()
+
+
+def build_tree(root: Path, names: list[str]) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+def test_folder_hash_depends_on_names_and_contents_only(tmp_path: Path) -> None:
+    names = ["unet/config.json", "unet/w.safetensors", "model_index.json", "tokenizer/merges.txt"]
+    first = build_tree(tmp_path / "first", names)
+    second = build_tree(tmp_path / "elsewhere" / "second", names[::-1])
+    expected = sha256_folder(first)
+    assert sha256_folder(second) == expected
+
+    build_tree(second, ["README.md", ".cache/huggingface/x.json", "unet/old.bin"])
+    assert sha256_folder(second) == expected, "what is no part of the model must not count"
+
+    moved = build_tree(tmp_path / "moved", [*names[:3], "tokenizer/renamed.txt"])
+    assert sha256_folder(moved) != expected
+    (second / "unet" / "config.json").write_text("changed")
+    assert sha256_folder(second) != expected
+
+
+def test_folder_hash_does_not_confuse_a_name_with_content(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / "x.json").write_text("1")
+    (tmp_path / "a" / "y.json").write_text("")
+    (tmp_path / "b" / "x.json").write_text("")
+    (tmp_path / "b" / "y.json").write_text("1")
+    assert sha256_folder(tmp_path / "a") != sha256_folder(tmp_path / "b")
+
+
+def test_folder_hash_wants_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        sha256_folder(tmp_path / "missing")
+
+
+def test_only_light_modules_are_needed() -> None:
+    """errors and artifacts serve the exported runtimes and --help: the standard library and pydantic."""
+    program = (
+        "import sys; import tiue_cli.files.atomic, tiue_cli.errors\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,110 @@
+"""A student small enough to be exported in a test run, and its exports: written once, kept by content.
+
+The cache lies in the system's temporary folder; its key holds everything that the bytes depend on, so that a stale
+export cannot pass for a fresh one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny, UNet2DConditionModel
+from helpers import TINY_TEXT_WIDTH
+
+from tiue_cli.export.config import ExportConfig
+from tiue_cli.files.atomic import sha256_folder
+from tiue_cli.files.exports import EXPORT_MANIFEST
+from tiue_cli.model.student import StudentModel, load_student, save_student
+
+_PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"
+_SOURCES = ("export", "model", "backends", "tokenizer.py", "artifacts.py")
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+
+
+def build_small_student(source: Path, out: Path) -> Path:
+    """A student of two levels with a tiny autoencoder of factor 2: its four graphs take half a minute to trace.
+
+    Biases and norms are random as well: at their defaults they would hide a term that is left out.
+    """
+    student = load_student(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(11)
+        student.unet = UNet2DConditionModel(
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(32, 48),
+            layers_per_block=1,
+            norm_num_groups=8,
+            cross_attention_dim=TINY_TEXT_WIDTH,
+            attention_head_dim=2,
+        ).eval()
+        student.vae = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+        ).eval()
+        with torch.no_grad():
+            for parameter in (*student.unet.parameters(), *student.text_encoder.parameters()):
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+    return save_student(student, out)
+
+
+def exported(student: Path, **options: Any) -> Path:
+    """The export folder of ``student`` with these options of ``ExportConfig``; copy it before you damage it."""
+    from tiue_cli.export.onnx.export import export_student
+
+    folder = _cache() / _key(student, options) / "export"
+    if not (folder / EXPORT_MANIFEST).is_file():
+        # Written aside and renamed by the export itself: two test runs at once do not meet half an export.
+        export_student(ExportConfig(student=str(student), out=folder, overwrite=True, **options))
+    return folder
+
+
+def torch_images(
+    student: StudentModel, prompts: list[str], noise: np.ndarray, *, steps: int | None = None
+) -> np.ndarray:
+    """The one pass in torch, float32, with the plain decoder: what every runtime must draw."""
+    from tiue_cli.model.autoencoder import ImageDecoder
+    from tiue_cli.model.schedule import combine_for_run
+    from tiue_cli.model.text import encode_prompts
+    from tiue_cli.model.unet import UNetDecoder, UNetEncoder
+
+    manifest = student.manifest
+    combine = combine_for_run(
+        student.scheduler_config, manifest.decoder_timesteps, spacing=manifest.spacing, steps=steps
+    )
+    with torch.no_grad():
+        text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts)
+        start = torch.from_numpy(noise)
+        features = UNetEncoder(student.unet)(start, text_states, manifest.encoder_timestep)
+        predictions = UNetDecoder(student.unet)(features, torch.tensor(combine.timesteps), text_states)
+        return ImageDecoder(student.vae).decode(combine(start, predictions))
+
+
+def _cache() -> Path:
+    user = os.environ.get("USER", "user")
+    return Path(os.environ.get("TIUE_TEST_CACHE", str(Path(tempfile.gettempdir()) / f"tiue-tests-{user}")))
+
+
+def _key(student: Path, options: dict[str, Any]) -> str:
+    digest = hashlib.sha256(f"{sorted(options.items())}\n{sha256_folder(student)}\n".encode())
+    for source in _SOURCES:
+        path = _PACKAGE / source
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    for library in _LIBRARIES:
+        try:
+            digest.update(f"{library} {importlib.metadata.version(library)}\n".encode())
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return digest.hexdigest()[:24]

@@ -1,0 +1,1 @@
+"""Two reports of the bench against each other."""

@@ -1,0 +1,1 @@
+"""What a bench measures with: clocks, operations, memory, the machine."""

@@ -1,0 +1,1 @@
+"""A report's files: JSON, Markdown and one HTML page."""

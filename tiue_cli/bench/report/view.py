@@ -1,0 +1,329 @@
+"""A report as its readers look at it: lookups, short labels, derived figures, and numbers as text.
+
+Markdown, HTML, plots and the terminal all take their figures from here, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from tiue_cli.bench.report.schema import (
+    BenchReport,
+    LatencyRecord,
+    PeakRecord,
+    QualityRecord,
+    RatioRecord,
+    Scope,
+    Stage,
+    SubjectRecord,
+)
+from tiue_cli.bench.stats import Summary, summarize
+from tiue_cli.text import number, size_text
+
+STAGE_NAMES: dict[Stage, str] = {
+    "text": "text encoder",
+    "unet_encoder": "UNet encoder",
+    "unet_decoder": "UNet decoder",
+    "unet": "UNet",
+    "vae": "VAE decoder",
+}
+METRIC_NAMES = {
+    "fid": "Fréchet distance ↓",
+    "kid": "KID ↓",
+    "clip_score": "CLIP score ↑",
+    "precision": "precision ↑",
+    "recall": "recall ↑",
+    "density": "density ↑",
+    "coverage": "coverage ↑",
+    "diversity": "diversity ↑",
+}
+HASH_DIGITS = 12
+"""Of a hash, enough for people to compare."""
+MAIN_METRICS = ("fid", "clip_score", "recall", "precision", "kid", "coverage")
+MAIN_METRIC_COUNT = 4
+REFERENCE = "reference"
+"""Key of the quality of references measured against references; it is no subject."""
+MANY_STEPS = frozenset({"teacher", "peer"})
+"""Kinds whose time is of another order."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is measured together: a batch at a size, (height, width) in pixels."""
+
+    batch: int
+    size: tuple[int, int]
+
+    @property
+    def words(self) -> str:
+        """E.g. ``batch 4, 512 × 512``."""
+        return f"batch {self.batch}, {size_text(self.size)}"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One figure that a reader should take away."""
+
+    figure: str
+    what: str
+    detail: str
+
+
+class ReportView:
+    """Lookups over one report; nothing is changed."""
+
+    def __init__(self, report: BenchReport) -> None:
+        self.report = report
+        self.subjects: dict[str, SubjectRecord] = {subject.key: subject for subject in report.subjects}
+
+    # --- lookups ---
+
+    @cached_property
+    def places(self) -> list[Place]:
+        """Every batch and size, smallest first."""
+        found = {Place(record.batch, record.size) for record in self.report.latency}
+        return sorted(found, key=lambda place: (math.prod(place.size), place.size, place.batch))
+
+    @cached_property
+    def _latency(self) -> dict[tuple[str, Place], LatencyRecord]:
+        return {(record.subject, Place(record.batch, record.size)): record for record in self.report.latency}
+
+    def latency(self, key: str, place: Place) -> LatencyRecord | None:
+        """The samples of a subject at a place."""
+        return self._latency.get((key, place))
+
+    def records(self, place: Place) -> list[LatencyRecord]:
+        """The samples of every subject at a place, in the report's order of subjects."""
+        return [self._latency[key, place] for key in self.subjects if (key, place) in self._latency]
+
+    def ratio(self, key: str, baseline: str, place: Place, scope: Scope) -> RatioRecord | None:
+        """One ratio."""
+        return self._ratios.get((key, baseline, place, scope))
+
+    @cached_property
+    def _ratios(self) -> dict[tuple[str, str, Place, Scope], RatioRecord]:
+        return {
+            (ratio.subject, ratio.baseline, Place(ratio.batch, ratio.size), ratio.scope): ratio
+            for ratio in self.report.ratios
+        }
+
+    @cached_property
+    def teachers(self) -> list[str]:
+        """Keys of the many-step models that ratios refer to."""
+        baselines = {ratio.baseline for ratio in self.report.ratios}
+        return [key for key, subject in self.subjects.items() if subject.kind == "teacher" and key in baselines]
+
+    def plain_ratio(self, key: str, place: Place, scope: Scope) -> RatioRecord | None:
+        """The ratio to the plain UNet pass of the subject's own model (with merged upsamplers, if it has them)."""
+        for (subject, baseline, where, of), ratio in self._ratios.items():
+            if (subject, where, of) == (key, place, scope) and self.subjects[baseline].kind == "plain-unet":
+                return ratio
+        return None
+
+    @cached_property
+    def quality(self) -> dict[str, QualityRecord]:
+        """Figures of quality by subject."""
+        return {record.subject: record for record in self.report.quality}
+
+    @cached_property
+    def metrics(self) -> list[str]:
+        """Names of the quality metrics, known ones first."""
+        found = dict.fromkeys(name for record in self.report.quality for name in record.metrics)
+        known = [name for name in METRIC_NAMES if name in found]
+        return known + [name for name in found if name not in METRIC_NAMES]
+
+    @cached_property
+    def main_metrics(self) -> list[str]:
+        """The few that say most, the checker's verdict beside the Fréchet distance."""
+        checker = [name for name in self.metrics if name.startswith("checker_all")]
+        ordered = [*MAIN_METRICS[:1], *checker, *MAIN_METRICS[1:]]
+        return [name for name in ordered if name in self.metrics][:MAIN_METRIC_COUNT]
+
+    # --- words ---
+
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """Labels without the model's name where all one-pass subjects are of one model: the title names it."""
+        first = Counter(
+            subject.label.split(", ")[0] for subject in self.subjects.values() if subject.kind not in MANY_STEPS
+        )
+        common = next(iter(first)) if len(first) == 1 else None
+        return {
+            key: subject.label[len(common) + 2 :]
+            if common is not None and subject.label.startswith(f"{common}, ")
+            else subject.label
+            for key, subject in self.subjects.items()
+        }
+
+    def label(self, key: str) -> str:
+        """What to call a subject; the key itself where the report does not know it (``reference``)."""
+        return self.labels.get(key, key)
+
+    # --- figures ---
+
+    def peak_for(self, subject: SubjectRecord) -> PeakRecord | None:
+        """The measured matmul rate, if it is of this subject's precision and device."""
+        peak = self.report.peak
+        return (
+            peak if peak is not None and (peak.precision, peak.device) == (subject.precision, subject.device) else None
+        )
+
+    def floor_ms(self, record: LatencyRecord, stage: Stage | None = None) -> float | None:
+        """What the counted FLOPs, of a stage or of all, take at the machine's peak; None where either is unknown."""
+        peak = self.peak_for(self.subjects[record.subject])
+        flops = sum(record.flops.values()) if stage is None else record.flops.get(stage, 0.0)
+        return None if peak is None or flops == 0 else 1000 * flops / peak.flops_per_s
+
+    def share_of_peak(self, record: LatencyRecord, stage: Stage | None = None) -> float | None:
+        """Floor over measured median, end to end or of a stage."""
+        floor_ms = self.floor_ms(record, stage)
+        samples = record.samples_ms if stage is None else record.stage_samples_ms.get(stage, ())
+        median_ms = float(np.median(samples)) if samples else 0.0
+        return None if floor_ms is None or median_ms == 0 else floor_ms / median_ms
+
+    def summary(self, record: LatencyRecord) -> Summary:
+        """Median, percentiles and spread of a record, in milliseconds."""
+        return summarize(record.samples_ms)
+
+    def stage_medians(self, record: LatencyRecord) -> dict[Stage, float]:
+        """Milliseconds of each stage, in the order of the work."""
+        return {
+            stage: float(np.median(record.stage_samples_ms[stage]))
+            for stage in STAGE_NAMES
+            if record.stage_samples_ms.get(stage)
+        }
+
+    def stage_parts(self, record: LatencyRecord) -> dict[Stage, float]:
+        """The median divided among the stages by their mean shares of a run, in milliseconds; what is left is the rest.
+
+        Medians of stages do not add up to the median of the whole; these do.
+        """
+        whole = np.asarray(record.samples_ms)
+        shares = {
+            stage: float(np.mean(np.asarray(record.stage_samples_ms[stage]) / whole))
+            for stage in self.stage_medians(record)
+            if len(record.stage_samples_ms[stage]) == len(whole) and whole.min() > 0
+        }
+        # Stages on another clock (CUDA events) may take a little more than the whole.
+        scale = float(np.median(whole)) / max(1.0, sum(shares.values()))
+        return {stage: share * scale for stage, share in shares.items()}
+
+    def rest_ms(self, record: LatencyRecord) -> float | None:
+        """What the whole takes beyond its stages (tokens, transfers, pixels): median over the runs, not below 0.
+
+        None where the stages are unknown.
+        """
+        stages = [samples for samples in record.stage_samples_ms.values() if len(samples) == len(record.samples_ms)]
+        if not stages:
+            return None
+        return max(0.0, float(np.median(np.asarray(record.samples_ms) - np.sum(stages, axis=0))))
+
+    def images_per_s(self, record: LatencyRecord) -> float:
+        """At the median."""
+        return 1000 * record.batch / self.summary(record).median
+
+    # --- what to take away ---
+
+    @cached_property
+    def hero(self) -> str | None:
+        """The student that the headline is about: of those with the most timesteps whose pictures are right, the
+        fastest at the first place. None where there is no student."""
+        if not self.places:
+            return None
+        candidates = [
+            subject
+            for subject in self.subjects.values()
+            if subject.kind == "student"
+            and (subject.parity is None or subject.parity.passed)
+            and self.latency(subject.key, self.places[0]) is not None
+            and not any(ratio.withheld for ratio in self.report.ratios if ratio.subject == subject.key)
+        ]
+        most = max((subject.steps for subject in candidates), default=0)
+        fastest = sorted(
+            (self.summary(self._latency[subject.key, self.places[0]]).median, subject.key)
+            for subject in candidates
+            if subject.steps == most
+        )
+        return fastest[0][1] if fastest else None
+
+    def headlines(self) -> list[Headline]:
+        """Latency, speed-ups, UNet passes, throughput and quality of the hero."""
+        if self.hero is None:
+            return []
+        place = self.places[0]
+        record = self._latency[self.hero, place]
+        summary = self.summary(record)
+        found = [
+            Headline(
+                f"{number(summary.median)} ms",
+                "for an image, prompt to pixels" if place.batch == 1 else f"for {place.batch} images, prompt to pixels",
+                f"median of {summary.count} runs; 90 % take at most {number(summary.p90)} ms",
+            )
+        ]
+        found += self._ratio_headlines(place)
+        best = max(
+            (self._latency[self.hero, other] for other in self.places if (self.hero, other) in self._latency),
+            key=self.images_per_s,
+        )
+        found.append(
+            Headline(number(self.images_per_s(best)), "images a second at best", Place(best.batch, best.size).words)
+        )
+        protocol, quality = self.report.quality_protocol, self.quality.get(self.hero)
+        if protocol is not None and quality is not None and "fid" in quality.metrics:
+            comparable = "" if protocol.comparable else "; not comparable with published figures"
+            found.append(
+                Headline(number(quality.metrics["fid"]), "Fréchet distance", f"{protocol.images} images{comparable}")
+            )
+        return found
+
+    def _ratio_headlines(self, place: Place) -> list[Headline]:
+        found = []
+        for ratio in self.report.ratios:
+            if ratio.subject != self.hero or Place(ratio.batch, ratio.size) != place:
+                continue
+            kind = self.subjects[ratio.baseline].kind
+            if ratio.scope == "image" and kind == "teacher":
+                shown, unit, what = as_speedup(ratio), "×", f"as fast as {self.label(ratio.baseline)}"
+            elif ratio.scope == "unet" and kind == "plain-unet":
+                shown, unit, what = as_multiple(ratio), "", f"times the UNet time of {self.label(ratio.baseline)}"
+            else:
+                continue
+            if shown.value is not None:
+                detail = f"{ratio.confidence:.0%} interval: {shown.interval}".replace("%", " %", 1)
+                found.append(Headline(number(shown.value) + unit, what, detail))
+        return found
+
+
+# --- numbers as text -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A ratio as it is shown: a speed-up, or a multiple of the baseline's time. ``None`` in all three: withheld."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def interval(self) -> str:
+        """E.g. ``2.58–2.64``; empty where there is none."""
+        return "" if self.low is None or self.high is None else f"{number(self.low)}–{number(self.high)}"
+
+
+def as_multiple(ratio: RatioRecord) -> Shown:
+    """The baseline's time is 1: above 1 is slower."""
+    return Shown(ratio.ratio, ratio.low, ratio.high)
+
+
+def as_speedup(ratio: RatioRecord) -> Shown:
+    """Upside down: above 1 is faster."""
+    value, low, high = (
+        None if part is None or part <= 0 else 1 / part for part in (ratio.ratio, ratio.high, ratio.low)
+    )
+    return Shown(value, low, high)

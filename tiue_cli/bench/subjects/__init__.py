@@ -1,0 +1,1 @@
+"""What a bench measures: models, ready to be run."""

@@ -1,0 +1,398 @@
+"""Who takes part: from what was asked for to the subjects of a bench, ready to run.
+
+- for each teacher: guided sampling at each number of steps;
+- for each model: one plain UNet pass, and the same with merged upsamplers; the student with the sharing decoder at each
+  K and with the authors' K-fold batch at each K above 1; with merged upsamplers and compiled at the largest K; its
+  export and engine at each K;
+- for each peer: the pipeline under its own sampler.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiue_cli.backends.torch_backend import choose_device, choose_dtype
+from tiue_cli.backends.trt_backend import TrtBackend
+from tiue_cli.backends.trt_device import require_tensorrt
+from tiue_cli.bench.config import BenchConfig, PeerSpec, StudentBackend
+from tiue_cli.bench.measure.flops import StageFlops
+from tiue_cli.bench.report.schema import SubjectRecord
+from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
+from tiue_cli.bench.subjects.exports import ReadyExport, engine_now, engine_obstacle, export_now, find_export_of
+from tiue_cli.bench.subjects.loading import Contestant, Loader, Say
+from tiue_cli.bench.subjects.models import LoadedModel, check_same_size, student_steps
+from tiue_cli.bench.subjects.peers import PeerSubject, load_peer, pipeline_bytes
+from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
+from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, UsageError
+from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
+
+_HOW: dict[Variant, str] = {
+    "shared": "sharing decoder",
+    "plain": "the authors' K-fold batch",
+    "merged": "sharing decoder, merged upsamplers",
+}
+
+
+@dataclass
+class Lineup:
+    """The subjects in the order of the report, and what they have in common. ``size`` is (H, W) in pixels."""
+
+    device: str
+    precision: Any
+    size: tuple[int, int]
+    latent: tuple[int, int, int]
+    names: tuple[str, ...] = ()
+    """Of the models, short."""
+    subjects: list[Subject] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
+    """Load everything that ``config`` names; ``stack`` holds it open.
+
+    ``say`` is called with what begins. Raises what loading raises, and UsageError for what does not fit together.
+    """
+    device = choose_device(config.device)
+    precision = choose_dtype(config.precision, device)
+    if config.backends is not None and "trt" in config.backends:
+        require_tensorrt()  # rather than after minutes of exporting
+    loader = Loader(config, device=device, precision=precision, say=say)
+    contestants = loader.contestants()
+    teachers = loader.teachers(contestants)
+    size = config.size or check_same_size({one.name: one.image_size() for one in contestants})
+    shapes = {_latent_shape(one, size) for one in contestants}
+    shapes |= {_latent_shape(Contestant(model.name, model.source, model), size) for model in teachers}
+    if len(shapes) > 1:
+        raise UsageError(
+            f"the models' latents have different shapes: {', '.join(map(str, sorted(shapes)))}",
+            hint="measure models of one family in one run: the same noise goes into all",
+        )
+    lineup = Lineup(
+        device,
+        precision,
+        size,
+        shapes.pop(),
+        names=tuple(contestant.name for contestant in contestants),
+        warnings=loader.warnings,
+        notes=loader.notes,
+    )
+    builder = _Builder(config, lineup, stack, say)
+    for model in teachers:
+        builder.add_teacher(model)
+    for contestant in contestants:
+        builder.add_contestant(contestant)
+    for peer in config.peers:
+        builder.add_peer(peer)
+    _compare_with_a_plain_pass(lineup)
+    return lineup
+
+
+def _compare_with_a_plain_pass(lineup: Lineup) -> None:
+    """Many-step models cost so many plain passes of the first model: guided, about twice their steps."""
+    plain = [subject.key for subject in lineup.subjects if subject.record.kind == "plain-unet"]
+    for subject in lineup.subjects:
+        if plain and subject.record.kind in ("teacher", "peer"):
+            subject.plain_pass = plain[0]
+
+
+def _latent_shape(contestant: Contestant, size: tuple[int, int]) -> tuple[int, int, int]:
+    if contestant.model is None:
+        assert contestant.export is not None, "a contestant is a model or an export"
+        return contestant.export.manifest.latent_shape(size)
+    decoder = ImageDecoder(contestant.model.components.vae)
+    return (decoder.latent_channels, *decoder.latent_size(size))
+
+
+class _Builder:
+    """Adds subjects to a lineup."""
+
+    def __init__(self, config: BenchConfig, lineup: Lineup, stack: ExitStack, say: Say) -> None:
+        self._config = config
+        self._lineup = lineup
+        self._stack = stack
+        self._say = say
+        self._names: dict[int, str] = {}
+        """Under which name a model's torch subjects are, by its identity: an export may share its student's."""
+        self._exports: dict[str, ReadyExport | str] = {}
+
+    # --- many steps ---
+
+    def add_teacher(self, model: LoadedModel) -> None:
+        """Guided sampling at each number of steps."""
+        name = EMBEDDED_TEACHER if model.source == EMBEDDED and not model.random_weights else model.name
+        guidance = model.guidance(self._config.guidance)
+        how = f"guidance {guidance:g}" if guidance > 1 else "no guidance"
+        for steps in self._config.teacher_steps:
+            record = self._record(
+                model,
+                key=f"{name}/torch/{steps}-steps",
+                label=f"{name}, {steps} steps, {how}",
+                kind="teacher",
+                steps=steps,
+                guidance=guidance,
+            )
+            self._add(TeacherSubject(record, model, self._flops(model)))
+
+    def add_peer(self, peer: PeerSpec) -> None:
+        """Another pipeline under its own sampler."""
+        self._say(f"loading {peer.source}")
+        lineup = self._lineup
+        pipeline, load_s = load_peer(peer, device=lineup.device, precision=lineup.precision)
+        how = "its own guidance" if peer.guidance is None else f"guidance {peer.guidance:g}"
+        record = SubjectRecord(
+            key=f"{peer.name}/diffusers/{peer.steps}-steps",
+            label=f"{peer.name}, {peer.steps} step{'' if peer.steps == 1 else 's'}, {how}",
+            kind="peer",
+            backend="diffusers",
+            model=peer.source,
+            model_sha256=None,
+            steps=peer.steps,
+            guidance=peer.guidance,
+            precision=lineup.precision,
+            device=lineup.device,
+            weights_bytes=pipeline_bytes(pipeline),
+            load_s=load_s,
+            notes=(f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}",),
+        )
+        self._add(PeerSubject(record, pipeline, size=lineup.size, seed=self._config.seed))
+
+    # --- one pass ---
+
+    def add_contestant(self, contestant: Contestant) -> None:
+        """A model's plain passes, its student in torch, and its export."""
+        asked = self._config.backends
+        model, name, before = contestant.model, contestant.name, len(self._lineup.subjects)
+        if model is None:
+            all_steps = self._export_steps(contestant)
+        else:
+            all_steps = student_steps(model.student, self._config.steps)
+            if id(model) not in self._names:
+                self._names[id(model)] = name
+                self._add_plain_passes(model, name)
+                self._add_torch(model, name, all_steps, ("torch",) if asked is None else asked)
+        for backend in ("onnx", "trt"):
+            if asked is None or backend in asked:
+                self._add_exported(contestant, all_steps, backend, asked=asked is not None)
+        if model is None and len(self._lineup.subjects) == before:
+            raise UsageError(
+                f"{contestant.source} is an export, and nothing that was asked for can run it",
+                hint="leave --backend out, or name onnx or trt",
+            )
+
+    def _export_steps(self, contestant: Contestant) -> tuple[int, ...]:
+        assert contestant.export is not None, "a contestant is a model or an export"
+        manifest = contestant.export.manifest
+        for steps in self._config.steps or ():
+            manifest.combine(steps)
+        return self._config.steps or manifest.steps
+
+    def _add_plain_passes(self, model: LoadedModel, name: str) -> None:
+        for merged in (False, True):
+            record = self._record(
+                model,
+                key=f"{name}/torch/unet{'-merged' if merged else ''}",
+                label=f"{name}, one plain UNet pass{', merged upsamplers' if merged else ''}",
+                kind="plain-unet",
+                steps=1,
+                merged_upsampler=merged,
+                untrained=True,
+                notes=("a single step that the model was not trained for: its time counts, its picture does not",),
+            )
+            self._add(PlainUNetSubject(record, model, self._flops(model)))
+
+    def _add_torch(
+        self, model: LoadedModel, name: str, all_steps: tuple[int, ...], backends: tuple[StudentBackend, ...]
+    ) -> None:
+        most, timed = max(all_steps), "torch" in backends
+        # Where torch is not asked for, it still draws what the others are compared with.
+        for steps in all_steps if timed or set(backends) & {"onnx", "trt"} else (most,):
+            self._add_student(model, name, steps, "shared", timed=timed)
+        if timed:
+            for steps in all_steps:
+                if steps > 1:
+                    self._add_student(model, name, steps, "plain")
+            self._add_student(model, name, most, "merged")
+        if "compile" in backends:
+            self._add_student(model, name, most, "shared", backend="compile")
+
+    def _add_student(
+        self,
+        model: LoadedModel,
+        name: str,
+        steps: int,
+        variant: Variant,
+        *,
+        backend: StudentBackend = "torch",
+        timed: bool = True,
+    ) -> None:
+        suffix = "" if variant == "shared" else f"-{variant}"
+        record = self._record(
+            model,
+            key=f"{name}/{backend}/k{steps}{suffix}",
+            label=f"{name}, K = {steps}, {_HOW[variant]}{', torch.compile' if backend == 'compile' else ''}",
+            kind="student-plain" if variant == "plain" else "student",
+            backend=backend,
+            steps=steps,
+            merged_upsampler=variant == "merged",
+            untrained=not model.is_student,
+        )
+        subject = StudentSubject(record, model, self._flops(model), variant=variant)
+        subject.timed = timed
+        subject.plain_pass = f"{name}/torch/unet{'-merged' if variant == 'merged' else ''}"
+        subject.reference = _other_than(record.key, f"{name}/torch/k{steps}")
+        self._add(subject)
+
+    # --- exports ---
+
+    def _add_exported(
+        self, contestant: Contestant, all_steps: tuple[int, ...], backend: StudentBackend, *, asked: bool
+    ) -> None:
+        """The student's export, or its engine, at each K; where it was not asked for, only if it lies ready."""
+        ready = self._export(contestant, asked=asked)
+        if isinstance(ready, str):
+            self._lineup.notes.append(f"{backend} is left out: {ready}")
+            return
+        try:
+            if backend == "trt":
+                ready = self._with_engine(ready, asked=asked)
+            started = time.perf_counter()
+            opened = self._backend(ready, backend)
+            self._stack.enter_context(opened)
+        except (DeviceError, ManifestError, MissingDependencyError) as error:
+            # An export that was given as a model is there to be run, and an engine that was named as well.
+            wanted = ready.engine is not None if backend == "trt" else contestant.export is not None
+            if asked or wanted:
+                raise
+            self._lineup.notes.append(f"{backend} is left out: {error.message}")
+            return
+        load_s = time.perf_counter() - started
+        for steps in all_steps:
+            self._add_exported_at(contestant, ready, opened, backend, steps=steps, load_s=load_s)
+
+    def _add_exported_at(
+        self,
+        contestant: Contestant,
+        ready: ReadyExport,
+        opened: TimedOnnxBackend | TrtBackend,
+        backend: StudentBackend,
+        *,
+        steps: int,
+        load_s: float,
+    ) -> None:
+        name, model, manifest = contestant.name, contestant.model, ready.manifest
+        runtime = "ONNX Runtime" if backend == "onnx" else "TensorRT"
+        record = SubjectRecord(
+            key=f"{name}/{backend}/k{steps}",
+            label=f"{name}, K = {steps}, {runtime}",
+            kind="student",
+            backend=backend,
+            model=contestant.source,
+            model_sha256=manifest.student.sha256 if model is None else model.sha256,
+            steps=steps,
+            guidance=None,
+            precision=self._lineup.precision,
+            device=opened.device,
+            random_weights=model is not None and model.random_weights,
+            untrained=model is not None and not model.is_student,
+            weights_bytes=sum(file.size_bytes for graph in manifest.graphs for file in (graph.onnx, *graph.data)),
+            load_s=load_s,
+            build_s=ready.build_s,
+            notes=_export_notes(opened.notes, ready, compared=model is not None),
+        )
+        subject = ExportedSubject(record, opened, None if model is None else self._flops(model))
+        if model is not None:
+            torch_name = self._names[id(model)]
+            subject.reference = f"{torch_name}/torch/k{steps}"
+            subject.plain_pass = f"{torch_name}/torch/unet"
+        elif manifest.parity is None:
+            subject.unverified = "its pictures were compared with nothing, here or when it was exported"
+        self._add(subject)
+
+    def _export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
+        """The export to run, or why there is none. Raises where it was asked for and cannot be had."""
+        if contestant.name not in self._exports:
+            self._exports[contestant.name] = self._find_export(contestant, asked=asked)
+        return self._exports[contestant.name]
+
+    def _find_export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
+        lineup, model = self._lineup, contestant.model
+        if contestant.export is not None:
+            manifest = contestant.export.manifest
+            if manifest.precision != lineup.precision:
+                raise UsageError(
+                    f"{contestant.source} was exported in {manifest.precision}, and this run is in {lineup.precision}",
+                    hint=f"measure all in it: --precision {manifest.precision}",
+                )
+            return contestant.export
+        assert model is not None, "a contestant is a model or an export"
+        found = find_export_of(model, precision=lineup.precision, size=lineup.size, vae=self._config.vae)
+        if isinstance(found, ReadyExport) or not asked:
+            return found
+        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tiue-bench-")))
+        return export_now(model, folder, precision=lineup.precision, size=lineup.size, say=self._say)
+
+    def _with_engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport:
+        """The export with an engine that takes every batch. Raises where there is none and none is to be built."""
+        batches = self._config.batches
+        obstacle = engine_obstacle(ready.folder, ready.engine, size=self._lineup.size, batches=batches)
+        if obstacle is None:
+            return ready
+        if not asked or ready.build_s is None:
+            raise obstacle
+        # The export was made for this run, so its engine is as well.
+        engine, build_s = engine_now(ready, batches=batches, say=self._say)
+        return replace(ready, build_s=ready.build_s + build_s, engine=engine)
+
+    def _backend(self, ready: ReadyExport, backend: StudentBackend) -> TimedOnnxBackend | TrtBackend:
+        if backend == "trt":
+            return TrtBackend(ready.folder, engine=ready.engine)
+        provider = "cuda" if self._lineup.device == "cuda" else "cpu"
+        return TimedOnnxBackend(ready.folder, provider=provider, threads=torch.get_num_threads())
+
+    # --- records ---
+
+    def _add(self, subject: Subject) -> None:
+        self._lineup.subjects.append(self._stack.enter_context(subject))
+
+    def _flops(self, model: LoadedModel) -> StageFlops:
+        return StageFlops(model.components, self._lineup.latent[1:])
+
+    def _record(self, model: LoadedModel, **fields: Any) -> SubjectRecord:
+        """A record over a loaded model; ``fields`` are those that differ from subject to subject."""
+        return SubjectRecord.model_validate(
+            {
+                "backend": "torch",
+                "model": model.source,
+                "model_sha256": model.sha256,
+                "guidance": None,
+                "precision": self._lineup.precision,
+                "device": self._lineup.device,
+                "random_weights": model.random_weights,
+                "weights_bytes": model.weights_bytes,
+                "load_s": model.load_s,
+                **fields,
+            }
+        )
+
+
+def _other_than(key: str, reference: str) -> str | None:
+    return None if key == reference else reference
+
+
+def _export_notes(notes: tuple[str, ...], ready: ReadyExport, *, compared: bool) -> tuple[str, ...]:
+    """What a reader should know: where this run compares the pictures, earlier comparisons do not matter."""
+    if compared:
+        return tuple(note for note in notes if not note.endswith("(--no-check)"))
+    parity = ready.manifest.parity
+    if parity is None:
+        return notes
+    return (*notes, f"when it was exported, its pictures had {parity.image_psnr_db:.1f} dB to those of torch in fp32")

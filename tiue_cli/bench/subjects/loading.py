@@ -1,0 +1,131 @@
+"""The models of a bench, loaded: from the words of the command line to weights on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tiue_cli.bench.config import NO_TEACHER, BenchConfig
+from tiue_cli.bench.subjects.exports import ReadyExport
+from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, random_model
+from tiue_cli.errors import UsageError
+from tiue_cli.files.atomic import sha256_folder
+from tiue_cli.generate.target import ExportInfo, find_export
+from tiue_cli.model.hub import EMBEDDED_NAMES, EMBEDDED_TEACHER, resolve_model
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One MODEL. ``model`` None: an export whose student is not at hand; ``export``: MODEL is an export itself."""
+
+    name: str
+    source: str
+    model: LoadedModel | None
+    export: ReadyExport | None = None
+
+    def image_size(self) -> tuple[int, int]:
+        """Pixels (H, W) that it was made for."""
+        if self.export is not None:
+            return self.export.manifest.default_size
+        assert self.model is not None, "a contestant is a model or an export"
+        return self.model.image_size()
+
+
+class Loader:
+    """Loads each folder once. ``warnings`` are for the reader of the report, ``notes`` for who runs the bench."""
+
+    def __init__(self, config: BenchConfig, *, device: str, precision: Any, say: Say) -> None:
+        self._config = config
+        self._device = device
+        self._precision = precision
+        self._say = say
+        self._loaded: dict[str, LoadedModel] = {}
+        self.warnings: list[str] = []
+        self.notes: list[str] = []
+
+    def contestants(self) -> list[Contestant]:
+        """Every MODEL. Raises what loading raises."""
+        names: list[str] = []
+        for source in self._config.models:
+            names.append(named(source, names))
+        return [self._contestant(name, source) for name, source in zip(names, self._config.models, strict=True)]
+
+    def teachers(self, contestants: Sequence[Contestant]) -> list[LoadedModel]:
+        """The many-step models to compare with, each once: the one that was named, else what each student knows."""
+        asked = self._config.teacher
+        if asked == NO_TEACHER:
+            return []
+        if asked is not None:
+            name = named(asked, [contestant.name for contestant in contestants])
+            return [self._many_steps(self._load(name, asked), asked)]
+        found = [self._own_teacher(contestant) for contestant in contestants]
+        return list({id(model.components): model for model in found if model is not None}.values())
+
+    def _contestant(self, name: str, source: str) -> Contestant:
+        if self._config.random_weights:
+            return Contestant(name, source, self._random(source))
+        export = find_export(source)
+        if export is not None:
+            return self._exported(name, source, export)
+        model = self._load(name, source)
+        if not model.is_student:
+            self.warnings.append(
+                f"{source} is a many-step model: its untrained student is measured for speed, and the pictures of that"
+                " student mean nothing"
+            )
+        return Contestant(name, source, model)
+
+    def _random(self, shape: str) -> LoadedModel:
+        self._say(f"building {shape} with random weights")
+        self.warnings.append(f"{shape}: random weights in the model's full size; speed alone means anything")
+        return random_model(
+            shape, device=self._device, precision=self._precision, seed=self._config.seed, vae=self._config.vae
+        )
+
+    def _exported(self, name: str, source: str, export: ExportInfo) -> Contestant:
+        """An export, with the student that it came from where that is at hand to be compared with."""
+        if self._config.vae is not None:
+            raise UsageError(f"the autoencoder is part of an export ({source})", hint="leave --vae out")
+        ready = ReadyExport(export.path, export.manifest, engine=export.engine)
+        origin = export.manifest.student
+        if origin.vae_source is None and (origin.source in EMBEDDED_NAMES or Path(origin.source).is_dir()):
+            folder = resolve_model(origin.source)
+            if sha256_folder(folder) == origin.sha256:
+                return Contestant(name, source, self._load(name, origin.source), ready)
+        self.warnings.append(
+            f"{source}: the student that it was exported from ({origin.source}) is not at hand, so that its pictures"
+            " are compared with nothing in this run"
+        )
+        return Contestant(name, source, None, ready)
+
+    def _load(self, name: str, source: str) -> LoadedModel:
+        place = str(resolve_model(source).resolve())
+        if place not in self._loaded:
+            self._say(f"loading {source}")
+            self._loaded[place] = load_model(
+                name, source, device=self._device, precision=self._precision, vae=self._config.vae
+            )
+        return self._loaded[place]
+
+    def _own_teacher(self, contestant: Contestant) -> LoadedModel | None:
+        model = contestant.model
+        if model is not None and (model.random_weights or not model.is_student):
+            return model
+        manifest = None if model is None else model.components.info.manifest
+        known = None if manifest is None else manifest.teacher
+        if contestant.export is not None:
+            known = contestant.export.manifest.student.teacher
+        if known in EMBEDDED_NAMES or contestant.source in EMBEDDED_NAMES:
+            return self._load(EMBEDDED_TEACHER, EMBEDDED_TEACHER)
+        named_by = "" if known in (None, "unknown") else f" (it names {known})"
+        self.notes.append(f"{contestant.source} is compared with no teacher{named_by}: give one with --teacher FOLDER")
+        return None
+
+    def _many_steps(self, model: LoadedModel, source: str) -> LoadedModel:
+        if model.is_student:
+            raise UsageError(f"--teacher {source} is a student", hint="give the many-step model that it came from")
+        return model

@@ -1,0 +1,223 @@
+"""The things that a bench measures: prompts and noise in, pictures and the times of their stages out.
+
+Here are those that run in torch; exports are in ``exported_subjects``, other pipelines in ``peers``. Every subject gets
+the same prompts, the same noise (drawn from the seeds), the same size and precision.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from tiue_cli.bench.measure.clock import StageMs, clock_for
+from tiue_cli.bench.measure.flops import StageFlops
+from tiue_cli.bench.report.schema import Stage, SubjectRecord
+from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights
+from tiue_cli.bench.subjects.models import LoadedModel, combine_for
+from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.text import encode_prompts
+from tiue_cli.model.unet import UNetDecoder, UNetEncoder
+
+Variant = Literal["shared", "plain", "merged"]
+"""The sharing decoder that ships; the TiUE authors' K-fold batch; the sharing one with merged upsamplers."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Pictures (B, H, W, 3) uint8 of one run, and milliseconds of its stages."""
+
+    images: np.ndarray
+    stage_ms: StageMs
+
+
+class Subject(ABC):
+    """One thing that is measured, held ready between ``__enter__`` and ``__exit__``.
+
+    ``reference`` is the key of the subject whose pictures must be these, ``plain_pass`` that of the plain UNet pass to
+    compare with; None where there is none. What is not ``timed`` serves as a reference only.
+    """
+
+    reference: str | None = None
+    plain_pass: str | None = None
+    unverified: str | None = None
+    """Why nothing says that its pictures are right; None where something does, or nothing has to."""
+    timed: bool = True
+    compiles: bool = False
+    """Whether the first call at a batch builds something, so that it is build time and no latency."""
+
+    def __init__(self, record: SubjectRecord) -> None:
+        self.record = record
+
+    @property
+    def key(self) -> str:
+        """``SubjectRecord.key``."""
+        return self.record.key
+
+    @property
+    def clock_kind(self) -> Literal["wall", "cuda-events"]:
+        """What times its stages."""
+        return "wall"
+
+    @abstractmethod
+    def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
+        """Draw one picture a prompt from ``noise`` (B, C, h, w) float32."""
+
+    def flops(self, batch: int) -> dict[Stage, float]:
+        """FLOPs of each stage of a run of ``batch`` images; empty where they cannot be counted."""
+        return {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class _TorchSubject(Subject):
+    """What the subjects over a ``LoadedModel`` share."""
+
+    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops) -> None:
+        super().__init__(record)
+        self._model = model
+        self._flops = flops
+        self._clock = clock_for(record.device)
+        self._decoder = ImageDecoder(model.components.vae)
+
+    @property
+    def clock_kind(self) -> Literal["wall", "cuda-events"]:
+        """``wall`` on a CPU, ``cuda-events`` on a GPU."""
+        return self._clock.kind
+
+    def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
+        """See ``Subject.run``."""
+        with torch.inference_mode():
+            images = self._draw(list(prompts), torch.from_numpy(noise).to(self.record.device))
+        return Outcome(images, self._clock.take_ms())
+
+    @abstractmethod
+    def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
+        """Pictures from placed float32 noise."""
+
+    def _encode(self, prompts: list[str]) -> torch.Tensor:
+        parts = self._model.components
+        with self._clock.stage("text"):
+            return encode_prompts(parts.tokenizer, parts.text_encoder, prompts).to(parts.unet.dtype)
+
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        with self._clock.stage("vae"):
+            return self._decoder.decode(latents)
+
+
+class TeacherSubject(_TorchSubject):
+    """Many DDIM steps with classifier-free guidance, through diffusers' own pipeline."""
+
+    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops) -> None:
+        super().__init__(record, model, flops)
+        self._teacher = model.teacher
+        self._guidance = 1.0 if record.guidance is None else record.guidance
+
+    def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
+        text_states = self._encode(prompts)
+        unconditional = self._encode([""] * len(prompts)) if self._guidance > 1.0 else None
+        with self._clock.stage("unet"):
+            latents = self._teacher.denoise(
+                text_states, noise, unconditional=unconditional, steps=self.record.steps, guidance=self._guidance
+            )
+        return self._decode(latents)
+
+    def flops(self, batch: int) -> dict[Stage, float]:
+        """See ``Subject.flops``; guidance doubles the rows of text encoder and UNet."""
+        rows = 2 * batch if self._guidance > 1.0 else batch
+        counted = self._flops
+        unet = self.record.steps * counted.unet(rows)
+        return {"text": counted.text(rows), "unet": unet, "vae": counted.vae(batch)}
+
+
+class PlainUNetSubject(_TorchSubject):
+    """One whole UNet pass without guidance and the one-step sum: what a one-step student of any method costs."""
+
+    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops) -> None:
+        super().__init__(record, model, flops)
+        unet = model.components.unet
+        self._unet: Any = merged_upsamplers(unet) if record.merged_upsampler else unet
+        self._combine = combine_for(model.student, 1)
+
+    def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
+        text_states = self._encode(prompts)
+        with self._clock.stage("unet"):
+            rounded = noise.to(text_states.dtype)
+            (prediction,) = self._unet(
+                rounded, self._combine.timesteps[0], encoder_hidden_states=text_states, return_dict=False
+            )
+            latents = self._combine(noise, prediction[None])
+        return self._decode(latents)
+
+    def flops(self, batch: int) -> dict[Stage, float]:
+        """See ``Subject.flops``."""
+        counted = self._flops
+        unet = counted.unet(batch, merged_upsampler=self.record.merged_upsampler)
+        return {"text": counted.text(batch), "unet": unet, "vae": counted.vae(batch)}
+
+
+class StudentSubject(_TorchSubject):
+    """One pass: the UNet encoder once, the UNet decoder at K timesteps as one batch, the weighted sum, the autoencoder.
+
+    With the record's backend ``compile``, the UNet's halves and the autoencoder's decoder go through ``torch.compile``
+    in its default mode.
+    """
+
+    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, variant: Variant) -> None:
+        super().__init__(record, model, flops)
+        self._variant = variant
+        student = model.student
+        self._combine = combine_for(student, record.steps)
+        self._encoder_timestep = student.manifest.encoder_timestep
+        self._timesteps = torch.tensor(self._combine.timesteps, device=record.device)
+        self._unet_encoder: Any = UNetEncoder(student.unet)
+        self._unet_decoder: Any = _decoder(student.unet, variant)
+        self.compiles = record.backend == "compile"
+        if self.compiles:
+            self._compile()
+
+    def _compile(self) -> None:
+        self._unet_encoder = torch.compile(self._unet_encoder)
+        self._unet_decoder = torch.compile(self._unet_decoder)
+        vae: Any = with_same_weights(self._model.components.vae)
+        vae.decoder = torch.compile(vae.decoder)
+        self._decoder = ImageDecoder(vae)
+
+    def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
+        text_states = self._encode(prompts)
+        with self._clock.stage("unet_encoder"):
+            features = self._unet_encoder(noise.to(text_states.dtype), text_states, self._encoder_timestep)
+        with self._clock.stage("unet_decoder"):
+            predictions = self._unet_decoder(features, self._timesteps, text_states)
+            # The sum takes the unrounded noise, as the product does: its weight is the largest.
+            latents = self._combine(noise, predictions)
+        return self._decode(latents)
+
+    def flops(self, batch: int) -> dict[Stage, float]:
+        """See ``Subject.flops``."""
+        counted = self._flops
+        return {
+            "text": counted.text(batch),
+            "unet_encoder": counted.unet_encoder(batch),
+            "unet_decoder": counted.unet_decoder(batch, self.record.steps, self._variant),
+            "vae": counted.vae(batch),
+        }
+
+
+def _decoder(unet: Any, variant: Variant) -> nn.Module:
+    if variant == "plain":
+        return UNetDecoder(unet)
+    return SharedUNetDecoder(unet, merged_upsampler=variant == "merged")

@@ -1,0 +1,1 @@
+"""The commands of ``tiue``, one file each."""

@@ -1,0 +1,227 @@
+"""``tiue bench``: its options, and what they become."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tiue_cli.bench.config import (
+    BACKENDS,
+    SHAPES,
+    BenchConfig,
+    PrecisionName,
+    parse_backends,
+    parse_numbers,
+    parse_peer,
+)
+from tiue_cli.cli.console import Console
+from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
+from tiue_cli.errors import UsageError
+from tiue_cli.generate.plan import DeviceName
+from tiue_cli.model.noise import MAX_SEED
+from tiue_cli.text import parse_size
+
+_BENCH = BenchConfig(models=())
+_QUALITY = "Quality"
+_COMPARISON = "Comparison with another report"
+EXAMPLES = (
+    "tiue bench papercut",
+    "tiue bench papercut --quality --images 256 --out reports",
+    "tiue bench runs/sd15/student --teacher OWNER/NAME --backend torch,compile,onnx,trt --batch 1,8",
+    "tiue bench runs/sd15/student --teacher none --peer turbo=stabilityai/sd-turbo:1:0",
+    "tiue bench sd15 --random-weights --batch 1 --teacher-steps 25",
+    "tiue bench papercut --compare benchmarks/OLD.json --fail-if 'p50>+5%'",
+    "tiue bench --compare OLD.json NEW.json",
+)
+
+
+def bench(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL", help="Student, teacher or export folder, or hub id; a shape with --random-weights."
+        ),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|HUB_ID",
+            help='The many-step model to compare with; "none" for none. Without it: the one the student knows.',
+            rich_help_panel=MODEL,
+        ),
+    ] = _BENCH.teacher,
+    teacher_steps: Annotated[
+        str, typer.Option(metavar="N,…", help="Sampler steps of the teacher.", rich_help_panel=MODEL)
+    ] = ",".join(map(str, _BENCH.teacher_steps)),
+    guidance: Annotated[
+        float | None, typer.Option(metavar="G", help="Guidance of the teacher; 1 is none.", rich_help_panel=MODEL)
+    ] = _BENCH.guidance,
+    steps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K,…",
+            help="Decoder timesteps of the student. Without it: every number up to its own.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, for all models.", rich_help_panel=MODEL),
+    ] = _BENCH.vae,
+    peers: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--peer",
+            metavar="NAME=FOLDER|HUB_ID:STEPS[:GUIDANCE]",
+            help="Another diffusers pipeline under its own sampler; several times for several.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool,
+        typer.Option(
+            "--random-weights",
+            help=f"Speed alone, of the shapes {', '.join(SHAPES)}: no weights are needed.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _BENCH.random_weights,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help=f"What runs the student: {', '.join(BACKENDS)}. Without it: torch, and exports that lie ready.",
+        ),
+    ] = None,
+    batch: Annotated[str, typer.Option(metavar="N,…", help="Images computed at once.")] = ",".join(
+        map(str, _BENCH.batches)
+    ),
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
+    ] = None,
+    duration: Annotated[
+        float, typer.Option(metavar="S", help="Seconds that each subject is timed for at each batch, about.")
+    ] = _BENCH.duration_s,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl. Without it: scenes of papercut's.")
+    ] = _BENCH.prompts,
+    seed: Annotated[
+        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i.")
+    ] = _BENCH.seed,
+    no_latency: Annotated[
+        bool, typer.Option("--no-latency", help="Do not time anything: quality alone.", rich_help_panel=_QUALITY)
+    ] = not _BENCH.latency,
+    quality: Annotated[
+        bool, typer.Option("--quality", help="Measure the pictures as well.", rich_help_panel=_QUALITY)
+    ] = _BENCH.quality,
+    images: Annotated[
+        int, typer.Option(metavar="N", min=2, help="Pictures of each subject.", rich_help_panel=_QUALITY)
+    ] = _BENCH.images,
+    repetitions: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, help="With other seeds each: what tells the noise of quality.", rich_help_panel=_QUALITY
+        ),
+    ] = _BENCH.repetitions,
+    reference: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR|STATS.npz",
+            help="Real pictures, or their statistics. Papercut needs none.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = _BENCH.reference,
+    extractor: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.onnx|DIR",
+            help="Network for the distances: Inception as ONNX, or a CLIP folder. Papercut has its own.",
+            rich_help_panel=_QUALITY,
+        ),
+    ] = _BENCH.extractor,
+    clip: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="CLIP folder for the CLIP score.", rich_help_panel=_QUALITY)
+    ] = _BENCH.clip,
+    resize: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Crop and resize all pictures to N x N first.", rich_help_panel=_QUALITY),
+    ] = _BENCH.resize,
+    keep_images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the pictures here.", rich_help_panel=_QUALITY)
+    ] = _BENCH.keep_images,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OLD.json",
+            help="Say what changed since; with NEW.json instead of a model, nothing is measured.",
+            rich_help_panel=_COMPARISON,
+        ),
+    ] = None,
+    fail_if: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CONDITION",
+            help="Exit with 1 where it surely holds, e.g. 'p50>+5%', 'memory>2GiB', 'fid>+2'.",
+            rich_help_panel=_COMPARISON,
+        ),
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Where the report goes.", rich_help_panel=OUTPUT)
+    ] = _BENCH.out,
+    format_: FormatOption = "human",
+    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _BENCH.device,
+    precision: Annotated[
+        PrecisionName,
+        typer.Option(help="Of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
+    ] = _BENCH.precision,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Without it: every core.", rich_help_panel=MACHINE)
+    ] = _BENCH.threads,
+) -> None:
+    """Measure how fast and how good models are, side by side in one run, and write a report.
+
+    Every subject gets the same prompts, seeds, size and precision, in rounds that interleave them all.
+    """
+    from tiue_cli.cli.run_bench import compare_files, run_bench
+
+    if fail_if and compare is None:
+        raise UsageError("--fail-if compares with another report", hint="give it: --compare OLD.json")
+    if compare is not None and len(models or []) == 1 and (models or [""])[0].endswith(".json"):
+        ok = compare_files(compare, Path((models or [""])[0]), Console(format_), fail_if=fail_if or ())
+    else:
+        config = BenchConfig(
+            models=tuple(models or ()),
+            teacher=teacher,
+            teacher_steps=parse_numbers(teacher_steps, "--teacher-steps"),
+            guidance=guidance,
+            backends=None if backend is None else parse_backends(backend),
+            batches=parse_numbers(batch, "--batch"),
+            size=None if size is None else parse_size(size),
+            steps=None if steps is None else parse_numbers(steps, "--steps"),
+            precision=precision,
+            device=device,
+            vae=vae,
+            duration_s=duration,
+            random_weights=random_weights,
+            peers=tuple(parse_peer(text) for text in peers or ()),
+            prompts=prompts,
+            seed=seed,
+            threads=threads,
+            out=out,
+            latency=not no_latency,
+            quality=quality,
+            images=images,
+            repetitions=repetitions,
+            reference=reference,
+            extractor=extractor,
+            clip=clip,
+            resize=resize,
+            keep_images=keep_images,
+            command=shlex.join(["tiue", *sys.argv[1:]]),
+        )
+        ok = run_bench(config, Console(format_), old=compare, fail_if=fail_if or ())
+    if not ok:
+        raise typer.Exit(1)

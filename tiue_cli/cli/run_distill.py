@@ -1,0 +1,155 @@
+"""What ``tiue distill`` does with a request: train and show, plan only, or hand over to ``accelerate launch``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tiue_cli.cli.console import Console
+from tiue_cli.text import bytes_text
+
+if TYPE_CHECKING:
+    from tiue_cli.distill.request import DistillRequest
+    from tiue_cli.events import Finished
+
+
+def run_distill(request: DistillRequest, console: Console) -> None:
+    """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on."""
+    from tiue_cli.events import Finished, Note, Progress, Saved
+
+    resolved = request.resolve()
+    for key, origin in resolved.origins.items():
+        if origin not in ("the run", "--teacher", "--prompts"):
+            console.note(f"{key} = {_value(resolved.config, key)} (from {origin})")
+    from tiue_cli.distill.loop import Distillation
+
+    figures: Mapping[str, float] = {}
+    with console.stages() as stages:
+        for event in Distillation(resolved.config, request.out, resume=request.resume).events():
+            if isinstance(event, Note):
+                console.note(event.text)
+            elif isinstance(event, Progress):
+                figures = event.figures or figures
+                stages(event.stage, event.done, event.total, _shown(event.figures))
+            elif isinstance(event, Saved):
+                console.path(str(event.path))
+            else:
+                assert isinstance(event, Finished)
+                finished = event
+    _report(finished, figures, console)
+
+
+def plan_distill(request: DistillRequest, console: Console) -> None:
+    """Show the resolved config and what the run would need and write; nothing is written."""
+    resolved = request.resolve()
+    from tiue_cli.distill.acceleration import HALF, effective_precision
+    from tiue_cli.distill.config import to_yaml
+    from tiue_cli.distill.data.prompts import read_training_prompts
+    from tiue_cli.distill.estimate import estimate_run
+    from tiue_cli.distill.run_folder import check_out_folder
+
+    config = resolved.config
+    check_out_folder(request.out, resume=request.resume)
+    prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
+    needs = estimate_run(config, prompts=len(prompts.prompts), half=effective_precision(config) in HALF)
+    origins: dict[str, list[str]] = {}
+    for key, origin in resolved.origins.items():
+        origins.setdefault(origin, []).append(key)
+    console.document(
+        {
+            "config": config.model_dump(mode="json"),
+            "origins": dict(resolved.origins),
+            "prompts": len(prompts.prompts),
+            "decoder_timesteps": list(needs.timesteps),
+            "parameters": needs.parameters,
+            "memory_bytes": needs.memory_bytes,
+            "disk_bytes": needs.disk_bytes,
+            "steps": needs.steps,
+            "out": str(request.out),
+        }
+    )
+    console.plan(
+        to_yaml(config),
+        {
+            "prompts": prompts.describe(),
+            "decoder timesteps": str(list(needs.timesteps)),
+            **{f"{name}, steps": f"{count:,}" for name, count in needs.steps.items() if count},
+            **{f"{name}, parameters": f"{count:,}" for name, count in needs.parameters.items()},
+            **{f"memory: {name}": bytes_text(size) for name, size in needs.memory_bytes.items()},
+            "memory: together": f"{bytes_text(needs.peak_memory_bytes)} a process, and what the allocator adds",
+            **{f"disk: {name}": bytes_text(size) for name, size in needs.disk_bytes.items() if size},
+            **{f"from {origin}": ", ".join(keys) for origin, keys in origins.items()},
+            "would write": f"{request.out}/ (run.json, config.yaml, log.jsonl, grids/, checkpoints/, student/)",
+            "cache": str(config.cache_folder),
+        },
+    )
+
+
+def relaunch(request: DistillRequest, accelerate_args: Sequence[str], console: Console, *, format_: str) -> int:
+    """Run the same request under ``accelerate launch``; returns its exit status."""
+    from tiue_cli.cli.launch import ACCELERATE_ARGS, command_line, launch, launcher_arguments
+    from tiue_cli.distill.run_folder import check_out_folder
+
+    # What is wrong with the request is said once, here.
+    request.resolve()
+    check_out_folder(request.out, resume=request.resume)
+    words, environment = launcher_arguments(accelerate_args)
+    arguments = [*request.arguments(), "--format", format_]
+    console.note(f"running: {command_line(words, environment, arguments)}")
+    return launch(words, {**environment, ACCELERATE_ARGS: shlex.join(accelerate_args)}, arguments)
+
+
+def is_worker() -> bool:
+    """Whether another process of the same launch does the talking."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def resume_command(out: str) -> str:
+    """What to type to go on, with as many processes."""
+    from tiue_cli.cli.launch import ACCELERATE_ARGS
+
+    words = f"distill --out {shlex.quote(out)} --resume"
+    if ACCELERATE_ARGS in os.environ:
+        return f"tiue {words} --launch -- {os.environ[ACCELERATE_ARGS]}"
+    processes = os.environ.get("WORLD_SIZE", "1")
+    return f"tiue {words}" if processes == "1" else f"accelerate launch --num_processes {processes} -m tiue_cli {words}"
+
+
+def _report(finished: Finished, figures: Mapping[str, float], console: Console) -> None:
+    out = str(finished.out)
+    console.document(
+        {
+            "out": out,
+            "student": None if finished.student is None else str(finished.student),
+            "step": finished.step,
+            "interrupted": finished.interrupted,
+            "resume": resume_command(out) if finished.interrupted else None,
+            "figures": dict(figures),
+        }
+    )
+    if finished.interrupted and not is_worker():
+        console.stopped(f"at step {finished.step}, saved; to go on: {resume_command(out)}")
+    elif finished.student is not None:
+        console.summary(f'to use it: tiue generate "a prompt" --model {shlex.quote(str(finished.student))}')
+
+
+def _shown(figures: Mapping[str, float]) -> str:
+    """The figures that are worth watching, short."""
+    losses = {name: value for name, value in figures.items() if name not in _QUIET}
+    words = [f"{name} {value:.4g}" for name, value in losses.items()]
+    if "images_per_s" in figures:
+        words.append(f"{figures['images_per_s']:.3g} images/s")
+    if "memory_bytes" in figures:
+        words.append(f"{figures['memory_bytes'] / 2**30:.1f} GiB")
+    return "  ".join(words)
+
+
+_QUIET = ("images_per_s", "seconds_per_step", "learning_rate", "memory_bytes")
+
+
+def _value(config: object, key: str) -> object:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,1 @@
+"""What goes into a distillation: prompts, text states, pairs, and their order."""

@@ -1,0 +1,398 @@
+"""What an export folder and an engine folder hold: ``manifest.json`` and ``engine.json``.
+
+Standard library and pydantic only: whatever runs an exported student reads these first. Sizes are (height, width) in
+pixels; the symbolic ``height`` and ``width`` in tensor shapes are those of the latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from tiue_cli.errors import ManifestError, UsageError
+from tiue_cli.files.atomic import read_manifest, sha256_file
+
+EXPORT_MANIFEST: Final = "manifest.json"
+ENGINE_MANIFEST: Final = "engine.json"
+TOKENIZER: Final = "tokenizer.json"
+
+GRAPHS: Final = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
+"""The graphs of an export, in the order in which an image passes them."""
+
+GraphName = Literal["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"]
+Precision = Literal["fp16", "fp32"]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+# No path may lead out of the folder that the manifest lies in.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+_EXPORT_AGAIN = "export the student again: tiue export STUDENT --out FOLDER"
+
+
+class _Model(pydantic.BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# --- export folder: manifest.json ----------------------------------------------------------------------------------
+
+
+class TensorSpec(_Model):
+    """An input or output of a graph. A dimension is a number, or the name of one that is free."""
+
+    name: str
+    dtype: Literal["float16", "float32", "int64", "uint8"]
+    shape: tuple[int | str, ...]
+
+
+class FileSpec(_Model):
+    """A file of the folder, with what proves that it is the one that was written."""
+
+    file: FileName
+    sha256: Sha256
+    size_bytes: int = Field(ge=0)
+
+
+class GraphSpec(_Model):
+    """One ONNX file; ``data`` are the external weights beside it. ``size`` None: height and width are free."""
+
+    name: GraphName
+    size: Size | None = None
+    precision: Precision
+    """That of the export, except where a graph leaves float16's range and was kept in fp32."""
+    onnx: FileSpec
+    data: tuple[FileSpec, ...] = ()
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def digest(self) -> str:
+        """One SHA-256 for the graph with its external weights: what an engine names as its source."""
+        lines = "".join(f"{file.file}\0{file.sha256}\n" for file in (self.onnx, *self.data))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes on disk, weights included."""
+        return sum(file.size_bytes for file in (self.onnx, *self.data))
+
+
+class CombineSpec(_Model):
+    """How K decoder timesteps make an image: what to feed as ``timesteps`` (K) and ``weights`` (K + 1)."""
+
+    timesteps: tuple[int, ...] = Field(min_length=1)
+    weights: tuple[float, ...]
+
+    @pydantic.model_validator(mode="after")
+    def _one_weight_more(self) -> Self:
+        if len(self.weights) != len(self.timesteps) + 1:
+            raise ValueError(f"{len(self.timesteps)} timesteps need {len(self.timesteps) + 1} weights")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.timesteps)
+
+
+class StudentSource(_Model):
+    """The student that was exported. Hashes are ``artifacts.sha256_folder`` of the folders."""
+
+    source: str
+    sha256: Sha256
+    teacher: str
+    license: str
+    training_steps: int
+    vae_source: str | None = None
+    """Folder of another autoencoder (``--vae``); None: the student's own."""
+    vae_sha256: Sha256 | None = None
+    vae_class: str
+
+
+class Versions(_Model):
+    """What wrote the folder."""
+
+    tiue: str
+    torch: str
+    onnx: str
+    onnxruntime: str
+
+
+class OutputParity(_Model):
+    """One output of one graph in ONNX Runtime against torch in float32, the worst over all cases.
+
+    ``max_error`` is absolute, in the output's unit; ``relative_error`` is the norm of the difference over the norm.
+    """
+
+    graph: GraphName
+    output: str
+    cases: tuple[str, ...]
+    max_error: float
+    relative_error: float
+
+
+class ExportParity(_Model):
+    """What was compared when the folder was written; PSNR is that of the worst of the fixed prompts' images."""
+
+    provider: str
+    outputs: tuple[OutputParity, ...]
+    prompts: tuple[str, ...]
+    image_psnr_db: float
+    required_psnr_db: float
+
+    def rows(self) -> list[OutputParity]:
+        """The outputs with the skips of a graph in one row, the worst of them: a table that people can read."""
+        rows = []
+        by_kind = itertools.groupby(self.outputs, key=lambda output: (output.graph, output.output.startswith("skip_")))
+        for (_, is_skip), group in by_kind:
+            outputs = list(group)
+            if not is_skip:
+                rows += outputs
+                continue
+            worst = {
+                "output": f"{outputs[0].output} … {outputs[-1].output}",
+                "max_error": max(output.max_error for output in outputs),
+                "relative_error": max(output.relative_error for output in outputs),
+            }
+            rows.append(outputs[0].model_copy(update=worst))
+        return rows
+
+
+class ExportManifest(_Model):
+    """``manifest.json``: everything needed to run the graphs without torch, and to know what they are."""
+
+    format_version: int = 1
+    kind: Literal["export"] = "export"
+    name: str
+    student: StudentSource
+    versions: Versions
+    opset: int
+    precision: Precision
+    encoder_timestep: int
+    spacing: Literal["leading", "trailing", "explicit"]
+    prediction_type: Literal["epsilon", "v_prediction"]
+    combines: tuple[CombineSpec, ...] = Field(min_length=1)
+    """One for each K that the student can run with, ascending; the last is the one it was trained with."""
+    text_tokens: int
+    """Length of ``input_ids``, start and end token included."""
+    text_width: int
+    pad_token_id: int
+    latent_channels: int
+    latent_factor: int
+    """Pixels per latent, along each side."""
+    default_size: Size
+    sizes: tuple[Size, ...] = ()
+    """The fixed sizes, each with graphs of its own; empty: one set of graphs takes any size."""
+    tokenizer: FileSpec
+    graphs: tuple[GraphSpec, ...]
+    parity: ExportParity | None
+    """None only where the check was switched off."""
+    notes: tuple[str, ...] = ()
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> Self:
+        steps = [combine.steps for combine in self.combines]
+        if any(later <= earlier for earlier, later in itertools.pairwise(steps)):
+            raise ValueError("combines must be ascending in their number of steps")
+        present = {(graph.name, graph.size) for graph in self.graphs}
+        wanted: set[tuple[str, Size | None]] = {("text_encoder", None)}
+        wanted |= {(name, size) for name in GRAPHS[1:] for size in (self.sizes or (None,))}
+        if present != wanted or len(self.graphs) != len(wanted):
+            raise ValueError(f"graphs must be exactly {', '.join(GRAPHS)}, for each of the sizes")
+        if self.sizes and self.default_size not in self.sizes:
+            raise ValueError("default_size must be one of sizes")
+        return self
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The numbers of decoder timesteps to choose from, ascending; the last is the default."""
+        return tuple(combine.steps for combine in self.combines)
+
+    def combine(self, steps: int | None = None) -> CombineSpec:
+        """Timesteps and weights for ``steps`` (None: what the student was trained with). Raises UsageError."""
+        if steps is None:
+            return self.combines[-1]
+        for combine in self.combines:
+            if combine.steps == steps:
+                return combine
+        choices = ", ".join(str(number) for number in self.steps)
+        raise UsageError(f"{steps} steps are impossible for this student", hint=f"choose one of: {choices}")
+
+    def graph(self, name: GraphName, *, size: Size | None = None) -> GraphSpec:
+        """The graph for images of ``size``; None takes the default size. UsageError for a size it was not made for."""
+        wanted = None if name == "text_encoder" or not self.sizes else (size or self.default_size)
+        for graph in self.graphs:
+            if graph.name == name and graph.size == wanted:
+                return graph
+        assert wanted is not None
+        choices = ", ".join(f"{height}x{width}" for height, width in self.sizes)
+        raise UsageError(
+            f"{wanted[0]}x{wanted[1]} pixels: this export has fixed sizes and not that one",
+            hint=f"choose one of: {choices}; or export again with --size {wanted[0]}x{wanted[1]}",
+        )
+
+    def latent_shape(self, size: Size) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of an image of ``size`` pixels. Raises UsageError for a size that does not fit."""
+        factor = self.latent_factor
+        if size[0] % factor or size[1] % factor:
+            fitting = "x".join(str(max(factor, round(side / factor) * factor)) for side in size)
+            raise UsageError(
+                f"{size[0]}x{size[1]} pixels: both sides must be multiples of {factor}", hint=f"e.g. --size {fitting}"
+            )
+        self.graph("unet_decoder", size=size)
+        return (self.latent_channels, size[0] // factor, size[1] // factor)
+
+
+# --- engine folder: engine.json ------------------------------------------------------------------------------------
+
+Range = tuple[int, int, int]
+"""Minimum, optimum and maximum."""
+
+
+class ProfileSpec(_Model):
+    """The range of one optimisation profile, in images: batch, decoder timesteps K, height and width in pixels."""
+
+    name: str
+    batch: Range
+    steps: Range
+    height: Range
+    width: Range
+
+    def refusal(self, *, batch: int, steps: int, size: Size) -> str | None:
+        """Why a request does not fit, in words; None where it fits."""
+        asked = (("batch", batch), ("steps", steps), ("height", size[0]), ("width", size[1]))
+        for what, value in asked:
+            low, _, high = getattr(self, what)
+            if not low <= value <= high:
+                return f"{what} {value} is outside {low} to {high}" if low < high else f"{what} {value} is not {low}"
+        return None
+
+
+class PlanSpec(_Model):
+    """One TensorRT plan: the graph that it was built from, and the build's figures.
+
+    ``shapes`` holds for each profile, in the order of ``EngineManifest.profiles``, each input's (min, opt, max) shape;
+    it is empty for a profile of another size. Profiles that give a graph the same shapes share one inside the plan.
+    """
+
+    graph: GraphName
+    size: Size | None = None
+    plan: FileSpec
+    onnx_sha256: Sha256
+    """``GraphSpec.digest`` of the source."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    shapes: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]
+    build_s: float
+    layers: int | None = None
+    device_memory_bytes: int | None = None
+
+    @property
+    def distinct_shapes(self) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]:
+        """What TensorRT was given: the shapes that are not empty, each once, in order."""
+        distinct: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = []
+        for shapes in self.shapes:
+            if shapes and shapes not in distinct:
+                distinct.append(shapes)
+        return tuple(distinct)
+
+    def plan_profile(self, index: int) -> int:
+        """The number inside the plan of profile ``index`` of the engine, which must be one that the plan serves."""
+        return self.distinct_shapes.index(self.shapes[index])
+
+
+class PlanParity(_Model):
+    """One output of one plan against ONNX Runtime, the worst over all cases; errors as in ``OutputParity``."""
+
+    graph: GraphName
+    output: str
+    cases: tuple[str, ...]
+    max_error: float
+    relative_error: float
+
+
+class EngineParity(_Model):
+    """What was compared after the build."""
+
+    reference: str
+    """The ONNX Runtime provider."""
+    outputs: tuple[PlanParity, ...]
+    image_psnr_db: float
+    required_psnr_db: float
+
+
+class EngineDevice(_Model):
+    """Where the plans were built: what must match before one is opened."""
+
+    gpu: str
+    compute_capability: str
+    """Such as ``9.0``."""
+    tensorrt: str
+    cuda: str
+    driver: str
+    platform: str
+    """Such as ``Linux-x86_64``."""
+
+
+class EngineManifest(_Model):
+    """``engine.json``: the plans of one export for one GPU and one TensorRT version."""
+
+    format_version: int = 1
+    kind: Literal["engine"] = "engine"
+    name: str
+    tiue_version: str
+    device: EngineDevice
+    precision: Precision
+    export_sha256: Sha256
+    """SHA-256 of the ``manifest.json`` that the plans were built from."""
+    profiles: tuple[ProfileSpec, ...] = Field(min_length=1)
+    plans: tuple[PlanSpec, ...]
+    build_flags: tuple[str, ...] = ()
+    workspace_bytes: int | None = None
+    build_s: float
+    parity: EngineParity | None
+    """None only where the check was switched off."""
+    notes: tuple[str, ...] = ()
+
+
+# --- reading and checking ------------------------------------------------------------------------------------------
+
+
+def read_export_manifest(folder: Path | str) -> ExportManifest:
+    """The manifest of an export folder. ManifestError names file, field and next step."""
+    return read_manifest(Path(folder) / EXPORT_MANIFEST, ExportManifest)
+
+
+def read_engine_manifest(folder: Path | str) -> EngineManifest:
+    """The manifest of an engine folder. ManifestError names file, field and next step."""
+    return read_manifest(Path(folder) / ENGINE_MANIFEST, EngineManifest)
+
+
+def is_export_folder(path: Path | str) -> bool:
+    """Whether a folder claims to be an export; whether it is sound is ``read_export_manifest``'s question."""
+    path = Path(path)
+    return (path / EXPORT_MANIFEST).is_file() and not (path / "model_index.json").exists()
+
+
+def check_files(folder: Path | str, files: Sequence[FileSpec], *, hint: str = _EXPORT_AGAIN) -> None:
+    """Compare files with what the manifest says, sizes before hashes. Raises ManifestError for the first mismatch."""
+    for spec in files:
+        path = Path(folder) / spec.file
+        try:
+            size_bytes = path.stat().st_size
+            if size_bytes != spec.size_bytes:
+                problem = f"it has {size_bytes} bytes, and the manifest says {spec.size_bytes}"
+            elif (found := sha256_file(path)) != spec.sha256:
+                problem = f"its SHA-256 is {found[:12]}…, and the manifest says {spec.sha256[:12]}…"
+            else:
+                continue
+        except FileNotFoundError:
+            raise ManifestError(f"{path} is missing", hint=hint) from None
+        except OSError as error:
+            raise ManifestError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
+        raise ManifestError(f"{path} is not the file that was written: {problem}", hint=hint)

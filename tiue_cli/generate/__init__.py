@@ -1,0 +1,1 @@
+"""From prompts to pictures: which model, which images, make them."""

@@ -1,0 +1,122 @@
+"""What is asked for: prompts from the command line, from a text file (one a line) or from JSON lines.
+
+A JSON line is an object with ``prompt`` and, where it differs from the command line, ``seed``, ``size`` (a number or
+"HEIGHTxWIDTH") and ``steps``.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from tiue_cli.errors import PromptError, UsageError
+from tiue_cli.model.noise import MAX_SEED
+from tiue_cli.text import parse_size
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt and what it overrides; ``where`` names its place in error messages, e.g. ``scenes.jsonl:3``."""
+
+    prompt: str
+    where: str
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+
+
+def rows_from_arguments(prompts: Sequence[str]) -> list[PromptRow]:
+    """Check prompts given as words of a command; PromptError names the one that is unusable by its number."""
+    wheres = [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number in range(1, len(prompts) + 1)]
+    return [PromptRow(_checked(prompt, where), where) for prompt, where in zip(prompts, wheres, strict=True)]
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """Read a ``.txt`` (one prompt a line) or ``.jsonl`` file in UTF-8; blank lines are skipped.
+
+    Raises PromptError with file and line, UsageError for another kind of file.
+    """
+    kind = path.suffix.lower()
+    if kind not in {".txt", ".jsonl"}:
+        raise UsageError(f"{path} is neither .txt nor .jsonl", hint="one prompt a line in .txt, one object in .jsonl")
+    lines = [
+        (text.strip(), f"{path}:{number}")
+        for number, text in enumerate(_read_text(path).split("\n"), 1)
+        if text.strip()
+    ]
+    if not lines:
+        raise PromptError(f"{path} holds no prompt", hint="write one prompt a line")
+    if kind == ".txt":
+        return [PromptRow(_checked(text, where), where) for text, where in lines]
+    return [_row_from_json(text, where) for text, where in lines]
+
+
+class _JsonRow(pydantic.BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    prompt: str
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    size: int | str | None = None
+    steps: int | None = Field(default=None, ge=1)
+
+
+def _row_from_json(text: str, where: str) -> PromptRow:
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"{where}: not JSON: {error}", hint='a line looks like {"prompt": "a star", "seed": 5}'
+        ) from None
+    if not isinstance(data, dict):
+        raise PromptError(f"{where}: not a JSON object", hint='a line looks like {"prompt": "a star", "seed": 5}')
+    try:
+        row = _JsonRow.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise PromptError(
+            f"{where}: field {first['loc'][0]!r}: {first['msg']}",
+            hint="the fields are prompt, and if wanted seed, size and steps",
+        ) from None
+    try:
+        size = None if row.size is None else parse_size(str(row.size))
+    except UsageError as error:
+        raise PromptError(f"{where}: {error.message}", hint='write "size": 512, or "size": "384x640"') from None
+    return PromptRow(_checked(row.prompt, where), where, seed=row.seed, size=size, steps=row.steps)
+
+
+def _checked(prompt: str, where: str) -> str:
+    """Return the prompt without the blanks around it; PromptError where nothing or nothing printable is left."""
+    stripped = prompt.strip()
+    if not stripped:
+        raise PromptError(f"{where} is empty", hint='say what to draw: tiue generate "a red heart at night"')
+    if "\0" in stripped:
+        raise PromptError(f"{where} contains a NUL character", hint="remove it")
+    try:
+        stripped.encode("utf-8")
+    except UnicodeEncodeError:
+        # Lone surrogates: what Python makes of argument bytes in another encoding.
+        raise PromptError(f"{where} is not valid UTF-8", hint="use a UTF-8 terminal, or --prompts FILE.txt") from None
+    return stripped
+
+
+def _read_text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts") from None
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the path") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise PromptError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
+            hint=f"convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > utf8{path.suffix}",
+        ) from None

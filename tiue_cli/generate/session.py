@@ -1,0 +1,323 @@
+"""Requests in, images out, on any backend.
+
+    Session.plan(prompts) ─▶ Plan ─ Session.run ─▶ one Made an image, as soon as it lies on the disk
+
+Nothing here prints, and nothing heavy is imported before a backend has work to do.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from tiue_cli import __version__
+from tiue_cli.files.atomic import atomic_file, output_error
+from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, read_pixels, save_png
+from tiue_cli.files.sheet import ContactSheet
+from tiue_cli.generate.plan import GenerateConfig, ModelTarget, Plan, PlannedImage, open_target, plan_images
+from tiue_cli.generate.prompts import PromptRow
+from tiue_cli.generate.target import ExportInfo
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES
+from tiue_cli.model.noise import draw_noise
+from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, RELATIONS, unknown_words
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiue_cli.backends.base import Backend, ProgressFn
+
+MAX_BATCH = 16
+PIXELS_PER_BATCH = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}
+
+
+# --- the run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Made:
+    """One image that is ready; ``path`` None is on the contact sheet only, ``skipped`` lay there already."""
+
+    index: int
+    spec: ImageSpec
+    path: Path | None
+    skipped: bool
+
+
+class OnePassPipeline:
+    """Specifications in, pixels out, on any backend: the order, the batches and the noise."""
+
+    def __init__(self, backend: Backend, *, batch: int | None = None) -> None:
+        """``batch`` None chooses by size and device."""
+        self._backend = backend
+        self._batch = batch
+
+    def images(
+        self, specs: Sequence[ImageSpec], *, progress: ProgressFn | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position in ``specs``, (H, W, 3) uint8), batch by batch; images of one batch share size and steps.
+
+        ``progress`` is called with the number of images done, a fraction within a batch.
+        """
+        done = 0
+        for positions in self._batches(specs):
+            batch = [specs[position] for position in positions]
+            noise = draw_noise([spec.seed for spec in batch], self._backend.latent_shape(batch[0].size))
+            pixels = self._backend.generate(
+                [spec.prompt for spec in batch],
+                noise,
+                steps=batch[0].steps,
+                progress=None if progress is None else _scaled(progress, start=done, count=len(batch)),
+            )
+            yield from zip(positions, pixels, strict=True)
+            done += len(batch)
+            if progress is not None:
+                progress(done)
+
+    def batch_for(self, size: tuple[int, int]) -> int:
+        """Images a batch at ``size`` (H, W) pixels."""
+        if self._batch is not None:
+            return self._batch
+        limit = self._backend.largest_batch(size)
+        fitting = max(1, PIXELS_PER_BATCH[self._backend.device] // math.prod(size))
+        return min(fitting, MAX_BATCH if limit is None else min(MAX_BATCH, limit))
+
+    def _batches(self, specs: Sequence[ImageSpec]) -> Iterator[list[int]]:
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for position, spec in enumerate(specs):
+            groups.setdefault((spec.size, spec.steps), []).append(position)
+        for (size, _), positions in groups.items():
+            batch = self.batch_for(size)
+            for start in range(0, len(positions), batch):
+                yield positions[start : start + batch]
+
+
+def _scaled(progress: ProgressFn, *, start: int, count: int) -> ProgressFn:
+    return lambda share: progress(start + share * count)
+
+
+class Session:
+    """A model and, once there is work, a loaded backend; used with ``with``.
+
+    ``note`` is called with each sentence that the user should know; ``notes`` keeps them. ``load_s`` and ``generate_s``
+    are seconds spent so far, ``generated`` counts images.
+    """
+
+    def __init__(self, config: GenerateConfig, *, note: Callable[[str], None] | None = None) -> None:
+        """Nothing is opened before ``__enter__``, and nothing loaded before ``run``."""
+        self.config = config
+        self.backend: Backend | None = None
+        self.notes: list[str] = []
+        self.load_s = 0.0
+        self.generate_s = 0.0
+        self.generated = 0
+        self._note = note
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.target = open_target(self.config)
+        for text in (*self.target.info.notes, *_embedded_note(self.config, self.target)):
+            self._say(text)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self.backend = None
+
+    def plan(self, rows: Sequence[PromptRow], config: GenerateConfig | None = None) -> Plan:
+        """``plan_images`` for this session's model; ``config`` may differ in anything but model, backend and device."""
+        return plan_images(self.config if config is None else config, self.target, rows)
+
+    def run(self, plan: Plan, *, progress: ProgressFn | None = None) -> Iterator[Made]:
+        """Make what is not done yet; yields each image when it lies on the disk, skipped ones first.
+
+        ``progress`` is called with the number of images made so far. A contact sheet is written at the end. Raises
+        OutputError, DeviceError, and what loading the model raises.
+        """
+        todo = plan.todo
+        if not todo and (isinstance(self.target.info, ExportInfo) or self.config.device == "cuda"):
+            # A damaged export, or a device that was named and cannot run, is said even where no image is left to make.
+            self.open()
+        for index in sorted(set(range(len(plan.images))) - set(todo)):
+            image = plan.images[index]
+            yield Made(index, image.spec, image.path, skipped=True)
+        writes_sheet = plan.sheet is not None and not plan.sheet_done
+        if not todo and not writes_sheet:
+            return
+        _check_writable(plan.folder)
+        sheet = ContactSheet([image.spec.size for image in plan.images]) if writes_sheet else None
+        if todo:
+            yield from self._make(plan, todo, sheet=sheet, progress=progress)
+        if sheet is not None and plan.sheet is not None:
+            self._write_sheet(plan, plan.sheet, sheet)
+
+    def _make(
+        self, plan: Plan, todo: Sequence[int], *, sheet: ContactSheet | None, progress: ProgressFn | None
+    ) -> Iterator[Made]:
+        backend = self.open()
+        specs = [plan.images[index].spec for index in todo]
+        for size in {spec.size for spec in specs}:
+            backend.latent_shape(size)
+        self._note_cuts(backend, [plan.images[index] for index in todo])
+        self._note_unknown_words(specs)
+        pipeline = OnePassPipeline(backend, batch=plan.config.batch)
+        started = time.perf_counter()
+        for position, pixels in pipeline.images(specs, progress=progress):
+            index = todo[position]
+            image = plan.images[index]
+            if image.path is not None:
+                with atomic_file(image.path) as temporary:
+                    save_png(temporary, pixels, self._record(image.spec, backend) if plan.config.metadata else None)
+            if sheet is not None:
+                sheet.place(index, pixels)
+            self.generated += 1
+            self.generate_s += time.perf_counter() - started
+            yield Made(index, image.spec, image.path, skipped=False)
+            started = time.perf_counter()
+
+    def _write_sheet(self, plan: Plan, path: Path, sheet: ContactSheet) -> None:
+        for index, image in enumerate(plan.images):
+            if image.done and image.path is not None:
+                sheet.place(index, read_pixels(image.path))
+        specs = tuple(image.spec for image in plan.images)
+        record = GridRecord(columns=sheet.columns, images=specs, tiue_version=__version__)
+        with atomic_file(path) as temporary:
+            save_png(temporary, sheet.pixels, record if plan.config.metadata else None)
+
+    def open(self) -> Backend:
+        """Load the model, unless it is loaded; ``run`` does it by itself. Raises what loading raises."""
+        if self.backend is None:
+            started = time.perf_counter()
+            self.backend = self._stack.enter_context(open_backend(self.config, self.target))
+            self.load_s = time.perf_counter() - started
+            for text in self.backend.notes:
+                self._say(text)
+        return self.backend
+
+    def _note_cuts(self, backend: Backend, images: Sequence[PlannedImage]) -> None:
+        prompts = {image.spec.prompt: image.where for image in images}
+        for (prompt, where), cut in zip(prompts.items(), backend.cut_text(list(prompts)), strict=True):
+            if cut:
+                kept = self.target.info.text_tokens
+                self._say(
+                    f"{where} is longer than the {kept} tokens that the model reads; "
+                    f"it does not see the last {len(cut)} of {len(prompt)} characters: {_ends_of(cut)}"
+                )
+
+    def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:
+        """The embedded model knows three dozen words: a newcomer should learn why a dragon is not one."""
+        if self.target.origin not in EMBEDDED_NAMES:
+            return
+        words = list(dict.fromkeys(word for spec in specs for word in unknown_words(spec.prompt)))
+        if words:
+            self._say(
+                f"{EMBEDDED} has never seen: {', '.join(words[:8])}{' …' if len(words) > 8 else ''}. "
+                f"It knows {', '.join(OBJECTS)}; {', '.join(COLORS)}; {', '.join(RELATIONS)}; "
+                f"{', '.join(BACKGROUNDS.values())}"
+            )
+
+    def _record(self, spec: ImageSpec, backend: Backend) -> ImageRecord:
+        return ImageRecord(
+            **spec.model_dump(),
+            backend=backend.name,
+            device=backend.device,
+            dtype=backend.dtype,
+            tiue_version=__version__,
+        )
+
+    def _say(self, text: str) -> None:
+        if text in self.notes:
+            return
+        self.notes.append(text)
+        if self._note is not None:
+            self._note(text)
+
+
+def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
+    """The backend that ``config`` asks for, not yet entered. Raises DeviceError and what the backends raise."""
+    info = target.info
+    if isinstance(info, ExportInfo):
+        return _open_export(info, target)
+    from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
+
+    if info.kind == "student":
+        return StudentTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype)
+    guidance = target.guidance(config)
+    assert guidance is not None
+    return TeacherTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance)
+
+
+def _open_export(info: ExportInfo, target: ModelTarget) -> Backend:
+    if target.backend == "trt":
+        from tiue_cli.backends.trt_backend import TrtBackend
+
+        return TrtBackend(info.path, engine=info.engine)
+    from tiue_cli.backends.onnx_backend import OnnxBackend
+
+    return OnnxBackend(info.path, provider=target.provider)
+
+
+def report(session: Session, plan: Plan, made: Sequence[Made]) -> dict[str, Any]:
+    """What a run did, as plain data: the document of ``--format json``. Sizes are [height, width], times in seconds."""
+    backend = session.backend
+    seconds = session.generate_s
+    return {
+        "images": [
+            {
+                "path": None if image.path is None else str(image.path),
+                "prompt": image.spec.prompt,
+                "seed": image.spec.seed,
+                "size": list(image.spec.size),
+                "steps": image.spec.steps,
+                "guidance": image.spec.guidance,
+                "model": image.spec.model,
+                "skipped": image.skipped,
+            }
+            for image in sorted(made, key=lambda image: image.index)
+        ],
+        "grid": None if plan.sheet is None else str(plan.sheet),
+        "seed": plan.seed,
+        "model": {"source": session.target.source, "kind": session.target.info.kind, "id": session.target.model_id},
+        "backend": None if backend is None else backend.name,
+        "device": None if backend is None else backend.device,
+        "dtype": None if backend is None else backend.dtype,
+        "timings": {
+            "load_s": round(session.load_s, 3),
+            "generate_s": round(seconds, 3),
+            "images_per_s": round(session.generated / seconds, 3) if seconds > 0 else None,
+        },
+        "notes": list(session.notes),
+    }
+
+
+def _embedded_note(config: GenerateConfig, target: ModelTarget) -> tuple[str, ...]:
+    if config.model != EMBEDDED or target.info.kind != "teacher":
+        return ()
+    return (
+        f"{EMBEDDED} has no one-pass student in this version: its teacher draws, "
+        f"in {target.steps(config)} sampler steps",
+    )
+
+
+def _ends_of(text: str) -> str:
+    flat = " ".join(text.split())
+    return repr(flat) if len(flat) <= 60 else repr(f"{flat[:40]} … {flat[-16:]}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Fail before minutes of work rather than after, and leave no trace. Raises OutputError."""
+    # A folder that is yet to be made is as writable as the one it will be made in.
+    existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise output_error(folder, error) from error
