@@ -30,10 +30,10 @@ from torch import Tensor
 from tiue_cli.distill import acceleration as acceleration_module
 from tiue_cli.distill import loop as loop_module
 from tiue_cli.distill import trainer as trainer_module
-from tiue_cli.distill.config import Layer, parse_overrides, resolve_config
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.losses import guided
 from tiue_cli.distill.networks import ScoreModel
+from tiue_cli.distill.resolve import Layer, parse_overrides, resolve_config
 from tiue_cli.distill.trainer import Trainer
 from tiue_cli.machine import machine_info
 

@@ -12,7 +12,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from tiue_cli.bench.quality.features import Resizing, open_extractor
+from tiue_cli.bench.quality.extractors import open_extractor
+from tiue_cli.bench.quality.features import Resizing
 from tiue_cli.bench.quality.references import folder_reference, write_statistics
 from tiue_cli.errors import TiueError
 

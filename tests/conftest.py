@@ -61,7 +61,7 @@ def make_config(v_teacher_folder: Path, prompts_file: Path, session_cache: Path)
     """Build a small, fast config; keywords are dotted keys with ``__`` for the dot."""
 
     def make(**changes: Any) -> Any:
-        from tiue_cli.distill.config import Layer, parse_overrides, resolve_config
+        from tiue_cli.distill.resolve import Layer, parse_overrides, resolve_config
 
         base = {
             "teacher": str(v_teacher_folder),

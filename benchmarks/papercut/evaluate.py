@@ -19,8 +19,9 @@ import torch
 from PIL import Image
 
 import tiue_cli
-from tiue_cli.generate.plan import GenerateConfig, open_target
+from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.session import open_backend
+from tiue_cli.generate.target import open_target
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import resolve_model
 from tiue_cli.model.noise import draw_noise

@@ -23,14 +23,14 @@ import torch
 from diffusers import LCMScheduler
 from torch import Tensor, nn
 
-from tiue_cli.distill.config import Layer, read_config, resolve_config
 from tiue_cli.distill.data.order import Stream, generator, normal
 from tiue_cli.distill.data.pairs import PairData
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.losses import NoiseSchedule
 from tiue_cli.distill.networks import guided_prediction
+from tiue_cli.distill.resolve import Layer, read_config, resolve_config
 from tiue_cli.distill.trainer import rate_factor
-from tiue_cli.files.atomic import write_json
+from tiue_cli.files.manifests import write_json
 from tiue_cli.model.student import save_student
 
 GRID, TIMESTEP_SCALING, SIGMA_DATA = 50, 10.0, 0.5

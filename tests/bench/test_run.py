@@ -13,8 +13,8 @@ from tiny_export import write_tiny_export
 
 from tiue_cli.bench.config import BenchConfig, PeerSpec
 from tiue_cli.bench.events import Event, Progress
-from tiue_cli.bench.measure import peak
-from tiue_cli.bench.measure.environment import report_name, slug
+from tiue_cli.bench.measure import machine as peak
+from tiue_cli.bench.measure.machine import report_name, slug
 from tiue_cli.bench.ratios import quality_failures
 from tiue_cli.bench.report.files import read_report, write_report
 from tiue_cli.bench.report.schema import UNET_STAGES, BenchReport, LatencyRecord, QualityRecord, RatioRecord

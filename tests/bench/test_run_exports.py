@@ -14,11 +14,11 @@ from helpers import edit_json
 
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.events import Event, Note
-from tiue_cli.bench.measure import peak
+from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.run import run_bench
 from tiue_cli.bench.subjects import lineup
-from tiue_cli.bench.subjects.exports import ReadyExport
+from tiue_cli.bench.subjects.loading import ReadyExport
 from tiue_cli.errors import UsageError
 from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
 

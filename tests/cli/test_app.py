@@ -13,7 +13,7 @@ from tiue_cli import __version__
 from tiue_cli.cli import app as cli
 from tiue_cli.cli.app import app, main
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.generate.plan import GenerateConfig
+from tiue_cli.generate.config import GenerateConfig
 
 COMMANDS = [command.callback.__name__ for command in app.registered_commands if command.callback is not None]
 

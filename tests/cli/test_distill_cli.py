@@ -19,9 +19,8 @@ from safetensors.torch import load_file
 
 from tiue_cli.cli.app import main
 from tiue_cli.cli.launch import WorkerError, launcher_arguments
-from tiue_cli.distill.acceleration import _refuse_lost_processes
-from tiue_cli.distill.request import DistillRequest
-from tiue_cli.distill.signals import StopRequest
+from tiue_cli.distill.acceleration import StopRequest, _refuse_lost_processes
+from tiue_cli.distill.resolve import DistillRequest
 from tiue_cli.errors import UsageError
 
 SETTINGS = (
@@ -260,7 +259,7 @@ def test_a_later_sigint_interrupts_at_once(monkeypatch: pytest.MonkeyPatch, afte
 def test_run_of_one_process_is_not_resumed_by_two(make_config: Any, tmp_path: Path) -> None:
     from tiue_cli.distill.loop import Distillation
     from tiue_cli.distill.run_folder import RUN_MANIFEST, RunRecord
-    from tiue_cli.files.atomic import read_manifest, write_json
+    from tiue_cli.files.manifests import read_manifest, write_json
 
     config = make_config(max_steps=1, warm_start__steps=0)
     for _ in Distillation(config, tmp_path / "run").events():

@@ -4,19 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from tiue_cli.distill.config import (
-    DistillConfig,
+from tiue_cli.distill.config import DistillConfig, differences, forbidden_on_resume, recipe_sha256, to_yaml
+from tiue_cli.distill.resolve import (
     Layer,
-    differences,
-    forbidden_on_resume,
+    all_recipes,
+    config_layer,
+    copy_recipe,
+    find_recipe,
     known_keys,
     parse_overrides,
     parse_yaml,
-    recipe_sha256,
     resolve_config,
-    to_yaml,
 )
-from tiue_cli.distill.recipes import all_recipes, config_layer, copy_recipe, find_recipe
 from tiue_cli.errors import OutputError, UsageError
 
 BASE = Layer("base", {"teacher": "papercut", "prompts": "p.txt"})

@@ -19,7 +19,7 @@ from tiue_cli.distill.config import LoraSettings
 from tiue_cli.distill.data.pairs import solve
 from tiue_cli.distill.estimate import estimate_run, lora_parameter_count, saved_bytes
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
-from tiue_cli.distill.optimizers import make_optimizer, rate_factor
+from tiue_cli.distill.trainer import make_optimizer, rate_factor
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.model.schedule import alphas_cumprod
 from tiue_cli.model.teacher import load_teacher

@@ -27,7 +27,8 @@ from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.trainer import NotFiniteError, Trainer
 from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.events import Event, Finished, Note, Progress, Saved
-from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, read_manifest
+from tiue_cli.files.manifests import read_manifest
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 
 MakeConfig = Callable[..., Any]
 

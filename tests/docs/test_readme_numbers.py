@@ -11,7 +11,7 @@ from bench_reports import PLAIN, STUDENT, TEACHER, make_report
 from readme_numbers import MarkerError, faults, find_markers
 
 from tiue_cli.bench.report.files import read_report
-from tiue_cli.files.atomic import write_json
+from tiue_cli.files.manifests import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"

@@ -13,16 +13,10 @@ from typing import Any
 import pytest
 
 from tiue_cli.errors import ManifestError, OutputError, UsageError
-from tiue_cli.files.atomic import (
-    STUDENT_MANIFEST,
-    StudentManifest,
-    atomic_file,
-    atomic_folder,
-    read_manifest,
-    sha256_file,
-    sha256_folder,
-    write_json,
-)
+from tiue_cli.files.atomic import atomic_file, atomic_folder
+from tiue_cli.files.hashes import sha256_file, sha256_folder
+from tiue_cli.files.manifests import read_manifest, write_json
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 
 FIELDS: dict[str, Any] = {
     "decoder_timesteps": (751, 501, 251, 1),

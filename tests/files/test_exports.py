@@ -11,7 +11,6 @@ import pytest
 from tiny_export import write_tiny_export
 
 from tiue_cli.errors import ManifestError, UsageError
-from tiue_cli.files.atomic import write_json
 from tiue_cli.files.exports import (
     EXPORT_MANIFEST,
     ExportParity,
@@ -20,6 +19,7 @@ from tiue_cli.files.exports import (
     is_export_folder,
     read_export_manifest,
 )
+from tiue_cli.files.manifests import write_json
 
 
 @pytest.fixture

@@ -19,11 +19,13 @@ from PIL import Image
 
 from tiue_cli.cli.app import main
 from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.naming import slug
 from tiue_cli.files.png import read_record
 from tiue_cli.generate import session as generate
-from tiue_cli.generate.plan import GenerateConfig, slug
+from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.prompts import PromptRow
-from tiue_cli.generate.session import OnePassPipeline, Session
+from tiue_cli.generate.session import Session
 from tiue_cli.model.noise import MAX_SEED, draw_noise
 
 SIZE = (32, 32)

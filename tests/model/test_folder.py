@@ -22,7 +22,8 @@ from helpers import (
 )
 
 from tiue_cli.errors import ManifestError, ModelFolderError, TiueError
-from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, write_json
+from tiue_cli.files.manifests import write_json
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.folder import check_model_folder, check_vae_folder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -13,7 +13,8 @@ from helpers import build_old_sd_folder, build_sd_folder, copy_folder, edit_json
 from safetensors.torch import load_file, save_file
 
 from tiue_cli.errors import ModelFolderError, OutputError, SchedulerError, UsageError
-from tiue_cli.files.atomic import STUDENT_MANIFEST, sha256_folder
+from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.student import StudentModel, load_student, save_student, student_from_teacher
 

@@ -19,8 +19,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from helpers import TINY_TEXT_WIDTH
 
 from tiue_cli.export.config import ExportConfig
-from tiue_cli.files.atomic import sha256_folder
 from tiue_cli.files.exports import EXPORT_MANIFEST
+from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.model.student import StudentModel, load_student, save_student
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"

@@ -14,7 +14,6 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tiue_cli import __version__
-from tiue_cli.files.atomic import sha256_file, write_json
 from tiue_cli.files.exports import (
     EXPORT_MANIFEST,
     TOKENIZER,
@@ -29,6 +28,8 @@ from tiue_cli.files.exports import (
     TensorSpec,
     Versions,
 )
+from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.manifests import write_json
 
 TOKENS, WIDTH, CHANNELS, FACTOR = 8, 6, 4, 4
 DEFAULT_SIZE = (32, 32)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tiue_cli.bench.measure.machine import machine_warnings
-from tiue_cli.bench.parity import compare_images
+from tiue_cli.bench.ratios import compare_images
 from tiue_cli.bench.report.grid import REFERENCE, picture_grid
 from tiue_cli.bench.report.schema import GridRecord, LatencyRecord, ParityRecord, SubjectRecord
 from tiue_cli.bench.rounds import SLOW_ROUNDS, SLOW_S, BatchTiming

@@ -14,8 +14,7 @@ from tiue_cli.allocator import keep_freed_memory
 from tiue_cli.backends.torch_backend import choose_device
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.events import Emit, Note, Progress
-from tiue_cli.bench.measure.environment import machine_record, report_name, source_commit
-from tiue_cli.bench.measure.peak import measure_peak
+from tiue_cli.bench.measure.machine import machine_record, measure_peak, report_name, source_commit
 from tiue_cli.bench.quality.drawing import Processes
 from tiue_cli.bench.quality.measure import QualityResult, measure_quality, quality_subjects
 from tiue_cli.bench.quality.plan import QualityConfig, plan_quality

@@ -1,5 +1,7 @@
 """Everything that reaches the terminal; the only module that prints.
 
+It knows streams, formats and progress, and no command.
+
 Data goes to stdout, all else to stderr: notes, progress, errors. ``human`` writes the paths of images to stdout as they
 are ready, ``json`` one document at the end, ``quiet`` the paths and nothing else.
 """
@@ -9,9 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -22,16 +22,6 @@ from tiue_cli.errors import TiueError
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
 
-    from tiue_cli.bench.compare.conditions import Check
-    from tiue_cli.bench.compare.reports import Comparison
-    from tiue_cli.bench.report.schema import BenchReport
-    from tiue_cli.bench.report.tables import Table as BenchTable
-    from tiue_cli.cli.diagnosis import Diagnosis
-    from tiue_cli.cli.inspection import Report
-    from tiue_cli.export.onnx.export import ExportResult
-    from tiue_cli.export.trt.engine import EngineResult
-    from tiue_cli.files.exports import ExportParity
-
 Format = Literal["human", "json", "quiet"]
 
 
@@ -40,7 +30,7 @@ class Console:
 
     def __init__(self, format_: Format = "human") -> None:
         """``format_`` is what ``--format`` says."""
-        self._format = format_
+        self.format = format_
         self._holding = False
         self._held_lines: list[str] = []
 
@@ -48,12 +38,12 @@ class Console:
 
     def note(self, text: str) -> None:
         """A sentence that the user should know; human format only, as the others carry it as data or not at all."""
-        if self._format == "human":
+        if self.format == "human":
             _say("note", "cyan", text)
 
     def summary(self, text: str) -> None:
         """The last line of a run; human format only."""
-        if self._format == "human":
+        if self.format == "human":
             _line(sys.stderr, text)
 
     def error(self, error: TiueError) -> None:
@@ -72,7 +62,7 @@ class Console:
 
         Where stderr is no terminal: a line every half minute.
         """
-        if self._format != "human" or total == 0:
+        if self.format != "human" or total == 0:
             yield _ignore
             return
         if not sys.stderr.isatty():
@@ -116,7 +106,7 @@ class Console:
         A bar a stage on a terminal, the figures below; elsewhere a line at the start and end of a stage and every half
         minute. Without ``live`` no thread draws beside the work, for work that is timed.
         """
-        if self._format != "human":
+        if self.format != "human":
             yield _ignore_stage
             return
         if not sys.stderr.isatty():
@@ -167,7 +157,7 @@ class Console:
 
         A line a step; on a terminal the running one shows its time.
         """
-        if self._format != "human":
+        if self.format != "human":
             yield _ignore_step
             return
         if not sys.stderr.isatty():
@@ -196,128 +186,9 @@ class Console:
 
     # --- stdout ---
 
-    def export(self, result: ExportResult, *, last: bool = True) -> None:
-        """What ``tiue export`` wrote: the parity table, the folder, and what to do next unless more is to come."""
-        if last:
-            self.document(result.as_dict())
-        if self._format == "human":
-            self._parity(result.manifest.parity)
-            for note in result.notes:
-                self.note(note)
-        self.path(str(result.folder))
-        if self._format == "human" and last:
-            _line(sys.stdout, f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
-
-    def engine(self, result: EngineResult, *, export: ExportResult | None = None) -> None:
-        """What ``tiue export --trt`` built: plans, figures, the folder, and what to do next."""
-        self.document({**({} if export is None else export.as_dict()), "engine": result.as_dict()})
-        if self._format == "human":
-            self._plans(result)
-            for note in result.notes:
-                self.note(note)
-        self.path(str(result.folder))
-        if self._format == "human":
-            _line(sys.stdout, f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
-
-    def _plans(self, result: EngineResult) -> None:
-        from rich.table import Table
-
-        if result.reused:
-            self.note("this engine was there already and fits; --overwrite builds it anew")
-        parity = result.manifest.parity
-        errors: dict[str, float] = {}
-        for row in () if parity is None else parity.outputs:
-            errors[row.graph] = max(errors.get(row.graph, 0.0), row.relative_error)
-        table = Table(
-            "plan", "layers", "size", "working memory", "built in", "relative error", box=None, pad_edge=False
-        )
-        for plan in result.manifest.plans:
-            table.add_row(
-                plan.plan.file.removesuffix(".plan"),
-                "" if plan.layers is None else str(plan.layers),
-                f"{plan.plan.size_bytes / 1024**2:.1f} MiB",
-                "" if plan.device_memory_bytes is None else f"{plan.device_memory_bytes / 1024**2:.1f} MiB",
-                f"{plan.build_s:.1f} s",
-                f"{errors[plan.graph]:.1e}" if plan.graph in errors else "",
-            )
-        _rich(sys.stdout).print(table)
-        if parity is None:
-            self.note("nothing was compared (--no-check)")
-            return
-        _line(
-            sys.stdout,
-            f"images: {parity.image_psnr_db:.1f} dB against ONNX Runtime ({parity.reference}),"
-            f" {parity.required_psnr_db:.0f} needed",
-        )
-
-    def _parity(self, parity: ExportParity | None) -> None:
-        from rich.table import Table
-
-        if parity is None:
-            self.note("nothing was compared (--no-check)")
-            return
-        table = Table("graph", "output", "max error", "relative error", box=None, pad_edge=False)
-        for row in parity.rows():
-            table.add_row(row.graph, row.output, f"{row.max_error:.2g}", f"{row.relative_error:.1e}")
-        _rich(sys.stdout).print(table)
-        _line(
-            sys.stdout,
-            f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
-            f" ({len(parity.prompts)} prompts)",
-        )
-
-    def bench(self, report: BenchReport) -> None:
-        """What ``tiue bench`` measured: latency, ratios and quality; human format only."""
-        if self._format != "human":
-            return
-        from tiue_cli.bench.report.tables import terminal_tables
-        from tiue_cli.bench.report.view import ReportView
-
-        for warning in report.warnings:
-            _say("warning", "yellow", warning)
-        for table in terminal_tables(ReportView(report)):
-            self._bench_table(table)
-
-    def comparison(self, comparison: Comparison, checks: Sequence[Check]) -> None:
-        """What ``tiue bench --compare`` found, and which conditions failed."""
-        from tiue_cli.bench.compare.table import comparison_table, offender_text
-        from tiue_cli.text import plain
-
-        self.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
-        if self._format == "human":
-            for note in (*comparison.differences, *comparison.notes):
-                self.note(note)
-            self._bench_table(comparison_table(comparison))
-        for check in checks:
-            for row in check.offenders:
-                _say("failed", "bold red", plain(f"{check.condition.text}: {offender_text(row)}"))
-
-    def _bench_table(self, table: BenchTable) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        from tiue_cli.text import plain
-
-        shown = Table(title=Text(plain(table.title), style="bold"), title_justify="left", box=None, pad_edge=False)
-        for index, column in enumerate(table.columns):
-            # Figures stay whole; names are broken where the terminal is narrow.
-            if column.align == "left":
-                shown.add_column(plain(column.head), overflow="fold")
-            else:
-                width = max((len(row[index]) for row in table.rows), default=0)
-                head = textwrap.fill(plain(column.head), max(width, 10), break_long_words=False)
-                shown.add_column(head, justify="right", no_wrap=True)
-        for row in table.rows:
-            shown.add_row(*(Text(_indented(cell), style=_VERDICT_STYLES.get(cell, "")) for cell in row))
-        out = _rich(sys.stdout)
-        out.print(shown)
-        for note in table.notes:
-            out.print(Text(plain(note), style="dim"))
-        out.print()
-
     def path(self, text: str) -> None:
         """The path of something that was written (or found to be there already)."""
-        if self._format == "json":
+        if self.format == "json":
             return
         if self._holding:
             self._held_lines.append(text)
@@ -326,7 +197,7 @@ class Console:
 
     def document(self, data: Mapping[str, Any], *, one_line: bool = False) -> None:
         """One JSON document; json format only."""
-        if self._format == "json":
+        if self.format == "json":
             # Escapes where the terminal is not UTF-8: JSON has them, and they read the same.
             ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
             indent = None if one_line else 2
@@ -334,70 +205,28 @@ class Console:
 
     def prompt(self, text: str) -> None:
         """Ask for a line on stderr, where someone is there to answer."""
-        if self._format == "human" and sys.stdin.isatty():
+        if self.format == "human" and sys.stdin.isatty():
             sys.stderr.write(text)
             sys.stderr.flush()
+
+    def line(self, text: str) -> None:
+        """One line on stdout, as it is."""
+        _line(sys.stdout, text)
+
+    def rich(self) -> RichConsole:
+        """A rich console on stdout, for tables."""
+        return _rich(sys.stdout)
+
+    def say(self, label: str, style: str, text: str) -> None:
+        """A labelled sentence on stderr, in every format."""
+        _say(label, style, text)
 
     def text(self, text: str) -> None:
         """A document of several lines, as it is."""
         for line in text.rstrip("\n").split("\n"):
             _line(sys.stdout, line)
 
-    def plan(self, config: str, rows: Mapping[str, str]) -> None:
-        """What ``tiue distill --dry-run`` found: the config, and facts about it."""
-        if self._format == "json":
-            return
-        self.text(config)
-        if self._format == "human":
-            self._table("", list(rows.items()))
-
-    def recipes(self, summaries: Mapping[str, str]) -> None:
-        """Names and what they are for."""
-        self.document(dict(summaries))
-        if self._format == "json":
-            return
-        for name, summary in summaries.items():
-            _line(sys.stdout, name if self._format == "quiet" else f"{name:<12} {summary}")
-
-    def inspection(self, report: Report) -> None:
-        """What ``tiue inspect`` found."""
-        from tiue_cli.cli.inspection import ExportReport, FolderReport, GridReport
-
-        self.document(report.as_dict())
-        if self._format == "json":
-            return
-        if isinstance(report, FolderReport | ExportReport):
-            self._table(report.title, list(report.rows.items()))
-            for note in report.notes:
-                _line(sys.stdout, f"note: {note}")
-        elif isinstance(report, GridReport):
-            self._table(str(report.path), [("contact sheet", f"{len(report.images)} images, {report.columns} a row")])
-            for number, image in enumerate(report.images, 1):
-                _line(sys.stdout, f"{number:>4}  seed {image.seed}  {image.prompt}")
-        else:
-            self._table(str(report.path), [("prompt", report.prompt), *report.settings.items()])
-            if report.command is not None:
-                _line(sys.stdout, f"\nmake it again:\n  {report.command}")
-
-    def diagnosis(self, diagnosis: Diagnosis) -> None:
-        """What ``tiue doctor`` found: one line a check, and under it the command that mends what does not work."""
-        self.document(diagnosis.as_dict())
-        if self._format == "json":
-            return
-        from rich.text import Text
-
-        marks = {"ok": ("ok", "green"), "missing": ("--", "yellow"), "broken": ("!!", "bold red")}
-        out = _rich(sys.stdout)
-        for check in diagnosis.checks:
-            if self._format == "quiet" and check.status != "broken":
-                continue
-            mark, style = marks[check.status]
-            line = Text.assemble((f"{mark:>3} ", style), (f"{check.name:<16} ", "bold"), check.detail)
-            out.print(line, soft_wrap=True)
-            if check.fix is not None:
-                out.print(Text(f"{'':>21}{check.fix}", style="cyan"), soft_wrap=True)
-
-    def _table(self, title: str, rows: Sequence[tuple[str, object]]) -> None:
+    def table(self, title: str, rows: Sequence[tuple[str, object]]) -> None:
         from rich.text import Text
 
         out = _rich(sys.stdout)
@@ -443,14 +272,6 @@ def _line(file: Any, text: str) -> None:
     file.flush()
 
 
-def _indented(text: str) -> str:
-    """A cell without control characters, its leading spaces kept."""
-    from tiue_cli.text import plain
-
-    return " " * (len(text) - len(text.lstrip(" "))) + plain(text)
-
-
-_VERDICT_STYLES = {"slower": "bold red", "worse": "bold red", "more": "red", "faster": "green", "better": "green"}
 _LINE_SECONDS = 30.0
 _REDRAW_SECONDS = 0.5
 

@@ -95,7 +95,8 @@ class FolderReport:
             "scheduler": f"{info.scheduler_class}, predicts {info.prediction_type}",
             **kind_rows,
             "licence": info.license,
-            "weights": f"{info.parameters / 1e6:,.1f} M parameters, {bytes_text(info.size_bytes)} ({', '.join(dtypes)})",
+            "weights": f"{info.parameters / 1e6:,.1f} M parameters, "
+            f"{bytes_text(info.size_bytes)} ({', '.join(dtypes)})",
             "id": self.model_id,
             "folder": str(info.path),
             "try it": f'tiue generate --model {shlex.quote(self.source)} "a prompt"',

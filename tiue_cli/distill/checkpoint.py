@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiue_cli.errors import OutputError
-from tiue_cli.files.atomic import atomic_folder, read_manifest, write_json
+from tiue_cli.files.atomic import atomic_folder
+from tiue_cli.files.manifests import read_manifest, write_json
 
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"

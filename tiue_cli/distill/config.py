@@ -6,10 +6,9 @@ came from. No torch: ``tiue recipes`` and ``--dry-run`` read this.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,7 +17,6 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
-from tiue_cli.errors import UsageError
 from tiue_cli.model.noise import MAX_SEED
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -236,78 +234,6 @@ FREE_ON_RESUME = ("checkpoint.", "validation.", "tracking.", "cache", "max_bad_s
 # --- layers --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Layer:
-    """Values from one place; ``name`` is what the user calls it, e.g. ``recipe papercut`` or ``--set``."""
-
-    name: str
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A checked config; ``origins`` says for each dotted key that is no default which layer set it."""
-
-    config: DistillConfig
-    origins: Mapping[str, str]
-
-
-def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
-    """Merge layers, later ones winning, and check the result. UsageError names key, reason and layer."""
-    merged: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for layer in layers:
-        for key, value in flatten(layer.values):
-            _put(merged, key, value, layer)
-            origins[key] = layer.name
-    try:
-        config = DistillConfig.model_validate(merged)
-    except pydantic.ValidationError as error:
-        raise _usage_error(error, origins) from error
-    return ResolvedConfig(config, origins)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. UsageError says what is wrong with the file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist", hint="give a YAML file or a recipe: tiue recipes ls") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {error}", hint="give a YAML file in UTF-8") from error
-    return parse_yaml(text, where=str(path))
-
-
-def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
-    """A YAML document that must be a mapping; UsageError with ``where`` otherwise."""
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"{where} is not YAML: {' '.join(str(error).split())}", hint="see one: tiue recipes ls"
-        ) from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise UsageError(f"{where} must hold keys and values", hint="a line looks like  batch_size: 8")
-    return data
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """``key=value`` words, values in YAML, as a nested mapping. UsageError for a word without ``=``."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--set {pair} is not understood", hint="write --set key=value, e.g. --set kl.weight=0.05")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair}: {' '.join(str(error).split())}", hint="values are YAML") from None
-        _put(values, key.strip(), value, Layer("--set", {}))
-    return values
-
-
 def to_yaml(config: DistillConfig) -> str:
     """The whole config as YAML, in the order of the types; ``resolve_config`` of it gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
@@ -320,46 +246,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _put(target: dict[str, Any], dotted: str, value: Any, layer: Layer) -> None:
-    *parents, last = dotted.split(".")
-    for parent in parents:
-        target = target.setdefault(parent, {})
-        if not isinstance(target, dict):
-            raise UsageError(
-                f"{layer.name}: {dotted}: {parent} is no section", hint="see the keys: tiue recipes show papercut"
-            )
-    target[last] = value
-
-
-def _usage_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -> UsageError:
-    first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    origin = next((name for known, name in origins.items() if known == key or key.startswith(f"{known}.")), None)
-    where = f"{origin}: " if origin is not None else ""
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "see all keys: tiue recipes show papercut"
-        return UsageError(f"{where}there is no setting {key!r}{more}", hint=hint)
-    if first["type"] == "missing":
-        return UsageError(f"{key} is not set{more}", hint=f"give --{key.replace('_', '-')}, or set it in the config")
-    message = first["msg"].removeprefix("Value error, ")
-    return UsageError(f"{where}{key}: {message}{more}", hint=f"it is {first['input']!r} now")
-
-
-def known_keys() -> list[str]:
-    """Every dotted key of the config, in order."""
-    return list(_keys(DistillConfig, ""))
-
-
-def _keys(type_: type[pydantic.BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in type_.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
 
 
 # --- comparing -----------------------------------------------------------------------------------------------------

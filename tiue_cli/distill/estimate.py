@@ -17,8 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from tiue_cli.distill.config import DistillConfig, LoraSettings
-from tiue_cli.distill.networks import StudentGenerator, lora_targets
-from tiue_cli.distill.student_init import teacher_source
+from tiue_cli.distill.networks import StudentGenerator, lora_targets, teacher_source
 from tiue_cli.model.autoencoder import latent_size
 from tiue_cli.model.folder import ModelInfo, check_model_folder, read_json
 from tiue_cli.model.hub import resolve_model

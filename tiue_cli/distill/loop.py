@@ -15,17 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiue_cli.distill.acceleration import HALF, describe, log_image, make_accelerator, memory_bytes
+from tiue_cli.distill.acceleration import HALF, StopRequest, describe, log_image, make_accelerator, memory_bytes
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
 from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
 from tiue_cli.distill.data.pairs import CHUNK_PAIRS, PairData, fill_pairs, solve
 from tiue_cli.distill.data.prompts import TrainingPrompts, read_training_prompts
 from tiue_cli.distill.data.text_states import TextStates
 from tiue_cli.distill.losses import NoiseSchedule
-from tiue_cli.distill.networks import ScoreModel
-from tiue_cli.distill.run_folder import RunFolder, RunRecord, check_out_folder, check_resumable, write_record
-from tiue_cli.distill.signals import StopRequest
-from tiue_cli.distill.student_init import card_section, load_initial_weights, load_untrained, prefixes_of
+from tiue_cli.distill.networks import ScoreModel, load_initial_weights, load_untrained, prefixes_of
+from tiue_cli.distill.run_folder import (
+    RunFolder,
+    RunRecord,
+    card_section,
+    check_out_folder,
+    check_resumable,
+    write_record,
+)
 from tiue_cli.distill.trainer import Networks, Trainer
 from tiue_cli.distill.validation import Validation, save_grid
 from tiue_cli.errors import DeviceError

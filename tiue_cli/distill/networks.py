@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models import UNet2DConditionModel
@@ -12,12 +14,14 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from tiue_cli.distill.adapters import MergedAdapters
-from tiue_cli.distill.config import LoraSettings
+from tiue_cli.distill.config import DistillConfig, LoraSettings
 from tiue_cli.distill.data.order import Stream, generator
 from tiue_cli.distill.losses import guided
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import ModelFolderError, UsageError
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
+from tiue_cli.model.schedule import LinearCombine
 from tiue_cli.model.shared import SharedUNetDecoder, merge_upsamplers
+from tiue_cli.model.student import StudentModel, load_student, student_from_teacher
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 _ENDINGS = {
@@ -158,3 +162,92 @@ def guided_prediction(
     ).float()
     conditional, unconditional = both.chunk(2)
     return guided(conditional, unconditional, guidance)
+
+
+class MergedAdapters(nn.Module):
+    """W + scale·B·A of every adapted layer, with the gradients of A and B.
+
+    Takes the adapters that peft has put into a network out of it again: the network is then what it was, and calls none
+    of peft's code. Linear layers of one shape are computed together, as there are many and they are small.
+    """
+
+    def __init__(self, network: nn.Module, *, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        adapters = {name: value for name, value in network.named_parameters() if ".lora_" in name}
+        self._names = list(adapters)
+        self._values = nn.ParameterList(adapters.values())
+        shapes: dict[Any, list[tuple[str, Any]]] = defaultdict(list)
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                base: Any = layer.get_base_layer()
+                parent, _, child = name.rpartition(".")
+                setattr(network.get_submodule(parent), child, base)
+                # A convolution is alone.
+                shapes[tuple(base.weight.shape) if isinstance(base, nn.Linear) else name].append((name, base))
+        # No buffers: several processes would send them to each other in every step.
+        self._groups: list[tuple[tuple[str, ...], Tensor]] = []
+        for group in shapes.values():
+            weights = torch.stack([base.weight.detach() for _, base in group])
+            self._groups.append((tuple(name for name, _ in group), weights))
+            for (_, base), weight in zip(group, weights, strict=True):
+                base.weight = nn.Parameter(weight, requires_grad=False)  # a view: it is not held twice
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The adapters under the names that peft gave them, in the network's order."""
+        return dict(zip(self._names, self._values, strict=True))
+
+    def weights(self) -> dict[str, Tensor]:
+        """The sum of every adapted layer, by the name of its weight."""
+        adapters = self.named()
+        result: dict[str, Tensor] = {}
+        for names, base in self._groups:
+            a, b = (
+                torch.stack([adapters[f"{name}.lora_{side}.default.weight"].flatten(1) for name in names])
+                for side in ("A", "B")
+            )
+            if base.dim() == 3:
+                sums = torch.baddbmm(base, b, a, alpha=self.scale)
+            else:
+                sums = base.add(torch.bmm(b, a).reshape(base.shape), alpha=self.scale)
+            result |= {f"{name}.weight": value for name, value in zip(names, sums.unbind(), strict=True)}
+        return result
+
+
+def teacher_source(config: DistillConfig) -> str:
+    """What to load as the teacher; the embedded model's plain name means its student elsewhere."""
+    return EMBEDDED_TEACHER if config.teacher == EMBEDDED else config.teacher
+
+
+def load_untrained(config: DistillConfig) -> StudentModel:
+    """The teacher's parts with the manifest of the student to be, on the CPU in float32. Raises TiueError."""
+    settings = config.student
+    return student_from_teacher(
+        teacher_source(config), steps=settings.steps, spacing=settings.spacing, timesteps=settings.timesteps
+    )
+
+
+def load_initial_weights(student: StudentModel, source: str) -> None:
+    """Put the UNet weights of another student into ``student``. ModelFolderError where they are of another kind."""
+    other = load_student(source)
+    mine, theirs = student.manifest.prediction_type, other.manifest.prediction_type
+    if mine != theirs:
+        raise ModelFolderError(
+            f"student.init {source} predicts {theirs}, and the teacher {mine}",
+            hint="start from a student of this teacher, or leave student.init out",
+        )
+    weights = other.unet.state_dict()
+    wanted = {name: value.shape for name, value in student.unet.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != wanted:
+        raise ModelFolderError(
+            f"student.init {source} has another UNet than the teacher",
+            hint="start from a student of this teacher, or leave student.init out",
+        )
+    student.unet.load_state_dict(weights)
+
+
+def prefixes_of(scheduler_config: Mapping[str, Any], timesteps: Sequence[int]) -> tuple[LinearCombine, ...]:
+    """The weighted sums over the first 1 … K-1 of the decoder timesteps."""
+    return tuple(
+        LinearCombine.from_scheduler_config(scheduler_config, timesteps[:count]) for count in range(1, len(timesteps))
+    )

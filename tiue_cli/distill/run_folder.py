@@ -21,8 +21,11 @@ from pydantic import BaseModel, ConfigDict
 
 from tiue_cli import __version__
 from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
+from tiue_cli.distill.data.prompts import TrainingPrompts
 from tiue_cli.errors import OutputError, UsageError
-from tiue_cli.files.atomic import RUN_MANIFEST, atomic_file, output_error, read_manifest, write_json
+from tiue_cli.files.atomic import atomic_file, output_error
+from tiue_cli.files.manifests import read_manifest, write_json
+from tiue_cli.files.students import RUN_MANIFEST
 
 LEFTOVERS = ".*.tmp*"
 """What a kill leaves of a file or folder that was being written (artifacts.py)."""
@@ -131,3 +134,12 @@ def write_record(out: Path, record: RunRecord) -> None:
     write_json(out / RUN_MANIFEST, record)  # first: with it alone the run can be resumed
     with atomic_file(out / "config.yaml") as temporary:
         temporary.write_text(to_yaml(record.config), encoding="utf-8")
+
+
+def card_section(config: DistillConfig, prompts: TrainingPrompts) -> str:
+    """How the student was made, for the end of its model card."""
+    return (
+        "\n## Training\n\n"
+        f"`tiue distill` on {len(prompts.prompts):,} prompts and no images, with these settings:\n\n"
+        f"```yaml\n{to_yaml(config)}```\n"
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from tiue_cli.distill.checkpoint import Checkpoint, TrainingState
-from tiue_cli.distill.config import Decay, DistillConfig
+from tiue_cli.distill.config import Decay, DistillConfig, LoraSettings, OptimizerSettings
 from tiue_cli.distill.data.order import EndlessOrder, Stream, generator, normal
 from tiue_cli.distill.data.pairs import PairData
 from tiue_cli.distill.data.text_states import TextStates
@@ -34,8 +34,7 @@ from tiue_cli.distill.losses import (
     vsd_loss,
 )
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction
-from tiue_cli.distill.optimizers import make_optimizer, rate_factor
-from tiue_cli.errors import TiueError
+from tiue_cli.errors import MissingDependencyError, TiueError
 from tiue_cli.model.schedule import LinearCombine
 
 ClipLoss = Callable[[Tensor, Sequence[str]], Tensor]
@@ -398,3 +397,37 @@ class Trainer:
             yield
         finally:
             self.ema.restore(self._student_parameters)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings | LoraSettings) -> Any:
+    """AdamW over the parameters. Raises MissingDependencyError for the 8-bit one without bitsandbytes."""
+    values = list(parameters)
+    if isinstance(settings, LoraSettings):
+        return torch.optim.AdamW(values, lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0, fused=True)
+    arguments = {
+        "lr": settings.learning_rate,
+        "betas": settings.betas,
+        "eps": settings.epsilon,
+        "weight_decay": settings.weight_decay,
+    }
+    if settings.name == "adamw":
+        return torch.optim.AdamW(values, fused=True, **arguments)  # type: ignore[arg-type]
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise MissingDependencyError(
+            "optimizer.name adamw8bit needs bitsandbytes",
+            hint='install it: python -m pip install "tiue[adam8bit]", or use adamw',
+        ) from None
+    return bitsandbytes.optim.AdamW8bit(values, **arguments)
+
+
+def rate_factor(done: int, length: int, *, warmup_steps: int, decay: Decay) -> float:
+    """The learning rate at step ``done`` of ``length`` as a share of its setting: linear rise, then the decay."""
+    rise = min(1.0, (done + 1) / (warmup_steps + 1))
+    progress = min(1.0, done / max(1, length))
+    if decay == "linear":
+        return rise * (1.0 - progress)
+    if decay == "cosine":
+        return rise * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return rise

@@ -16,7 +16,8 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from tiue_cli.errors import ManifestError, UsageError
-from tiue_cli.files.atomic import read_manifest, sha256_file
+from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.manifests import read_manifest
 
 EXPORT_MANIFEST: Final = "manifest.json"
 ENGINE_MANIFEST: Final = "engine.json"

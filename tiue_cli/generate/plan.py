@@ -5,183 +5,27 @@ GenerateConfig ─ open_target ─▶ ModelTarget ─ plan_images(rows) ─▶ P
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import re
 import secrets
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
 from tiue_cli.files.atomic import output_error
-from tiue_cli.files.hashes import fingerprint
+from tiue_cli.files.naming import slug
 from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, Record, read_record
+from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
-from tiue_cli.generate.target import ExportInfo, backend_for, check_export_options, find_export
-from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER, resolve_model, resolve_vae
+from tiue_cli.generate.target import ExportInfo, ModelTarget
 from tiue_cli.model.noise import check_seed
-
-BackendName = Literal["auto", "torch", "onnx", "trt"]
-DeviceName = Literal["auto", "cpu", "cuda"]
-DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
-ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
-
-TEACHER_STEPS = 25
-TEACHER_GUIDANCE = 7.5
-RELEASED_STUDENT_STEPS = 4
-"""Decoder timesteps of a student that was released without a manifest."""
 
 RANDOM_SEEDS = 2**32
 """Seeds that are drawn stay below this: short enough to be typed again."""
-SLUG_CHARS = 60
 _OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
-SLUG_BYTES = 150
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """What ``tiue generate`` can be asked, with the defaults of its options.
-
-    None means: the model's own (``size`` in pixels (H, W), ``steps``, ``teacher_steps``, ``guidance``, ``vae``), one
-    that fits (``batch``), or a random one (``seed``). ``out`` is a folder, or a file where it ends in ``.png``.
-    """
-
-    model: str = EMBEDDED
-    vae: str | None = None
-    steps: int | None = None
-    teacher_steps: int | None = None
-    guidance: float | None = None
-    seed: int | None = None
-    images: int = 1
-    size: tuple[int, int] | None = None
-    batch: int | None = None
-    backend: BackendName = "auto"
-    device: DeviceName = "auto"
-    dtype: DtypeName = "auto"
-    provider: ProviderName = "auto"
-    out: Path = Path("images")
-    grid: bool = False
-    metadata: bool = True
-    overwrite: bool = False
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ModelTarget:
-    """The model that a session uses, checked and not loaded."""
-
-    source: str
-    info: ModelInfo | ExportInfo
-    model_id: str
-    backend: str
-    """``torch``, ``onnx`` or ``trt``."""
-    vae: str | None
-    vae_folder: Path | None
-    vae_id: str | None
-    provider: str = "auto"
-    """Of ONNX Runtime."""
-
-    @property
-    def origin(self) -> str:
-        """What the model is called where it comes from: an export's student, else ``source``."""
-        return self.info.manifest.student.source if isinstance(self.info, ExportInfo) else self.source
-
-    def steps(self, config: GenerateConfig, row: PromptRow | None = None) -> int:
-        """Decoder timesteps of a student (checked against its training), or sampler steps of a teacher."""
-        if self.info.kind == "teacher":
-            return TEACHER_STEPS if config.teacher_steps is None else config.teacher_steps
-        wanted = config.steps if row is None or row.steps is None else row.steps
-        return len(student_timesteps(self.info, wanted))
-
-    def guidance(self, config: GenerateConfig) -> float | None:
-        """The guidance of a teacher; None for a student, which has none."""
-        if self.info.kind == "student":
-            return None
-        if config.guidance is not None:
-            return config.guidance
-        return EMBEDDED_GUIDANCE if self.source == EMBEDDED_TEACHER else TEACHER_GUIDANCE
-
-
-def open_target(config: GenerateConfig) -> ModelTarget:
-    """Find and check the model and autoencoder of ``config``; raises what ``model.folder`` raises, and UsageError."""
-    export = find_export(config.model)
-    backend = backend_for(export, config.model, backend=config.backend)
-    if export is not None:
-        return _export_target(config, export, backend=backend)
-    if config.provider != "auto":
-        raise UsageError("--provider is for exported students", hint="use --device for a model folder")
-    folder = resolve_model(config.model)
-    info = check_model_folder(folder)
-    _refuse_other_kinds_options(config, info)
-    vae_folder = None if config.vae is None else check_vae_folder(resolve_vae(config.vae))
-    return ModelTarget(
-        # By its own name, so that the records hold when this version's stand-in has made way for a student.
-        source=EMBEDDED_TEACHER if config.model == EMBEDDED and info.kind == "teacher" else config.model,
-        info=info,
-        model_id=fingerprint(folder),
-        backend=backend,
-        vae=config.vae,
-        vae_folder=vae_folder,
-        vae_id=None if vae_folder is None else fingerprint(vae_folder),
-    )
-
-
-def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) -> ModelTarget:
-    _refuse_other_kinds_options(config, info)
-    provider = check_export_options(
-        info,
-        backend=backend,
-        vae=config.vae,
-        dtype=config.dtype,
-        device=config.device,
-        provider=config.provider,
-    )
-    return ModelTarget(
-        source=config.model,
-        info=info,
-        model_id=info.model_id,
-        backend=backend,
-        vae=None,
-        vae_folder=None,
-        vae_id=None,
-        provider=provider,
-    )
-
-
-@functools.lru_cache(maxsize=64)
-def student_timesteps(info: ModelInfo | ExportInfo, steps: int | None) -> tuple[int, ...]:
-    """The decoder timesteps of a run with ``steps`` of them (None: the student's own). Raises UsageError."""
-    if isinstance(info, ExportInfo):
-        return info.manifest.combine(steps).timesteps
-    from tiue_cli.model.schedule import combine_for_run, decoder_timesteps
-
-    scheduler_config = read_json(info.path / "scheduler" / "scheduler_config.json")
-    if info.manifest is None:
-        trained, spacing = decoder_timesteps(scheduler_config, RELEASED_STUDENT_STEPS, spacing="leading"), "leading"
-    else:
-        trained, spacing = info.manifest.decoder_timesteps, info.manifest.spacing
-    return combine_for_run(scheduler_config, trained, spacing=spacing, steps=steps).timesteps
-
-
-def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo | ExportInfo) -> None:
-    if info.kind == "teacher" and config.steps is not None:
-        raise UsageError(
-            f"--steps counts the decoder timesteps of a student, and {config.model} is a teacher",
-            hint="use --teacher-steps N; a student without tiue.json is known by a folder name like loopfree-sd…",
-        )
-    if info.kind == "student" and (config.guidance is not None or config.teacher_steps is not None):
-        option = "--guidance" if config.guidance is not None else "--teacher-steps"
-        raise UsageError(
-            f"{option} is for teachers, and {config.model} is a student",
-            hint=f"leave {option} out: a student makes an image in one pass, without guidance",
-        )
 
 
 # --- the plan ------------------------------------------------------------------------------------------------------
@@ -330,19 +174,6 @@ def _lay_out(config: GenerateConfig, specs: Sequence[ImageSpec]) -> _Layout:
         paths.append(out / (f"{stem}.png" if taken[stem] == 1 else f"{stem}-{taken[stem]}.png"))
     sheet = out / f"{slug(specs[0].prompt)}-{specs[0].seed}-grid-{len(specs)}.png" if config.grid else None
     return _Layout(out, paths, sheet)
-
-
-def slug(prompt: str) -> str:
-    """A file name for a prompt: lower-case letters and digits of any script, hyphens between; at most 68 characters.
-
-    A prompt that had to be cut gets six digits of its hash, so that two long ones stay apart.
-    """
-    words = re.sub(r"[\W_]+", "-", unicodedata.normalize("NFKC", prompt).lower()).strip("-")
-    short = words[:SLUG_CHARS].encode()[:SLUG_BYTES].decode(errors="ignore").strip("-")
-    if short == words and short:
-        return short
-    digest = hashlib.sha256(prompt.encode()).hexdigest()[:6]
-    return f"{short}-{digest}" if short else f"image-{digest}"
 
 
 _IN_THE_WAY = "add --overwrite to replace it, or write elsewhere: --out FOLDER"

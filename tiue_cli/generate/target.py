@@ -1,7 +1,8 @@
-"""An exported student as the model of ``tiue generate``: what a plan needs to know of it, from its manifest alone."""
+"""Which model draws: a student, a teacher or an export, known from its files alone before anything heavy is loaded."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,20 @@ from typing import Literal
 
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
-from tiue_cli.model.hub import EMBEDDED_NAMES
+from tiue_cli.files.hashes import fingerprint
+from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.prompts import PromptRow
+from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
+from tiue_cli.model.hub import (
+    EMBEDDED,
+    EMBEDDED_GUIDANCE,
+    EMBEDDED_NAMES,
+    EMBEDDED_TEACHER,
+    TEACHER_GUIDANCE,
+    TEACHER_STEPS,
+    resolve_model,
+    resolve_vae,
+)
 
 
 @dataclass(frozen=True)
@@ -106,3 +120,118 @@ def check_export_options(
     if provider != "auto" and (provider == "cpu") != (device == "cpu"):
         raise UsageError(f"--provider {provider} does not run on --device {device}", hint="leave one of them out")
     return device if provider == "auto" else provider
+
+
+RELEASED_STUDENT_STEPS = 4
+"""Decoder timesteps of a student that was released without a manifest."""
+
+
+@dataclass(frozen=True)
+class ModelTarget:
+    """The model that a session uses, checked and not loaded."""
+
+    source: str
+    info: ModelInfo | ExportInfo
+    model_id: str
+    backend: str
+    """``torch``, ``onnx`` or ``trt``."""
+    vae: str | None
+    vae_folder: Path | None
+    vae_id: str | None
+    provider: str = "auto"
+    """Of ONNX Runtime."""
+
+    @property
+    def origin(self) -> str:
+        """What the model is called where it comes from: an export's student, else ``source``."""
+        return self.info.manifest.student.source if isinstance(self.info, ExportInfo) else self.source
+
+    def steps(self, config: GenerateConfig, row: PromptRow | None = None) -> int:
+        """Decoder timesteps of a student (checked against its training), or sampler steps of a teacher."""
+        if self.info.kind == "teacher":
+            return TEACHER_STEPS if config.teacher_steps is None else config.teacher_steps
+        wanted = config.steps if row is None or row.steps is None else row.steps
+        return len(student_timesteps(self.info, wanted))
+
+    def guidance(self, config: GenerateConfig) -> float | None:
+        """The guidance of a teacher; None for a student, which has none."""
+        if self.info.kind == "student":
+            return None
+        if config.guidance is not None:
+            return config.guidance
+        return EMBEDDED_GUIDANCE if self.source == EMBEDDED_TEACHER else TEACHER_GUIDANCE
+
+
+def open_target(config: GenerateConfig) -> ModelTarget:
+    """Find and check the model and autoencoder of ``config``; raises what ``model.folder`` raises, and UsageError."""
+    export = find_export(config.model)
+    backend = backend_for(export, config.model, backend=config.backend)
+    if export is not None:
+        return _export_target(config, export, backend=backend)
+    if config.provider != "auto":
+        raise UsageError("--provider is for exported students", hint="use --device for a model folder")
+    folder = resolve_model(config.model)
+    info = check_model_folder(folder)
+    _refuse_other_kinds_options(config, info)
+    vae_folder = None if config.vae is None else check_vae_folder(resolve_vae(config.vae))
+    return ModelTarget(
+        # By its own name, so that the records hold when this version's stand-in has made way for a student.
+        source=EMBEDDED_TEACHER if config.model == EMBEDDED and info.kind == "teacher" else config.model,
+        info=info,
+        model_id=fingerprint(folder),
+        backend=backend,
+        vae=config.vae,
+        vae_folder=vae_folder,
+        vae_id=None if vae_folder is None else fingerprint(vae_folder),
+    )
+
+
+def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) -> ModelTarget:
+    _refuse_other_kinds_options(config, info)
+    provider = check_export_options(
+        info,
+        backend=backend,
+        vae=config.vae,
+        dtype=config.dtype,
+        device=config.device,
+        provider=config.provider,
+    )
+    return ModelTarget(
+        source=config.model,
+        info=info,
+        model_id=info.model_id,
+        backend=backend,
+        vae=None,
+        vae_folder=None,
+        vae_id=None,
+        provider=provider,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def student_timesteps(info: ModelInfo | ExportInfo, steps: int | None) -> tuple[int, ...]:
+    """The decoder timesteps of a run with ``steps`` of them (None: the student's own). Raises UsageError."""
+    if isinstance(info, ExportInfo):
+        return info.manifest.combine(steps).timesteps
+    from tiue_cli.model.schedule import combine_for_run, decoder_timesteps
+
+    scheduler_config = read_json(info.path / "scheduler" / "scheduler_config.json")
+    if info.manifest is None:
+        trained, spacing = decoder_timesteps(scheduler_config, RELEASED_STUDENT_STEPS, spacing="leading"), "leading"
+    else:
+        trained, spacing = info.manifest.decoder_timesteps, info.manifest.spacing
+    return combine_for_run(scheduler_config, trained, spacing=spacing, steps=steps).timesteps
+
+
+def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo | ExportInfo) -> None:
+    if info.kind == "teacher" and config.steps is not None:
+        raise UsageError(
+            f"--steps counts the decoder timesteps of a student, and {config.model} is a teacher",
+            hint="use --teacher-steps N; a student without tiue.json is known by a folder name like loopfree-sd…",
+        )
+    if info.kind == "student" and (config.guidance is not None or config.teacher_steps is not None):
+        option = "--guidance" if config.guidance is not None else "--teacher-steps"
+        raise UsageError(
+            f"{option} is for teachers, and {config.model} is a student",
+            hint=f"leave {option} out: a student makes an image in one pass, without guidance",
+        )

@@ -14,7 +14,8 @@ import pydantic
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, read_manifest
+from tiue_cli.files.manifests import read_manifest
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import DOWNLOAD_AGAIN, ComponentInfo, inspect_weights, read_json
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.files.atomic import RUN_MANIFEST
+from tiue_cli.files.students import RUN_MANIFEST
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import WEIGHT_STEMS, read_json
@@ -24,6 +24,8 @@ EMBEDDED_TEACHER = "papercut-teacher"
 EMBEDDED_STUDENT = "papercut-student"
 EMBEDDED_NAMES = (EMBEDDED, EMBEDDED_TEACHER, EMBEDDED_STUDENT)
 EMBEDDED_GUIDANCE = 2.0
+TEACHER_STEPS = 25
+TEACHER_GUIDANCE = 7.5
 """Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 
 _EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "papercut" / "model"

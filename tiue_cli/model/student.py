@@ -18,7 +18,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiue_cli import __version__
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
-from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, atomic_folder, sha256_folder, write_json
+from tiue_cli.files.atomic import atomic_folder
+from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.files.manifests import write_json
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model

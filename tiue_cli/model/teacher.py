@@ -17,11 +17,9 @@ from tiue_cli.errors import UsageError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
+from tiue_cli.model.hub import TEACHER_GUIDANCE, TEACHER_STEPS
 from tiue_cli.model.schedule import ddim_config
 from tiue_cli.model.text import cut_text, encode_prompts
-
-STEPS = 25
-GUIDANCE = 7.5
 
 Progress = Callable[[int], None]
 """Called after each step with the number of steps done."""
@@ -53,8 +51,8 @@ class Teacher:
         prompts: Sequence[str],
         noise: torch.Tensor,
         *,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        steps: int = TEACHER_STEPS,
+        guidance: float = TEACHER_GUIDANCE,
         progress: Progress | None = None,
     ) -> np.ndarray:
         """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w); see ``latents``."""
@@ -65,8 +63,8 @@ class Teacher:
         prompts: Sequence[str],
         noise: torch.Tensor,
         *,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        steps: int = TEACHER_STEPS,
+        guidance: float = TEACHER_GUIDANCE,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """Latents (B, C, h, w) after ``steps`` DDIM steps from ``noise`` (B, C, h, w), in the UNet's dtype.
@@ -91,8 +89,8 @@ class Teacher:
         noise: torch.Tensor,
         *,
         unconditional: torch.Tensor | None,
-        steps: int = STEPS,
-        guidance: float = GUIDANCE,
+        steps: int = TEACHER_STEPS,
+        guidance: float = TEACHER_GUIDANCE,
         progress: Progress | None = None,
     ) -> torch.Tensor:
         """``latents`` from text states (B, L, D) and those of the empty prompt, None where nothing guides."""
@@ -119,7 +117,7 @@ class Teacher:
             )
         last = int(self._pipeline.scheduler.config.num_train_timesteps)
         if not 1 <= steps <= last:
-            raise UsageError(f"{steps} teacher steps are impossible", hint=f"choose 1 to {last}; {STEPS} is usual")
+            raise UsageError(f"{steps} teacher steps are outside 1 to {last}", hint=f"{TEACHER_STEPS} is usual")
 
 
 def load_teacher(

@@ -10,8 +10,8 @@ from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, machine, make_report, p
 
 from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
 from tiue_cli.bench.compare.reports import CONFIDENCE, Comparison, Row, compare_reports
-from tiue_cli.bench.intervals import block_bootstrap, mean_interval, student_t, welch_difference
 from tiue_cli.bench.report.schema import BenchReport
+from tiue_cli.bench.stats import block_bootstrap, mean_interval, student_t, welch_difference
 from tiue_cli.errors import UsageError
 
 FEW = (PLAIN, STUDENT, ONNX)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tiue_cli.bench.measure.peak import measure_peak
+from tiue_cli.bench.measure.machine import measure_peak
 
 
 def _seconds(run: Callable[[], object], samples: int = 5) -> float:

@@ -17,7 +17,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 from transformers import CLIPVisionModelWithProjection as ClipVision
 
 from tiue_cli.bench.quality.clip_features import ClipExtractor
-from tiue_cli.bench.quality.features import PapercutChecker, Resizing, Sharpness, open_extractor
+from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness, open_extractor
+from tiue_cli.bench.quality.features import Resizing
 from tiue_cli.bench.quality.metrics import clip_score
 from tiue_cli.bench.quality.onnx_features import OnnxExtractor
 from tiue_cli.errors import QualityError, TiueError, UsageError

@@ -25,7 +25,8 @@ from PIL import Image
 from tiue_cli.bench.events import Event, Note, Progress
 from tiue_cli.bench.quality import measure as quality
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject
-from tiue_cli.bench.quality.features import Resizing, Sharpness
+from tiue_cli.bench.quality.extractors import Sharpness
+from tiue_cli.bench.quality.features import Resizing
 from tiue_cli.bench.quality.measure import QualityResult, measure_quality
 from tiue_cli.bench.quality.metrics import FeatureSet, compare_sets, diversity
 from tiue_cli.bench.quality.onnx_features import OnnxExtractor

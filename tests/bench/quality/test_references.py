@@ -9,7 +9,8 @@ import pytest
 from feature_graphs import mean_color_graph
 from PIL import Image
 
-from tiue_cli.bench.quality.features import Extractor, PapercutChecker, Resizing
+from tiue_cli.bench.quality.extractors import PapercutChecker
+from tiue_cli.bench.quality.features import Extractor, Resizing
 from tiue_cli.bench.quality.metrics import FeatureSet, Moments
 from tiue_cli.bench.quality.onnx_features import OnnxExtractor
 from tiue_cli.bench.quality.references import (

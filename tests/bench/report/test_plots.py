@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 
-from tiue_cli.bench.report.plot_frame import Plot
-from tiue_cli.bench.report.plots import ratio_plot, spread_plot, stage_plot
+from tiue_cli.bench.report.plots import Plot, _apart, quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.report.svg import COLOURS, css_variables
-from tiue_cli.bench.report.trend_plots import _apart, quality_plot, throughput_plot
 from tiue_cli.bench.report.view import ReportView, as_speedup
 from tiue_cli.text import number, plain
 

@@ -11,10 +11,17 @@ from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
 from tiue_cli.bench.compare.reports import compare_reports
 from tiue_cli.bench.compare.table import comparison_table
-from tiue_cli.bench.report.facts import quality_facts, run_facts
 from tiue_cli.bench.report.schema import BenchReport
-from tiue_cli.bench.report.tables import latency_tables, quality_tables, ratio_tables, with_spread
+from tiue_cli.bench.report.tables import (
+    latency_tables,
+    quality_facts,
+    quality_tables,
+    ratio_tables,
+    run_facts,
+    with_spread,
+)
 from tiue_cli.bench.report.view import ReportView
+from tiue_cli.cli.bench import show_report
 from tiue_cli.cli.console import Console
 
 KEYS = (TEACHER, PLAIN, STUDENT, ONNX, "papercut-student/compile/k4")
@@ -27,7 +34,7 @@ def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown(report: BenchReport, capsys: pytest.CaptureFixture[str]) -> str:
-    Console().bench(report)
+    show_report(Console(), report)
     return capsys.readouterr().out
 
 
@@ -48,7 +55,7 @@ def test_names_from_outside_cannot_move_the_cursor(capsys: pytest.CaptureFixture
     report = make_report(**OPTIONS)
     subjects = tuple(subject.model_copy(update={"label": "a\x1b[2J\rb [red]c[/red]"}) for subject in report.subjects)
     hostile = report.model_copy(update={"subjects": subjects, "warnings": ("busy",)})
-    Console().bench(hostile)
+    show_report(Console(), hostile)
     captured = capsys.readouterr()
     assert "\x1b" not in captured.out and "\r" not in captured.out
     assert "[red]c[/red]" in captured.out, "shown as it is, not read as markup"

@@ -12,7 +12,7 @@ from tiny_export import write_tiny_export
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 from tiue_cli.bench.config import PeerSpec
 from tiue_cli.bench.measure.flops import StageFlops
-from tiue_cli.bench.parity import compare_images
+from tiue_cli.bench.ratios import compare_images
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
 from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights

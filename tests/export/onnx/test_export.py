@@ -27,12 +27,11 @@ from tiue_cli.cli.app import main
 from tiue_cli.errors import ModelFolderError, OutputError, ParityError, UsageError
 from tiue_cli.export.config import ENGINES, ExportConfig
 from tiue_cli.export.onnx import export as to_onnx
-from tiue_cli.export.onnx.chain import Case, largest_magnitude, run_chain
 from tiue_cli.export.onnx.export import FLOAT16_LIMIT, export_student, fitting_precision
 from tiue_cli.export.onnx.graphs import folded_time
+from tiue_cli.export.onnx.parity import Case, largest_magnitude, run_chain
 from tiue_cli.export.onnx.trace import Trace, file_spec
 from tiue_cli.export.tolerance import check_image
-from tiue_cli.files.atomic import sha256_folder, write_json
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
@@ -47,6 +46,8 @@ from tiue_cli.files.exports import (
     TensorSpec,
     read_export_manifest,
 )
+from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.files.manifests import write_json
 from tiue_cli.model.schedule import combine_for_run
 from tiue_cli.model.student import load_student
 from tiue_cli.model.unet import UNetEncoder
@@ -222,7 +223,7 @@ def test_the_same_module_gives_the_same_bytes_in_another_process(student: Path, 
     code = (
         "import sys; from pathlib import Path\n"
         "from tiue_cli.export.onnx.trace import export_graph\n"
-        "from tiue_cli.export.onnx.traces import trace_unet_encoder\n"
+        "from tiue_cli.export.onnx.graphs import trace_unet_encoder\n"
         "from tiue_cli.export.onnx.graphs import folded_time\n"
         "from tiue_cli.model.student import load_student\n"
         f"student = load_student({str(student)!r})\n"

@@ -18,8 +18,9 @@ import pytest
 from helpers import build_full_size_folder
 
 from tiue_cli.export.tolerance import REQUIRED_PSNR_DB
-from tiue_cli.files.atomic import STUDENT_MANIFEST, StudentManifest, write_json
 from tiue_cli.files.exports import Precision, check_files, read_export_manifest
+from tiue_cli.files.manifests import write_json
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 
 Kind = Literal["sd15", "sd21"]
 

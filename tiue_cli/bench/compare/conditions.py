@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from tiue_cli.bench.compare.reports import Comparison, Row, row_as_dict
-from tiue_cli.bench.intervals import LEAST_SAMPLES, Estimate
+from tiue_cli.bench.stats import LEAST_SAMPLES, Estimate
 from tiue_cli.errors import UsageError
 
 _PATTERN = re.compile(

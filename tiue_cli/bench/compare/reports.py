@@ -18,16 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from tiue_cli.bench.compare.differences import quality_obstacle, report_differences
-from tiue_cli.bench.intervals import (
-    LEAST_SAMPLES,
-    Estimate,
-    block_bootstrap,
-    exact,
-    hull,
-    mean_interval,
-    welch_difference,
-)
 from tiue_cli.bench.report.schema import BenchReport, LatencyRecord, QualityRecord
+from tiue_cli.bench.stats import LEAST_SAMPLES, Estimate, block_bootstrap, exact, hull, mean_interval, welch_difference
 from tiue_cli.text import plain
 
 CONFIDENCE = 0.99

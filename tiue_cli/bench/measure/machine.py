@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import math
+import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from functools import partial
+from pathlib import Path
+from typing import Final, Literal
 
 import psutil
 import torch
+from torch.nn.functional import conv2d
 
+from tiue_cli.bench.report.schema import MachineRecord, PeakKernel, PeakRecord
 from tiue_cli.bench.stats import drift, summarize
+from tiue_cli.bench.subjects.models import DTYPES
+from tiue_cli.machine import machine_info, package_version
 
 BUSY_SHARE: Final = 0.05
 """Of the machine's processor time that others may use before it is said."""
@@ -115,3 +125,159 @@ def machine_warnings(use: MachineUse, control_ms: Sequence[float], *, where: str
                 f" median and {figures.p90:.2f} ms in every tenth round"
             )
     return found
+
+
+PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "torchmetrics")
+"""Whose versions a bench shows beside those that can change a picture."""
+
+
+_LONGEST_NAME: Final = 80
+
+
+_GIT_TIMEOUT_S: Final = 15.0
+
+
+def machine_record(device: str) -> MachineRecord:
+    """This machine; it is named after the GPU where that is what ran."""
+    info = machine_info()
+    gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
+    extra = {name: package_version(name) for name in PACKAGES}
+    return MachineRecord(
+        name=slug(gpu) if gpu is not None else f"{slug(_short_cpu(info.cpu))}-{info.cores}-cores",
+        system=info.system,
+        cpu=info.cpu,
+        cores=info.cores,
+        threads=torch.get_num_threads(),
+        memory_bytes=info.memory_bytes,
+        gpu=gpu,
+        driver=info.gpus[0].driver if gpu is not None and info.gpus else None,
+        python=info.python,
+        packages={**info.packages, **{name: version for name, version in extra.items() if version is not None}},
+    )
+
+
+def report_name(models: Sequence[str], machine: str, created: datetime.datetime, *, random_weights: bool) -> str:
+    """``<model>_<machine>_<date>``, in letters that every file system takes."""
+    names = "+".join(slug(model) for model in models)[:_LONGEST_NAME]
+    return f"{names}{'-random' if random_weights else ''}_{machine}_{created:%Y-%m-%d}"
+
+
+def source_commit() -> str | None:
+    """The commit of the source tree that runs, with ``+`` where its code was changed since; None outside of one."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "tiue_cli")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+" if changed else head
+
+
+def slug(text: str) -> str:
+    """Lower-case letters, digits and dots, hyphens between."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.") or "model"
+
+
+def _short_cpu(name: str) -> str:
+    """``Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz`` → ``Intel Xeon Platinum 8481C``."""
+    bare = re.sub(r"\((?:R|TM)\)|\bCPU\b|\bProcessor\b|@.*$|\b\d+-Core\b", " ", name, flags=re.IGNORECASE)
+    return " ".join(bare.split()[:4])
+
+
+def _git(root: Path, *words: str) -> str:
+    command = ["git", "-C", str(root), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S).stdout.strip()
+
+
+SIDES: Final = {"cpu": (512, 1024, 1536, 2048), "cuda": (2048, 4096, 8192, 16384)}
+"""Square products that are tried: the fastest counts, as caches and tiles favour different ones."""
+
+
+SAMPLES: Final = 5
+
+
+BUDGET_S: Final = 4.0
+
+
+@dataclass(frozen=True)
+class _Product:
+    """One way to multiply matrices (M, L) and (L, N)."""
+
+    kernel: PeakKernel
+    shape: tuple[int, int, int]
+    """M, L, N."""
+    run: Callable[[], torch.Tensor]
+
+
+def measure_peak(device: str, precision: Literal["fp32", "fp16", "bf16"], *, budget_s: float = BUDGET_S) -> PeakRecord:
+    """The best rate of a large matrix product in ``precision``, over kernels, shapes and samples, in FLOP/s.
+
+    In fp32 on a GPU as torch is set (``torch.backends.cuda.matmul.fp32_precision``), as the models run.
+    """
+    best: PeakRecord | None = None
+    started = time.perf_counter()
+    for product in _products(device, precision):
+        samples = _samples_ms(product, device=device)
+        rate = 2.0 * math.prod(product.shape) / (min(samples) / 1000.0)
+        if best is None or rate > best.flops_per_s:
+            best = PeakRecord(
+                flops_per_s=rate,
+                precision=precision,
+                device=device,
+                kernel=product.kernel,
+                shape=product.shape,
+                samples_ms=samples,
+            )
+        if time.perf_counter() - started > budget_s:
+            break
+    assert best is not None
+    return best
+
+
+def _products(device: str, precision: str) -> Iterator[_Product]:
+    """On a CPU convolutions too: another library computes them, and it may use instructions that torch.mm's does not.
+
+    MKL, behind ``torch.mm``, leaves AMD's AVX-512 alone; oneDNN does not, and reaches twice the rate there. A ceiling
+    that half of a model's layers break is none.
+    """
+    if device == "cpu":
+        yield _convolution(64, 64, 320, side=3, precision=precision)
+    for side in SIDES[device]:
+        left, right = (_random(side, side, device=device, precision=precision) for _ in range(2))
+        yield _Product("matrix product", (side, side, side), partial(torch.mm, left, right))
+        if device == "cpu":
+            yield _convolution(side // 32, 32, side, side=1, precision=precision)
+
+
+def _convolution(height: int, width: int, channels: int, *, side: int, precision: str) -> _Product:
+    weights = _random(channels, channels, side, side, precision=precision).to(memory_format=torch.channels_last)
+    image = _random(1, channels, height, width, precision=precision).to(memory_format=torch.channels_last)
+    shape = (height * width, channels * side * side, channels)
+    kernel: PeakKernel = "1x1 convolution" if side == 1 else "3x3 convolution"
+    return _Product(kernel, shape, lambda: conv2d(image, weights, padding=side // 2))
+
+
+def _random(*shape: int, precision: str, device: str = "cpu") -> torch.Tensor:
+    generator = torch.Generator(device).manual_seed(shape[0])
+    return torch.randn(*shape, device=device, generator=generator).to(DTYPES[precision])
+
+
+@torch.inference_mode()
+def _samples_ms(product: _Product, *, device: str) -> tuple[float, ...]:
+    product.run()
+    samples = []
+    for _ in range(SAMPLES):
+        if device == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            product.run()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(float(start.elapsed_time(end)))
+        else:
+            started = time.perf_counter()
+            product.run()
+            samples.append((time.perf_counter() - started) * 1000.0)
+    return tuple(samples)

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVi
 
 from tiue_cli.bench.quality.features import Images
 from tiue_cli.errors import QualityError
-from tiue_cli.files.atomic import sha256_folder
+from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.model.components import quiet
 from tiue_cli.model.weights import read_json
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from tiue_cli.bench.events import Emit, Note, Progress
 from tiue_cli.bench.quality.clip_features import ClipExtractor
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject, slug
-from tiue_cli.bench.quality.features import Extractor, PapercutChecker, Resizing, Sharpness, open_extractor
+from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness, open_extractor
+from tiue_cli.bench.quality.features import Extractor, Resizing
 from tiue_cli.bench.quality.metrics import FeatureSet, clip_score, compare_sets, diversity, mean_figures
 from tiue_cli.bench.quality.plan import COMPARABLE_IMAGES, QualityConfig, QualityPlan, plan_quality, spec_rows
 from tiue_cli.bench.quality.references import CEILING_SEED, Reference, open_reference, rendered_chunks

@@ -20,7 +20,7 @@ from PIL import Image
 from tiue_cli.backends.onnx_session import choose_provider, open_session, run_session, session_errors
 from tiue_cli.bench.quality.features import Images
 from tiue_cli.errors import QualityError
-from tiue_cli.files.atomic import sha256_file
+from tiue_cli.files.hashes import sha256_file
 
 PIXELS_KEY, PIXELS = "pixels", "0..255"
 RESIZE_KEY = "resize"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_cli.bench.quality.features import PapercutChecker, Sharpness
+from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness
 from tiue_cli.bench.quality.metrics import NEIGHBOURS, FeatureSet, compare_sets, diversity
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.evaluation import prompt_following_of_features

@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 from tiue_cli.bench.quality.features import Extractor, Images, Resizing
 from tiue_cli.bench.quality.metrics import FeatureSet, Moments
 from tiue_cli.errors import QualityError, UsageError
-from tiue_cli.files.atomic import atomic_file, sha256_file
+from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.hashes import sha256_file
 from tiue_cli.papercut.captions import SceneSpec
 from tiue_cli.papercut.scenes import render
 

@@ -13,7 +13,8 @@ from tiue_cli.bench.report.markdown import render_markdown
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.report.view import REFERENCE
 from tiue_cli.errors import ManifestError, OutputError
-from tiue_cli.files.atomic import atomic_file, read_manifest, write_json
+from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.manifests import read_manifest, write_json
 
 SUFFIXES = (".json", ".md", ".html")
 

@@ -14,19 +14,20 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from tiue_cli.bench.report.facts import machine_facts, quality_facts, run_facts
-from tiue_cli.bench.report.plots import ratio_plot, spread_plot, stage_plot
+from tiue_cli.bench.report.plots import quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
 from tiue_cli.bench.report.schema import BenchReport, GridRecord
 from tiue_cli.bench.report.svg import css_variables
 from tiue_cli.bench.report.tables import (
     Table,
     latency_tables,
     load_table,
+    machine_facts,
+    quality_facts,
     quality_tables,
     ratio_tables,
+    run_facts,
     subject_table,
 )
-from tiue_cli.bench.report.trend_plots import quality_plot, throughput_plot
 from tiue_cli.bench.report.view import ReportView
 from tiue_cli.text import plain
 

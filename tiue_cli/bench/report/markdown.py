@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from tiue_cli.bench.report.facts import machine_facts, quality_facts, run_facts
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.report.tables import (
     Table,
     latency_tables,
     load_table,
+    machine_facts,
+    quality_facts,
     quality_tables,
     ratio_tables,
+    run_facts,
     subject_table,
 )
 from tiue_cli.bench.report.view import ReportView

@@ -25,8 +25,16 @@ from tiue_cli.bench.config import BenchConfig, PeerSpec, StudentBackend
 from tiue_cli.bench.measure.flops import StageFlops
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
-from tiue_cli.bench.subjects.exports import ReadyExport, engine_now, engine_obstacle, export_now, find_export_of
-from tiue_cli.bench.subjects.loading import Contestant, Loader, Say
+from tiue_cli.bench.subjects.loading import (
+    Contestant,
+    Loader,
+    ReadyExport,
+    Say,
+    engine_now,
+    engine_obstacle,
+    export_now,
+    find_export_of,
+)
 from tiue_cli.bench.subjects.models import LoadedModel, check_same_size, student_steps
 from tiue_cli.bench.subjects.peers import PeerSubject, load_peer, pipeline_bytes
 from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant

@@ -18,11 +18,11 @@ from torch import nn
 from tiue_cli import __version__
 from tiue_cli.bench.subjects.random_weights import random_components
 from tiue_cli.errors import UsageError
-from tiue_cli.files.atomic import StudentManifest, sha256_folder
-from tiue_cli.generate.plan import EMBEDDED_GUIDANCE, TEACHER_GUIDANCE
+from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.files.students import StudentManifest
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
-from tiue_cli.model.hub import EMBEDDED_NAMES, EMBEDDED_STUDENT
+from tiue_cli.model.hub import EMBEDDED_GUIDANCE, EMBEDDED_NAMES, EMBEDDED_STUDENT, TEACHER_GUIDANCE
 from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_config, decoder_timesteps
 from tiue_cli.model.student import StudentModel
 from tiue_cli.model.teacher import Teacher

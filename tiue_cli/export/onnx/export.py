@@ -25,13 +25,28 @@ from transformers import CLIPTokenizer
 from tiue_cli import __version__
 from tiue_cli.errors import ModelFolderError, SchedulerError
 from tiue_cli.export.config import ExportConfig
-from tiue_cli.export.onnx.chain import Case, Tensors, check_prompts, largest_magnitude, run_chain
-from tiue_cli.export.onnx.graphs import folded_time
-from tiue_cli.export.onnx.parity import PROVIDER, check_cases, check_graph, check_images, image_case
+from tiue_cli.export.onnx.graphs import (
+    folded_time,
+    trace_text_encoder,
+    trace_unet_decoder,
+    trace_unet_encoder,
+    trace_vae_decoder,
+)
+from tiue_cli.export.onnx.parity import (
+    PROVIDER,
+    Case,
+    Tensors,
+    check_cases,
+    check_graph,
+    check_images,
+    check_prompts,
+    image_case,
+    largest_magnitude,
+    run_chain,
+)
 from tiue_cli.export.onnx.trace import Trace, export_graph, file_spec
-from tiue_cli.export.onnx.traces import trace_text_encoder, trace_unet_decoder, trace_unet_encoder, trace_vae_decoder
 from tiue_cli.export.tolerance import REQUIRED_PSNR_DB
-from tiue_cli.files.atomic import STUDENT_MANIFEST, atomic_folder, sha256_folder, terminated_as_interrupt, write_json
+from tiue_cli.files.atomic import atomic_folder, terminated_as_interrupt
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
@@ -50,6 +65,9 @@ from tiue_cli.files.exports import (
     Versions,
     read_engine_manifest,
 )
+from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.files.manifests import write_json
+from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
 from tiue_cli.model.folder import ModelInfo, check_model_folder

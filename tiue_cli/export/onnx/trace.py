@@ -21,8 +21,8 @@ from onnxscript.optimizer import optimize
 from torch import Tensor, nn
 
 from tiue_cli.export.onnx.translate import translations
-from tiue_cli.files.atomic import sha256_file
 from tiue_cli.files.exports import FileSpec, GraphName, GraphSpec, Precision, Size, TensorSpec
+from tiue_cli.files.hashes import sha256_file
 
 INLINE_BYTES: Final = 1024
 """Weights up to this size stay in the .onnx file: shapes and scales, which readers want to see."""

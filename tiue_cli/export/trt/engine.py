@@ -25,7 +25,7 @@ from tiue_cli.export.config import EngineConfig
 from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file, workspace_bytes
 from tiue_cli.export.trt.parity import Reference, check_engine_images, check_plans, engine_parity, plan_cases
 from tiue_cli.export.trt.profiles import DEFAULT_BATCHES, batch_profiles, fit_profiles, input_shapes, load_profiles
-from tiue_cli.files.atomic import atomic_folder, output_error, sha256_file, terminated_as_interrupt, write_json
+from tiue_cli.files.atomic import atomic_folder, output_error, terminated_as_interrupt
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
@@ -40,6 +40,8 @@ from tiue_cli.files.exports import (
     read_engine_manifest,
     read_export_manifest,
 )
+from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.manifests import write_json
 
 PlanStageFn = Callable[[str, float, str], None]
 """Called with a stage ("build unet_decoder"), the share of it that is done (0 to 1), and what it is at."""

@@ -1,18 +1,81 @@
-"""What ``tiue distill`` does with a request: train and show, plan only, or hand over to ``accelerate launch``."""
+"""``tiue distill``: train, plan only, or hand over to ``accelerate launch``."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from tiue_cli.cli.console import Console
+from tiue_cli.cli.options import MACHINE, MODEL, FormatOption
+from tiue_cli.errors import UsageError
 from tiue_cli.text import bytes_text
 
 if TYPE_CHECKING:
-    from tiue_cli.distill.request import DistillRequest
+    from tiue_cli.distill.resolve import DistillRequest
     from tiue_cli.events import Finished
+
+
+EXAMPLES = (
+    "tiue distill --teacher papercut --prompts captions.txt --out runs/small --max-steps 200",
+    "tiue distill --config sd15 --prompts captions.parquet --out runs/sd15 --launch -- --num_processes 8",
+    "tiue distill --out runs/sd15 --resume",
+)
+
+
+def distill(
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of the run; the student is in its student/.")],
+    teacher: Annotated[
+        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="The many-step model.", rich_help_panel=MODEL)
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(metavar="FILE", help=".txt, .jsonl, .csv, .parquet, or datasets:NAME.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE|RECIPE", help="YAML settings; recipes: tiue recipes ls.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. kl.weight=0.05.")
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="All optimiser steps.")] = None,
+    warm_start: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="How many of them are regression onto the teacher.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs.")] = False,
+    launch: Annotated[
+        bool,
+        typer.Option("--launch", help="Through accelerate launch; its options after --.", rich_help_panel=MACHINE),
+    ] = False,
+    accelerate_args: Annotated[list[str] | None, typer.Argument(metavar="[-- ACCELERATE_ARGS]", hidden=True)] = None,
+    format_: FormatOption = "human",
+) -> None:
+    """Distil a teacher into a one-pass student, from prompts alone."""
+    from tiue_cli.distill.resolve import DistillRequest
+
+    request = DistillRequest(
+        out=out,
+        teacher=teacher,
+        prompts=prompts,
+        config=config,
+        overrides=tuple(overrides or ()),
+        max_steps=max_steps,
+        warm_start=warm_start,
+        resume=resume,
+    )
+    if accelerate_args and not launch:
+        raise UsageError(f"what is {accelerate_args[0]!r}?", hint="words after -- are for accelerate: add --launch")
+    shown = Console("quiet" if is_worker() else format_)
+    if dry_run:
+        plan_distill(request, shown)
+    elif launch:
+        raise typer.Exit(relaunch(request, accelerate_args or [], shown, format_=format_))
+    else:
+        run_distill(request, shown)
 
 
 def run_distill(request: DistillRequest, console: Console) -> None:
@@ -70,7 +133,8 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
             "out": str(request.out),
         }
     )
-    console.plan(
+    show_plan(
+        console,
         to_yaml(config),
         {
             "prompts": prompts.describe(),
@@ -153,3 +217,12 @@ def _value(config: object, key: str) -> object:
     for part in key.split("."):
         config = getattr(config, part)
     return config
+
+
+def show_plan(console: Console, config: str, rows: Mapping[str, str]) -> None:
+    """What ``tiue distill --dry-run`` found: the config, and facts about it."""
+    if console.format == "json":
+        return
+    console.text(config)
+    if console.format == "human":
+        console.table("", list(rows.items()))

@@ -1,11 +1,13 @@
-"""``tiue bench``: its options, and what they become."""
+"""``tiue bench``: measure, write the report, and compare it with another."""
 
 from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,9 +23,18 @@ from tiue_cli.bench.config import (
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import UsageError
-from tiue_cli.generate.plan import DeviceName
+from tiue_cli.generate.config import DeviceName
 from tiue_cli.model.noise import MAX_SEED
 from tiue_cli.text import parse_size
+
+if TYPE_CHECKING:
+    from tiue_cli.bench.compare.conditions import Check, Condition
+    from tiue_cli.bench.compare.reports import Comparison
+    from tiue_cli.bench.config import BenchConfig
+    from tiue_cli.bench.events import Event
+    from tiue_cli.bench.report.schema import BenchReport
+    from tiue_cli.bench.report.tables import Table as BenchTable
+
 
 _BENCH = BenchConfig(models=())
 _QUALITY = "Quality"
@@ -185,7 +196,6 @@ def bench(
 
     Every subject gets the same prompts, seeds, size and precision, in rounds that interleave them all.
     """
-    from tiue_cli.cli.run_bench import compare_files, run_bench
 
     if fail_if and compare is None:
         raise UsageError("--fail-if compares with another report", hint="give it: --compare OLD.json")
@@ -225,3 +235,134 @@ def bench(
         ok = run_bench(config, Console(format_), old=compare, fail_if=fail_if or ())
     if not ok:
         raise typer.Exit(1)
+
+
+def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_if: Sequence[str]) -> bool:
+    """Measure, write the report, show the tables; with ``old``, compare with it. Returns whether no condition failed.
+
+    What speaks against the comparison is said before anything is measured.
+    """
+    config.validate()
+    from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
+    from tiue_cli.bench.compare.reports import compare_reports
+    from tiue_cli.bench.report.files import read_report, write_report
+
+    conditions = parse_conditions(fail_if)
+    before = None if old is None else read_report(old)
+    if before is not None:
+        # What cannot be judged in the old report cannot be in any comparison with it.
+        check_conditions(compare_reports(before, before), conditions)
+    from tiue_cli.bench.run import run_bench as measure
+
+    try:
+        with console.stages(live=False) as stages:
+            report = measure(config, emit=lambda event: _show(event, console, stages))
+    except KeyboardInterrupt:
+        again = "; the same command goes on with the pictures that were drawn" if config.quality else ""
+        console.stopped(f"no report was written{again}")
+        raise
+    if report is None:  # the first of several processes has it
+        return True
+    # Written first: a closed pipe (| head) must not cost what took hours.
+    files = write_report(report, config.out)
+    show_report(console, report)
+    for path in (files.json, files.markdown, files.html):
+        console.path(str(path))
+    if before is None:
+        console.document(report.model_dump(mode="json"))
+        return True
+    return _compare(before, report, conditions, console)
+
+
+def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[str]) -> bool:
+    """Compare two reports that are there. Returns whether no condition failed. Raises ManifestError, UsageError."""
+    from tiue_cli.bench.compare.conditions import parse_conditions
+    from tiue_cli.bench.report.files import read_report
+
+    conditions = parse_conditions(fail_if)
+    return _compare(read_report(old), read_report(new), conditions, console)
+
+
+def _compare(old: BenchReport, new: BenchReport, conditions: Sequence[Condition], console: Console) -> bool:
+    comparison, checks = _judge(old, new, conditions)
+    show_comparison(console, comparison, checks)
+    return not any(check.failed for check in checks)
+
+
+def _judge(old: BenchReport, new: BenchReport, conditions: Sequence[Condition]) -> tuple[Comparison, tuple[Check, ...]]:
+    from tiue_cli.bench.compare.conditions import check_conditions
+    from tiue_cli.bench.compare.reports import compare_reports
+
+    comparison = compare_reports(old, new)
+    return comparison, check_conditions(comparison, conditions)
+
+
+def _show(event: Event, console: Console, stages: Callable[[str, int, int, str], None]) -> None:
+    from tiue_cli.bench.events import Note
+
+    if isinstance(event, Note):
+        console.note(event.text)
+    else:
+        stages(event.stage, event.done, event.total, event.detail)
+
+
+def show_report(console: Console, report: BenchReport) -> None:
+    """What ``tiue bench`` measured: latency, ratios and quality; human format only."""
+    if console.format != "human":
+        return
+    from tiue_cli.bench.report.tables import terminal_tables
+    from tiue_cli.bench.report.view import ReportView
+
+    for warning in report.warnings:
+        console.say("warning", "yellow", warning)
+    for table in terminal_tables(ReportView(report)):
+        _show_table(console, table)
+
+
+def show_comparison(console: Console, comparison: Comparison, checks: Sequence[Check]) -> None:
+    """What ``tiue bench --compare`` found, and which conditions failed."""
+    from tiue_cli.bench.compare.table import comparison_table, offender_text
+    from tiue_cli.text import plain
+
+    console.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
+    if console.format == "human":
+        for note in (*comparison.differences, *comparison.notes):
+            console.note(note)
+        _show_table(console, comparison_table(comparison))
+    for check in checks:
+        for row in check.offenders:
+            console.say("failed", "bold red", plain(f"{check.condition.text}: {offender_text(row)}"))
+
+
+def _show_table(console: Console, table: BenchTable) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from tiue_cli.text import plain
+
+    shown = Table(title=Text(plain(table.title), style="bold"), title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(table.columns):
+        # Figures stay whole; names are broken where the terminal is narrow.
+        if column.align == "left":
+            shown.add_column(plain(column.head), overflow="fold")
+        else:
+            width = max((len(row[index]) for row in table.rows), default=0)
+            head = textwrap.fill(plain(column.head), max(width, 10), break_long_words=False)
+            shown.add_column(head, justify="right", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(Text(_indented(cell), style=_VERDICT_STYLES.get(cell, "")) for cell in row))
+    out = console.rich()
+    out.print(shown)
+    for note in table.notes:
+        out.print(Text(plain(note), style="dim"))
+    out.print()
+
+
+def _indented(text: str) -> str:
+    """A cell without control characters, its leading spaces kept."""
+    from tiue_cli.text import plain
+
+    return " " * (len(text) - len(text.lstrip(" "))) + plain(text)
+
+
+_VERDICT_STYLES = {"slower": "bold red", "worse": "bold red", "more": "red", "faster": "green", "better": "green"}

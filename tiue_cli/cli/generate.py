@@ -1,4 +1,4 @@
-"""What ``tiue generate`` does with a config: run it once, or again for every line that is typed; and show it."""
+"""``tiue generate``: draw prompts, once or for every line that is typed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,167 @@ import io
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from tiue_cli.cli.console import Console
+from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import TiueError, UsageError
-from tiue_cli.generate.plan import GenerateConfig, Plan
-from tiue_cli.generate.prompts import PromptRow, rows_from_arguments
+from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
+from tiue_cli.generate.plan import Plan
+from tiue_cli.generate.prompts import PromptRow, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
+from tiue_cli.model.hub import TEACHER_STEPS
+from tiue_cli.model.noise import MAX_SEED
 from tiue_cli.text import parse_size
+
+if TYPE_CHECKING:
+    pass
+
+
+_DEFAULTS = GenerateConfig()
+
+EXAMPLES = (
+    'tiue generate "a red heart left of a blue house at night" --seed 0 --images 8 --grid',
+    "tiue generate --prompts captions.txt --out pictures --batch 16",
+    'tiue generate "a lighthouse" --model runs/student --steps 2 --size 512x768',
+    'tiue generate "a lighthouse" --model OWNER/NAME --teacher-steps 50 --guidance 5',
+    'tiue generate "a lighthouse" --model engines/student --provider cuda',
+    "tiue generate --interactive",
+)
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several make one image each.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help='More prompts: .txt with one a line, or .jsonl with {"prompt", "seed", "size", "steps"} a line.',
+        ),
+    ] = None,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Load once, then draw each line that is typed.")
+    ] = False,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i. Without it: random, shown and stored."
+        ),
+    ] = _DEFAULTS.seed,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = _DEFAULTS.images,
+    size: Annotated[
+        str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Student, teacher or export folder.", rich_help_panel=MODEL),
+    ] = _DEFAULTS.model,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K", min=1, help="Decoder timesteps of a student, all in one pass.", rich_help_panel=MODEL
+        ),
+    ] = _DEFAULTS.steps,
+    teacher_steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1000,
+            help=f"Sampler steps of a teacher; {TEACHER_STEPS} if not given.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _DEFAULTS.teacher_steps,
+    guidance: Annotated[
+        float | None,
+        typer.Option(metavar="G", min=0, max=100, help="Guidance of a teacher; 1 is none.", rich_help_panel=MODEL),
+    ] = _DEFAULTS.guidance,
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
+    ] = _DEFAULTS.vae,
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR|FILE.png", help="Where images go; a file for one image or grid.", rich_help_panel=OUTPUT
+        ),
+    ] = _DEFAULTS.out,
+    grid: Annotated[
+        bool, typer.Option("--grid", help="Write a contact sheet of all images as well.", rich_help_panel=OUTPUT)
+    ] = _DEFAULTS.grid,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace other pictures of the same name.", rich_help_panel=OUTPUT)
+    ] = _DEFAULTS.overwrite,
+    no_metadata: Annotated[
+        bool,
+        typer.Option("--no-metadata", help="Write no prompt, seed and model into the PNG.", rich_help_panel=OUTPUT),
+    ] = not _DEFAULTS.metadata,
+    format_: FormatOption = "human",
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Images computed at once. Without it: by size and device.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = _DEFAULTS.batch,
+    backend: Annotated[
+        BackendName,
+        typer.Option(
+            help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE
+        ),
+    ] = _DEFAULTS.backend,
+    provider: Annotated[
+        ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)
+    ] = _DEFAULTS.provider,
+    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _DEFAULTS.device,
+    dtype: Annotated[
+        DtypeName, typer.Option(help="Precision; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE)
+    ] = _DEFAULTS.dtype,
+) -> None:
+    """Draw prompts.
+
+    Images that are there already are not made again: a stopped run goes on where it was.
+    """
+    rows = rows_from_arguments(prompts or [])
+    if prompts_file is not None:
+        rows += read_prompts(prompts_file)
+    if interactive and rows:
+        raise UsageError("--interactive reads its prompts from stdin", hint="leave the other prompts out")
+    if not interactive and not rows:
+        raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
+    config = GenerateConfig(
+        model=model,
+        vae=vae,
+        steps=steps,
+        teacher_steps=teacher_steps,
+        guidance=guidance,
+        seed=seed,
+        images=images,
+        size=None if size is None else parse_size(size),
+        batch=batch,
+        backend=backend,
+        device=device,
+        dtype=dtype,
+        provider=provider,
+        out=out,
+        grid=grid,
+        metadata=not no_metadata,
+        overwrite=overwrite,
+    )
+
+    if not interactive:
+        run_once(config, rows, Console(format_))
+    elif not run_interactive(config, Console(format_)):
+        raise typer.Exit(1)
+
 
 HELP = ":seed N|random  :images N  :size N|HxW  :steps N  :help  :quit   anything else is a prompt"
 

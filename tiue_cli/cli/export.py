@@ -1,0 +1,265 @@
+"""``tiue export``: a student to ONNX graphs and, with ``--trt``, TensorRT engines."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiue_cli.cli.console import Console
+from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
+from tiue_cli.errors import OutputError, TiueError, UsageError
+from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig
+from tiue_cli.export.trt.profiles import parse_range
+from tiue_cli.files.exports import Precision, is_export_folder
+from tiue_cli.text import parse_size
+
+if TYPE_CHECKING:
+    from tiue_cli.export.config import EngineRequest, ExportConfig
+    from tiue_cli.export.onnx.export import ExportResult
+    from tiue_cli.export.trt.engine import EngineResult
+    from tiue_cli.files.exports import ExportParity, Precision
+
+
+_EXPORT = ExportConfig(student="")
+_TENSORRT = "TensorRT"
+
+EXAMPLES = (
+    "tiue export papercut",
+    "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
+    "tiue export runs/sd15/student --trt --profile sd15-512",
+    "tiue export engines/student --trt --batch 1 --batch 1:4:16",
+)
+
+
+def export(
+    student: Annotated[
+        str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student folder; with --trt, or an export folder.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The export folder; engines/NAME if not given.", rich_help_panel=OUTPUT),
+    ] = _EXPORT.out,
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help=f"Of the weights and most of the arithmetic. Without it: {_EXPORT.precision}, with --trt fp16."
+        ),
+    ] = None,
+    opset: Annotated[
+        int,
+        typer.Option(metavar="N", min=OPSETS[0], max=OPSETS[-1], help="ONNX operator set; 23 has attention as one."),
+    ] = _EXPORT.opset,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="N|HxW", help="Fix this size in pixels; several make graphs each. Without it: any size."),
+    ] = None,
+    trt: Annotated[
+        bool, typer.Option("--trt", help="Build TensorRT plans for the GPU of this machine.", rich_help_panel=_TENSORRT)
+    ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|FILE.toml",
+            help="What they take: sd15-512, sd21-512, papercut, or a file.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|MIN:OPT:MAX",
+            help="Images that they take; several make a profile each. Without it: 1 and 1:4:16.",
+            rich_help_panel=_TENSORRT,
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
+    ] = _EXPORT.vae,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not compare the graphs with torch.")
+    ] = not _EXPORT.check,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the export or engine that is there.", rich_help_panel=OUTPUT)
+    ] = _EXPORT.overwrite,
+    format_: FormatOption = "human",
+) -> None:
+    """Turn a student into ONNX graphs that run without torch, and show that they compute the same."""
+
+    config = ExportConfig(
+        student=student,
+        out=out,
+        precision=precision or _EXPORT.precision,
+        opset=opset,
+        sizes=tuple(parse_size(text) for text in size or ()),
+        vae=vae,
+        check=not no_check,
+        overwrite=overwrite,
+    )
+    if trt:
+        request = EngineRequest(profile=profile, batches=tuple(parse_range(text) for text in batch or ()))
+        run_engine(config, request, Console(format_), precision=precision)
+        return
+    if profile is not None or batch:
+        option = "--batch" if profile is None else "--profile"
+        raise UsageError(f"{option} is for TensorRT engines", hint="add --trt to build them")
+    run_export(config, Console(format_))
+
+
+def run_export(config: ExportConfig, console: Console) -> None:
+    """Export with a line a step, the parity table, the path of the folder, and the next command."""
+    with _saying_what_is_there(console):
+        show_export(console, _export(config, console))
+
+
+def run_engine(
+    config: ExportConfig, request: EngineRequest, console: Console, *, precision: Precision | None = None
+) -> None:
+    """Export, unless ``config.student`` is an export already, and build the TensorRT engine of it.
+
+    ``precision`` is what the user says, None where it is left to what engines are best in. What speaks against
+    TensorRT is said before the minutes of the export. Raises what both raise.
+    """
+    from tiue_cli.backends.trt_device import require_tensorrt
+    from tiue_cli.export.config import EngineConfig
+
+    source = Path(config.student).expanduser()
+    fitted = request.fit(config, precision=precision)
+    exported = None
+    if is_export_folder(source):
+        _refuse_export_options(config, precision=precision)
+        require_tensorrt()
+        folder = source
+    else:
+        config = fitted
+        config.validate()
+        if is_export_folder(config.folder) and not config.overwrite:
+            raise OutputError(
+                f"{config.folder} is an export already; nothing was written",
+                hint=f"build its engine: tiue export {config.folder} --trt; or make both anew: --overwrite",
+            )
+        require_tensorrt()
+        with _saying_what_is_there(console):
+            exported = _export(config, console)
+        show_export(console, exported, last=False)
+        folder = exported.folder
+    from tiue_cli.export.trt.engine import build_engine
+
+    wanted = EngineConfig(
+        export=folder,
+        profile=request.profile,
+        batches=request.batches,
+        check=config.check,
+        rebuild=config.overwrite,
+    )
+    try:
+        with _saying_what_is_there(console), console.stages() as show:
+            built = build_engine(wanted, stage=lambda what, share, text: show(what, round(100 * share), 100, text))
+    except (TiueError, KeyboardInterrupt):
+        if exported is not None:
+            console.note(f"the export itself is complete; from it an engine is built by: tiue export {folder} --trt")
+        raise
+    show_engine(console, built, export=exported)
+
+
+def _export(config: ExportConfig, console: Console) -> ExportResult:
+    config.validate()
+    from tiue_cli.export.onnx.export import export_student
+
+    with console.steps() as begin:
+        return export_student(config, stage=begin)
+
+
+@contextlib.contextmanager
+def _saying_what_is_there(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.stopped("nothing was written")
+        raise
+
+
+def _refuse_export_options(config: ExportConfig, *, precision: Precision | None) -> None:
+    """An export stays what it is. Raises UsageError naming the option that asks for another."""
+    given = {"--out": config.out, "--precision": precision, "--size": config.sizes or None, "--vae": config.vae}
+    for option, value in given.items():
+        if value is not None:
+            raise UsageError(
+                f"{config.student} is an export already, and {option} is for making one",
+                hint=f"leave it out, or export the student again: tiue inspect {config.student} says which it was",
+            )
+
+
+def show_export(console: Console, result: ExportResult, *, last: bool = True) -> None:
+    """What ``tiue export`` wrote: the parity table, the folder, and what to do next unless more is to come."""
+    if last:
+        console.document(result.as_dict())
+    if console.format == "human":
+        _show_parity(console, result.manifest.parity)
+        for note in result.notes:
+            console.note(note)
+    console.path(str(result.folder))
+    if console.format == "human" and last:
+        console.line(f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
+
+
+def show_engine(console: Console, result: EngineResult, *, export: ExportResult | None = None) -> None:
+    """What ``tiue export --trt`` built: plans, figures, the folder, and what to do next."""
+    console.document({**({} if export is None else export.as_dict()), "engine": result.as_dict()})
+    if console.format == "human":
+        _show_plans(console, result)
+        for note in result.notes:
+            console.note(note)
+    console.path(str(result.folder))
+    if console.format == "human":
+        console.line(f'next: tiue generate --model {shlex.quote(str(result.folder))} "a prompt"')
+
+
+def _show_plans(console: Console, result: EngineResult) -> None:
+    from rich.table import Table
+
+    if result.reused:
+        console.note("this engine was there already and fits; --overwrite builds it anew")
+    parity = result.manifest.parity
+    errors: dict[str, float] = {}
+    for row in () if parity is None else parity.outputs:
+        errors[row.graph] = max(errors.get(row.graph, 0.0), row.relative_error)
+    table = Table("plan", "layers", "size", "working memory", "built in", "relative error", box=None, pad_edge=False)
+    for plan in result.manifest.plans:
+        table.add_row(
+            plan.plan.file.removesuffix(".plan"),
+            "" if plan.layers is None else str(plan.layers),
+            f"{plan.plan.size_bytes / 1024**2:.1f} MiB",
+            "" if plan.device_memory_bytes is None else f"{plan.device_memory_bytes / 1024**2:.1f} MiB",
+            f"{plan.build_s:.1f} s",
+            f"{errors[plan.graph]:.1e}" if plan.graph in errors else "",
+        )
+    console.rich().print(table)
+    if parity is None:
+        console.note("nothing was compared (--no-check)")
+        return
+    console.line(
+        f"images: {parity.image_psnr_db:.1f} dB against ONNX Runtime ({parity.reference}),"
+        f" {parity.required_psnr_db:.0f} needed",
+    )
+
+
+def _show_parity(console: Console, parity: ExportParity | None) -> None:
+    from rich.table import Table
+
+    if parity is None:
+        console.note("nothing was compared (--no-check)")
+        return
+    table = Table("graph", "output", "max error", "relative error", box=None, pad_edge=False)
+    for row in parity.rows():
+        table.add_row(row.graph, row.output, f"{row.max_error:.2g}", f"{row.relative_error:.1e}")
+    console.rich().print(table)
+    console.line(
+        f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
+        f" ({len(parity.prompts)} prompts)",
+    )

@@ -1,0 +1,256 @@
+"""Recipes, YAML files, ``--set`` and options become one checked config."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from tiue_cli.distill.config import DistillConfig, _Section, flatten
+from tiue_cli.distill.run_folder import stored_config
+from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.atomic import atomic_file
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one place; ``name`` is what the user calls it, e.g. ``recipe papercut`` or ``--set``."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A checked config; ``origins`` says for each dotted key that is no default which layer set it."""
+
+    config: DistillConfig
+    origins: Mapping[str, str]
+
+
+def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
+    """Merge layers, later ones winning, and check the result. UsageError names key, reason and layer."""
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer in layers:
+        for key, value in flatten(layer.values):
+            _put(merged, key, value, layer)
+            origins[key] = layer.name
+    try:
+        config = DistillConfig.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise _usage_error(error, origins) from error
+    return ResolvedConfig(config, origins)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. UsageError says what is wrong with the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist", hint="give a YAML file or a recipe: tiue recipes ls") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {error}", hint="give a YAML file in UTF-8") from error
+    return parse_yaml(text, where=str(path))
+
+
+def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
+    """A YAML document that must be a mapping; UsageError with ``where`` otherwise."""
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"{where} is not YAML: {' '.join(str(error).split())}", hint="see one: tiue recipes ls"
+        ) from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(f"{where} must hold keys and values", hint="a line looks like  batch_size: 8")
+    return data
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``key=value`` words, values in YAML, as a nested mapping. UsageError for a word without ``=``."""
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set {pair} is not understood", hint="write --set key=value, e.g. --set kl.weight=0.05")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {pair}: {' '.join(str(error).split())}", hint="values are YAML") from None
+        _put(values, key.strip(), value, Layer("--set", {}))
+    return values
+
+
+def _put(target: dict[str, Any], dotted: str, value: Any, layer: Layer) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UsageError(
+                f"{layer.name}: {dotted}: {parent} is no section", hint="see the keys: tiue recipes show papercut"
+            )
+    target[last] = value
+
+
+def _usage_error(error: pydantic.ValidationError, origins: Mapping[str, str]) -> UsageError:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    origin = next((name for known, name in origins.items() if known == key or key.startswith(f"{known}.")), None)
+    where = f"{origin}: " if origin is not None else ""
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else "see all keys: tiue recipes show papercut"
+        return UsageError(f"{where}there is no setting {key!r}{more}", hint=hint)
+    if first["type"] == "missing":
+        return UsageError(f"{key} is not set{more}", hint=f"give --{key.replace('_', '-')}, or set it in the config")
+    message = first["msg"].removeprefix("Value error, ")
+    return UsageError(f"{where}{key}: {message}{more}", hint=f"it is {first['input']!r} now")
+
+
+def known_keys() -> list[str]:
+    """Every dotted key of the config, in order."""
+    return list(_keys(DistillConfig, ""))
+
+
+def _keys(type_: type[pydantic.BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in type_.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped config: YAML with comments; its first comment line says what it is for."""
+
+    name: str
+    text: str
+
+    @property
+    def summary(self) -> str:
+        """The first line, without its comment sign."""
+        return self.text.split("\n", 1)[0].removeprefix("#").strip()
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What it sets."""
+        return parse_yaml(self.text, where=f"recipe {self.name}")
+
+
+def all_recipes() -> list[Recipe]:
+    """Every recipe, by name."""
+    return [Recipe(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_FOLDER.glob("*.yaml"))]
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name. UsageError lists the names there are."""
+    recipes = {recipe.name: recipe for recipe in all_recipes()}
+    if name not in recipes:
+        raise UsageError(f"there is no recipe {name!r}", hint=f"there are: {', '.join(recipes)}")
+    return recipes[name]
+
+
+def copy_recipe(name: str, path: Path) -> Path:
+    """Write a recipe to a file that is not there yet. Raises OutputError."""
+    recipe = find_recipe(name)
+    if path.exists():
+        raise OutputError(f"{path} exists; nothing was written", hint="choose another name")
+    with atomic_file(path) as temporary:
+        temporary.write_text(recipe.text, encoding="utf-8")
+    return path
+
+
+def config_layer(source: str) -> Layer:
+    """The layer behind ``--config``: a YAML file, or a recipe's name where no such file is."""
+    path = Path(source).expanduser()
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return Layer(source, read_config(path))
+    return Layer(f"recipe {source}", find_recipe(source).values)
+
+
+@dataclass(frozen=True)
+class DistillRequest:
+    """The options as they were given; None and empty are "not given"."""
+
+    out: Path
+    teacher: str | None = None
+    prompts: str | None = None
+    config: str | None = None
+    overrides: Sequence[str] = ()
+    max_steps: int | None = None
+    warm_start: int | None = None
+    resume: bool = False
+
+    def resolve(self) -> ResolvedConfig:
+        """Merge the stored config (with ``resume``) or the teacher's own, ``config``, ``overrides`` and options.
+
+        Raises UsageError.
+        """
+        layers = []
+        if self.resume:
+            layers.append(Layer("the run", stored_config(self.out).model_dump(mode="json")))
+        if self.config is not None:
+            layers.append(config_layer(self.config))
+        layers.append(Layer("--set", parse_overrides(self.overrides)))
+        for option, values in self._options().items():
+            layers.append(Layer(option, values))
+        if not self.resume and self.prompts is None and not _sets_prompts(layers):
+            raise UsageError("there are no prompts to train on", hint="give --prompts FILE")
+        if not self.resume:
+            layers.insert(0, Layer("the teacher", _teachers_own(layers)))
+        return resolve_config(layers)
+
+    def arguments(self) -> list[str]:
+        """The same request as words of a command line."""
+        words = ["--out", str(self.out)]
+        for option, value in (("--teacher", self.teacher), ("--prompts", self.prompts), ("--config", self.config)):
+            if value is not None:
+                words += [option, value]
+        for override in self.overrides:
+            words += ["--set", override]
+        for option, number in (("--max-steps", self.max_steps), ("--warm-start", self.warm_start)):
+            if number is not None:
+                words += [option, str(number)]
+        return [*words, "--resume"] if self.resume else words
+
+    def _options(self) -> dict[str, Mapping[str, Any]]:
+        options: dict[str, Mapping[str, Any]] = {}
+        if self.teacher is not None:
+            options["--teacher"] = {"teacher": self.teacher}
+        if self.prompts is not None:
+            options["--prompts"] = {"prompts": self.prompts}
+        if self.max_steps is not None:
+            options["--max-steps"] = {"max_steps": self.max_steps}
+        if self.warm_start is not None:
+            options["--warm-start"] = {"warm_start": {"steps": self.warm_start}}
+        return options
+
+
+def _teachers_own(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Settings that a teacher wants otherwise than Stable Diffusion, whose are the defaults of the config."""
+    teachers = [layer.values["teacher"] for layer in layers if "teacher" in layer.values]
+    if not teachers or teachers[-1] not in (EMBEDDED, EMBEDDED_TEACHER):
+        return {}
+    return {
+        "warm_start.guidance": EMBEDDED_GUIDANCE,
+        "vsd.guidance": EMBEDDED_GUIDANCE,
+        "validation.teacher_guidance": EMBEDDED_GUIDANCE,
+    }
+
+
+def _sets_prompts(layers: Sequence[Layer]) -> bool:
+    return any("prompts" in layer.values for layer in layers)

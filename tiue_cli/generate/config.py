@@ -1,0 +1,47 @@
+"""What a call of ``tiue generate`` asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tiue_cli.model.hub import EMBEDDED
+
+BackendName = Literal["auto", "torch", "onnx", "trt"]
+
+
+DeviceName = Literal["auto", "cpu", "cuda"]
+
+
+DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
+
+
+ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """What ``tiue generate`` can be asked, with the defaults of its options.
+
+    None means: the model's own (``size`` in pixels (H, W), ``steps``, ``teacher_steps``, ``guidance``, ``vae``), one
+    that fits (``batch``), or a random one (``seed``). ``out`` is a folder, or a file where it ends in ``.png``.
+    """
+
+    model: str = EMBEDDED
+    vae: str | None = None
+    steps: int | None = None
+    teacher_steps: int | None = None
+    guidance: float | None = None
+    seed: int | None = None
+    images: int = 1
+    size: tuple[int, int] | None = None
+    batch: int | None = None
+    backend: BackendName = "auto"
+    device: DeviceName = "auto"
+    dtype: DtypeName = "auto"
+    provider: ProviderName = "auto"
+    out: Path = Path("images")
+    grid: bool = False
+    metadata: bool = True
+    overwrite: bool = False

@@ -1,0 +1,73 @@
+"""Batches and noise: from specs of images to pixels, whatever the backend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from tiue_cli.files.png import ImageSpec
+from tiue_cli.model.noise import draw_noise
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from tiue_cli.backends.base import Backend, ProgressFn
+
+
+MAX_BATCH = 16
+
+
+PIXELS_PER_BATCH = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}
+
+
+class OnePassPipeline:
+    """Specifications in, pixels out, on any backend: the order, the batches and the noise."""
+
+    def __init__(self, backend: Backend, *, batch: int | None = None) -> None:
+        """``batch`` None chooses by size and device."""
+        self._backend = backend
+        self._batch = batch
+
+    def images(
+        self, specs: Sequence[ImageSpec], *, progress: ProgressFn | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position in ``specs``, (H, W, 3) uint8), batch by batch; images of one batch share size and steps.
+
+        ``progress`` is called with the number of images done, a fraction within a batch.
+        """
+        done = 0
+        for positions in self._batches(specs):
+            batch = [specs[position] for position in positions]
+            noise = draw_noise([spec.seed for spec in batch], self._backend.latent_shape(batch[0].size))
+            pixels = self._backend.generate(
+                [spec.prompt for spec in batch],
+                noise,
+                steps=batch[0].steps,
+                progress=None if progress is None else _scaled(progress, start=done, count=len(batch)),
+            )
+            yield from zip(positions, pixels, strict=True)
+            done += len(batch)
+            if progress is not None:
+                progress(done)
+
+    def batch_for(self, size: tuple[int, int]) -> int:
+        """Images a batch at ``size`` (H, W) pixels."""
+        if self._batch is not None:
+            return self._batch
+        limit = self._backend.largest_batch(size)
+        fitting = max(1, PIXELS_PER_BATCH[self._backend.device] // math.prod(size))
+        return min(fitting, MAX_BATCH if limit is None else min(MAX_BATCH, limit))
+
+    def _batches(self, specs: Sequence[ImageSpec]) -> Iterator[list[int]]:
+        groups: dict[tuple[tuple[int, int], int], list[int]] = {}
+        for position, spec in enumerate(specs):
+            groups.setdefault((spec.size, spec.steps), []).append(position)
+        for (size, _), positions in groups.items():
+            batch = self.batch_for(size)
+            for start in range(0, len(positions), batch):
+                yield positions[start : start + batch]
+
+
+def _scaled(progress: ProgressFn, *, start: int, count: int) -> ProgressFn:
+    return lambda share: progress(start + share * count)
