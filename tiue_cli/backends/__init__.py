@@ -1,1 +1,1 @@
-
+"""The same pass on torch, ONNX Runtime and TensorRT."""

@@ -1,1 +1,1 @@
-
+"""Papercut, the model that ships: its world, its checker and its weights."""
