@@ -323,7 +323,7 @@ def test_the_backend_loads_no_torch(export: Path) -> None:
 
 
 def test_the_script_of_the_gpu_tests_is_sound(export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import test_trt_gpu
+    from trt_shapes import SHAPES
 
     monkeypatch.setattr(sys, "argv", ["script", str(export)])
-    exec(compile(test_trt_gpu.SHAPES, "shapes", "exec"), {})
+    exec(compile(SHAPES, "shapes", "exec"), {})

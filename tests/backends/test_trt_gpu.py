@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_export import write_tiny_export
+from trt_shapes import SHAPES
 
 from tiue_cli.backends.trt_device import missing_packages
 from tiue_cli.backends.trt_runner import driver_library
@@ -52,36 +53,6 @@ def test_an_engine_is_built_equals_its_graphs_and_draws(
         python("-m", "tiue_cli", "generate", "a red heart", "--model", str(folder), *options)
         pictures.append(np.asarray(Image.open(file)))
     assert psnr_db(*pictures) >= 35
-
-
-SHAPES = """
-import sys
-import numpy as np
-from tiue_cli.backends.onnx_backend import OnnxBackend
-from tiue_cli.backends.trt_backend import TrtBackend
-from tiue_cli.backends.trt_runner import memory_bytes
-from tiue_cli.export.tolerance import psnr_db
-from tiue_cli.model.noise import draw_noise
-
-with TrtBackend(sys.argv[1]) as backend, OnnxBackend(sys.argv[1], provider="cpu") as reference:
-    free = []
-    for round in range(20):
-        for batch, steps in ((1, 4), (3, 4), (16, 1), (3, 4), (3, 2), (1, 1)):
-            noise = draw_noise(range(batch), backend.latent_shape((32, 32)))
-            prompts = (["a red heart", "a yellow star"] * 8)[:batch]
-            found = backend.generate(prompts, noise, steps=steps)
-            if round in (0, 1, 19):
-                expected = reference.generate(prompts, noise, steps=steps)
-                assert psnr_db(found, expected) >= 35, (round, batch, steps)
-        free.append(memory_bytes()[0])
-    assert backend.graph_problem is None, backend.graph_problem
-    assert sum(chain.captures for chain in backend._chains.values()) == 0, "every shape changed before its second run"
-    for _ in range(5):
-        backend.generate(["a red heart"] * 3, draw_noise(range(3), backend.latent_shape((32, 32))))
-    chain = backend._chains[1]
-    assert (chain.captures, chain.graph_runs) == (1, 4), (chain.captures, chain.graph_runs)
-    assert free[-1] >= free[1] - 2**20, "memory leaks away"
-"""
 
 
 def test_changing_shapes_stay_right_and_keep_their_memory(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_worker_that_is_killed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(("after_s", "at_once"), [(0.01, False), (5.0, True)])
 def test_a_later_sigint_interrupts_at_once(monkeypatch: pytest.MonkeyPatch, after_s: float, at_once: bool) -> None:
     clock = iter([100.0, 100.0 + after_s])
-    monkeypatch.setattr("tiue_cli.distill.signals.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("tiue_cli.distill.acceleration.time.monotonic", lambda: next(clock))
     with StopRequest() as stop, pytest.raises(KeyboardInterrupt) if at_once else contextlib.nullcontext():
         assert not stop
         os.kill(os.getpid(), signal.SIGINT)

@@ -24,7 +24,7 @@ from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.model.student import StudentModel, load_student, save_student
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"
-_SOURCES = ("export", "model", "backends", "tokenizer.py", "artifacts.py")
+_SOURCES = ("export", "model", "backends", "files")
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
 
 

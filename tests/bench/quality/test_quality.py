@@ -240,14 +240,14 @@ def test_constant_pictures_are_measured_and_recall_nothing(tmp_path: Path) -> No
 
 
 def test_features_that_are_not_finite_name_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiue_cli.bench.quality import features
+    from tiue_cli.bench.quality import extractors
 
     def overflown(_: Any, images: np.ndarray) -> np.ndarray:
         found = embed(shipped, images)
         return np.where(images.mean(axis=(1, 2, 3))[:, None] == 7, np.float32(np.nan), found)
 
-    embed, shipped = features.embed, features.shipped_checker()
-    monkeypatch.setattr(features.PapercutChecker, "__call__", overflown)
+    embed, shipped = extractors.embed, extractors.shipped_checker()
+    monkeypatch.setattr(extractors.PapercutChecker, "__call__", overflown)
 
     def drawn(prompts: Sequence[str], noise: np.ndarray) -> np.ndarray:
         images = scenes(prompts, noise)

@@ -21,7 +21,7 @@ from tiue_cli.bench.report.tables import (
     with_spread,
 )
 from tiue_cli.bench.report.view import ReportView
-from tiue_cli.cli.bench import show_report
+from tiue_cli.cli.bench import show_comparison, show_report
 from tiue_cli.cli.console import Console
 
 KEYS = (TEACHER, PLAIN, STUDENT, ONNX, "papercut-student/compile/k4")
@@ -66,7 +66,7 @@ def test_names_from_outside_cannot_move_the_cursor(capsys: pytest.CaptureFixture
 def test_a_comparison_shows_what_changed_and_by_how_much(capsys: pytest.CaptureFixture[str]) -> None:
     comparison = compare_reports(make_report(**OPTIONS), make_report(**OPTIONS, seed=1, slower={STUDENT: 1.2}))
     checks = check_conditions(comparison, parse_conditions(["p50>+5%"]))
-    Console().comparison(comparison, checks)
+    show_comparison(Console(), comparison, checks)
     captured = capsys.readouterr()
     assert max(len(line) for line in captured.out.splitlines()) <= 80
     below = captured.out[captured.out.index(STUDENT) :].split("papercut-student/onnx")[0]
