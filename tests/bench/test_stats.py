@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import bootstrap
 
-from tiue_cli.bench.stats import drift, images_per_s, ratio_of_medians, summarize
+from tiue_cli.bench.stats import (
+    block_bootstrap,
+    drift,
+    exact,
+    mean_interval,
+    ratio_of_medians,
+    summarize,
+    welch_difference,
+)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 64, 101])
@@ -32,10 +41,6 @@ def test_outliers_are_samples_far_above_the_median() -> None:
     assert summarize([10.0] * 9 + [14.9]).outlier_share == 0.0
 
 
-def test_throughput_is_images_over_the_median_second() -> None:
-    assert images_per_s([100.0, 200.0, 9000.0], 8) == pytest.approx(40.0)
-
-
 def test_interval_of_a_ratio_covers_the_truth_as_often_as_it_says() -> None:
     # Brute force: many runs of two subjects whose true ratio of medians is 2, with noise that both share in a round.
     generator = np.random.default_rng(5)
@@ -60,16 +65,68 @@ def test_pairing_makes_the_interval_narrower_where_rounds_differ() -> None:
     assert mixed.high - mixed.low > 0.5
 
 
-def test_interval_equals_a_bootstrap_in_plain_loops() -> None:
-    above, below = [3.0, 4.0, 5.0, 9.0, 4.5], [1.0, 2.0, 1.5, 2.5, 1.1]
-    found = ratio_of_medians(above, below, seed=7, resamples=200)
-    generator = np.random.Generator(np.random.Philox(key=7))
-    ratios = []
-    for draw in generator.integers(5, size=(200, 5)):
-        drawn = [sorted(values[index] for index in draw)[2] for values in (above, below)]
-        ratios.append(drawn[0] / drawn[1])
-    assert (found.low, found.high) == pytest.approx((np.quantile(ratios, 0.025), np.quantile(ratios, 0.975)))
-    assert found.estimate == pytest.approx(4.5 / 1.5)
+@pytest.mark.parametrize("count", [7, 40])
+def test_interval_of_a_ratio_is_that_of_scipys_paired_bootstrap(count: int) -> None:
+    """Two draws of the same distribution: the ends agree within the bootstrap's own noise."""
+    generator = np.random.default_rng(3)
+    shared = generator.lognormal(0.0, 0.3, size=count)
+    above, below = (
+        shared * generator.lognormal(1.0, 0.2, size=count),
+        shared * generator.lognormal(0.0, 0.2, size=count),
+    )
+    found = ratio_of_medians(above, below, resamples=20_000)
+    expected = bootstrap(
+        (above, below),
+        lambda x, y, axis: np.median(x, axis=axis) / np.median(y, axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=20_000,
+        method="percentile",
+        rng=generator,
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=0.05 * width)
+    assert found.estimate == np.median(above) / np.median(below)
+
+
+def test_a_mean_has_students_interval() -> None:
+    values = [3.1, 2.7, 4.4, 3.9]
+    found = mean_interval(values, confidence=0.95)
+    assert found is not None and found.low is not None and found.high is not None
+    margin = 3.182446 * np.std(values, ddof=1) / 2  # the table's t for 3 degrees of freedom
+    assert (found.value, found.low, found.high) == pytest.approx((3.525, 3.525 - margin, 3.525 + margin), rel=1e-6)
+    assert mean_interval([1.0], confidence=0.95) is None
+    assert mean_interval([2.0, 2.0], confidence=0.95) == exact(2.0)
+
+
+def test_welch_equals_a_worked_example() -> None:
+    """Equal variances and sizes: Welch is the two-sample t with 2n - 2 degrees of freedom."""
+    old, new = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
+    found = welch_difference(old, new, confidence=0.95)
+    margin = 2.776445 * (2 / 3) ** 0.5
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3.0 - margin, 3.0 + margin), rel=1e-6)
+    assert welch_difference((1.0,), new, confidence=0.95) is None
+    assert welch_difference((1.0, 1.0), (3.0, 3.0), confidence=0.95) == exact(2.0)
+
+
+def test_block_bootstrap_of_equal_blocks_gives_numpys_percentiles() -> None:
+    """Two alternating values in blocks of two: every resampled series holds both equally often."""
+    samples, percentiles = [1.0, 3.0] * 8, [10.0, 50.0, 90.0]
+    drawn = block_bootstrap(samples, percentiles, np.random.default_rng(0))
+    expected = np.percentile(samples, percentiles)
+    assert drawn.shape[0] == 3
+    assert np.abs(drawn - expected[:, None]).max() == 0
+
+
+def test_block_bootstrap_is_wider_where_neighbours_are_alike() -> None:
+    slow = np.repeat(np.random.default_rng(0).normal(100, 5, 10), 10)
+    shuffled = np.random.default_rng(1).permutation(slow)
+    spread = [
+        float(np.std(block_bootstrap(series.tolist(), [50.0], np.random.default_rng(2))[0]))
+        for series in (slow, shuffled)
+    ]
+    assert spread[0] > 1.3 * spread[1]
 
 
 def test_drift_compares_the_last_third_with_the_first() -> None:

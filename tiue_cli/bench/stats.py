@@ -1,4 +1,4 @@
-"""From samples to figures: medians, percentiles, and intervals that say how far a ratio can be believed. NumPy only.
+"""From samples to figures: medians, percentiles, and intervals that say how far a ratio can be believed.
 
 Latency has a floor and a long tail, so the middle is the median and the spread the interquartile range; a mean would
 follow the outliers.
@@ -61,11 +61,6 @@ def summarize(samples: _Values) -> Summary:
         maximum=float(values.max()),
         outlier_share=float(np.mean(values > OUTLIER_FACTOR * median)),
     )
-
-
-def images_per_s(samples_ms: _Values, batch: int) -> float:
-    """Throughput of runs of ``batch`` images, at the median latency."""
-    return batch / float(np.median(_checked(samples_ms))) * 1000.0
 
 
 def ratio_of_medians(
@@ -169,31 +164,23 @@ def mean_interval(values: Sequence[float], *, confidence: float) -> Estimate | N
     """The mean with Student's interval; None for fewer than two values, which have no spread."""
     if len(values) < 2:
         return None
-    mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    margin = student_t(confidence, len(values) - 1) * error
-    return Estimate(mean, mean - margin, mean + margin)
+    import scipy.stats  # a second, and a bench without repetitions needs none of it
+
+    mean, error = float(np.mean(values)), float(scipy.stats.sem(values))
+    if error == 0:
+        return exact(mean)
+    low, high = scipy.stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)
+    return Estimate(mean, float(low), float(high))
 
 
 def welch_difference(old: Sequence[float], new: Sequence[float], *, confidence: float) -> Estimate | None:
     """Difference of the means, new less old, with Welch's interval (1947); None where a side has fewer than two."""
     if min(len(old), len(new)) < 2:
         return None
-    parts = [float(np.var(values, ddof=1)) / len(values) for values in (old, new)]
-    value, error = float(np.mean(new) - np.mean(old)), math.sqrt(sum(parts))
-    if error == 0:
+    import scipy.stats
+
+    value = float(np.mean(new) - np.mean(old))
+    if np.ptp(old) == 0 == np.ptp(new):
         return exact(value)
-    freedom = sum(parts) ** 2 / sum(part**2 / (len(values) - 1) for part, values in zip(parts, (old, new), strict=True))
-    margin = student_t(confidence, freedom) * error
-    return Estimate(value, value - margin, value + margin)
-
-
-def student_t(confidence: float, freedom: float) -> float:
-    """The t with P(|T| < t) = ``confidence`` for Student's distribution with ``freedom`` ≥ 1 degrees of freedom.
-
-    With T = √ν·tan θ the density is cos(θ)^(ν-1) on (-π/2, π/2) up to a factor, smooth enough for the trapezoid rule.
-    """
-    freedom = min(freedom, 1e4)
-    theta = np.linspace(0, math.pi / 2, 20001)
-    density = np.clip(np.cos(theta), 0, None) ** (freedom - 1)
-    cumulative = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(math.sqrt(freedom) * math.tan(np.interp(confidence, cumulative / cumulative[-1], theta)))
+    interval = scipy.stats.ttest_ind(new, old, equal_var=False).confidence_interval(confidence)
+    return Estimate(value, float(interval.low), float(interval.high))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, machine, make_report, protocol
@@ -11,7 +9,6 @@ from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, machine, make_report, p
 from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
 from tiue_cli.bench.compare.reports import CONFIDENCE, Comparison, Row, compare_reports
 from tiue_cli.bench.report.schema import BenchReport
-from tiue_cli.bench.stats import block_bootstrap, mean_interval, student_t, welch_difference
 from tiue_cli.errors import UsageError
 
 FEW = (PLAIN, STUDENT, ONNX)
@@ -285,54 +282,6 @@ def test_a_figure_by_itself_is_held_against_the_new_report() -> None:
     assert STUDENT not in failing(comparison, f"p50>{0.999 * median:.2f}ms"), "its interval reaches below"
     assert failing(comparison, "memory>1MiB") == set(FEW)
     assert failing(comparison, "memory>1GiB") == set()
-
-
-# --- the statistics behind
-
-
-@pytest.mark.parametrize(
-    ("confidence", "freedom", "expected"),
-    [
-        (0.95, 1, 12.7062),
-        (0.95, 2, 4.30265),
-        (0.95, 10, 2.22814),
-        (0.99, 4, 4.60409),
-        (0.99, 30, 2.75),
-        (0.95, 1e6, 1.95996),
-    ],
-)
-def test_student_t_equals_the_table(confidence: float, freedom: float, expected: float) -> None:
-    assert student_t(confidence, freedom) == pytest.approx(expected, rel=2e-4)
-
-
-def test_welch_equals_a_worked_example() -> None:
-    """Equal variances and sizes: Welch is the two-sample t with 2n - 2 degrees of freedom."""
-    old, new = (1.0, 2.0, 3.0), (4.0, 5.0, 6.0)
-    found = welch_difference(old, new, confidence=0.95)
-    margin = 2.776445 * math.sqrt(2 / 3)
-    assert found is not None and found.low is not None and found.high is not None
-    assert (found.value, found.low, found.high) == pytest.approx((3.0, 3.0 - margin, 3.0 + margin), rel=1e-4)
-    assert welch_difference((1.0,), new, confidence=0.95) is None
-    assert mean_interval((1.0,), confidence=0.95) is None
-
-
-def test_block_bootstrap_of_equal_blocks_gives_numpys_percentiles() -> None:
-    """Two alternating values in blocks of two: every resampled series holds both equally often."""
-    samples, percentiles = [1.0, 3.0] * 8, [10.0, 50.0, 90.0]
-    drawn = block_bootstrap(samples, percentiles, np.random.default_rng(0))
-    expected = np.percentile(samples, percentiles)
-    assert drawn.shape[0] == 3
-    assert np.abs(drawn - expected[:, None]).max() == 0
-
-
-def test_block_bootstrap_is_wider_where_neighbours_are_alike() -> None:
-    slow = np.repeat(np.random.default_rng(0).normal(100, 5, 10), 10)
-    shuffled = np.random.default_rng(1).permutation(slow)
-    spread = [
-        float(np.std(block_bootstrap(series.tolist(), [50.0], np.random.default_rng(2))[0]))
-        for series in (slow, shuffled)
-    ]
-    assert spread[0] > 1.3 * spread[1]
 
 
 def test_the_document_is_plain_data() -> None:

@@ -9,8 +9,11 @@ import tracemalloc
 
 import numpy as np
 import pytest
+import torch
 from prdc import compute_prdc
 from scipy.linalg import sqrtm
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
 from tiue_cli.bench.quality import metrics
 from tiue_cli.bench.quality.metrics import FeatureSet, Moments
@@ -65,6 +68,26 @@ def test_frechet_distance_equals_scipys_matrix_root() -> None:
     gap = first.mean(axis=0, dtype=np.float64) - second.mean(axis=0, dtype=np.float64)
     expected = gap @ gap + np.trace(a + b - 2 * sqrtm(a @ b).real)
     assert metrics.frechet_distance(as_set(first), Moments.of(second)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_distances_are_those_of_torchmetrics() -> None:
+    """Which earlier reports were measured with."""
+    first, second = normal(90, 6, seed=15), normal(90, 6, seed=16, shift=0.3, scale=1.4)
+    fid = FrechetInceptionDistance(Given(6)).set_dtype(torch.float64)
+    for features, real in ((first, False), (second, True)):
+        fid.update(torch.from_numpy(features.astype(np.float64)), real=real)
+    found, _ = metrics.compare_sets(as_set(first), as_set(second))
+    assert found["fid"] == pytest.approx(float(fid.compute()), rel=1e-9)
+    sides = (torch.from_numpy(features.astype(np.float64)) for features in (second, first))
+    assert found["kid"] == pytest.approx(float(poly_mmd(*sides)), rel=1e-9)
+
+
+class Given(torch.nn.Identity):
+    """An extractor for torchmetrics whose input is features already."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
 
 
 def test_frechet_distance_of_a_set_to_itself_is_zero_also_with_dead_features() -> None:
@@ -132,6 +155,26 @@ def test_manifold_metrics_equal_the_authors_prdc(k: int, shift: float, scale: fl
             real_features=real.astype(np.float64), fake_features=fake.astype(np.float64), nearest_k=k
         )
     assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("far", [0.0, 1e6], ids=["ordinary images", "an outlier"])
+def test_the_order_of_the_images_does_not_matter(far: float) -> None:
+    """Also with one image far from all others, at whichever place: 1e6 deviations, as a broken extractor may give."""
+    real, fake = normal(120, 6, seed=17), normal(110, 6, seed=18)
+    real[0] += far
+    first = metrics.precision_recall_density_coverage(as_set(fake), as_set(real))
+    distance = metrics.frechet_distance(as_set(fake), Moments.of(real))
+    for seed in range(3):
+        random = np.random.default_rng(seed)
+        ours, theirs = as_set(random.permutation(fake)), as_set(random.permutation(real))
+        assert metrics.precision_recall_density_coverage(ours, theirs) == first
+        assert metrics.frechet_distance(ours, theirs.moments) == pytest.approx(distance, rel=1e-6)
+    with contextlib.redirect_stdout(io.StringIO()):
+        expected = compute_prdc(
+            real_features=real.astype(np.float64), fake_features=fake.astype(np.float64), nearest_k=metrics.NEIGHBOURS
+        )
+    assert first == pytest.approx(expected, abs=1e-12)
+    assert first["recall"] > 0.8
 
 
 def test_manifold_metrics_do_not_depend_on_the_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,7 @@ def machine_warnings(use: MachineUse, control_ms: Sequence[float], *, where: str
     return found
 
 
-PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "torchmetrics")
+PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "scipy")
 """Whose versions a bench shows beside those that can change a picture."""
 
 

@@ -1,8 +1,8 @@
 """Distances between sets of images by their features: Fréchet, kernel, precision, recall, density, coverage, diversity.
 
-Features are float32 (N, F), one row an image, from one of ``bench.features``. Sums run in float64 over blocks of rows,
-so memory is the features' plus a constant. torchmetrics computes the Fréchet distance and the kernel estimator; it has
-no precision, recall, density or coverage, and its CLIP score takes images and a model, not features that are at hand.
+Features are float32 (N, F), one row an image (``bench.quality.features``). Sums run in float64 over blocks of rows, so
+memory is the features' plus a constant. The order of the rows does not matter, but for which of them the kernel
+distance draws into its subsets.
 
 A figure that the images do not allow is refused (``frechet_distance`` on fewer images than features), never guessed.
 """
@@ -16,11 +16,7 @@ from functools import cached_property
 from typing import Self
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import poly_mmd
 
 from tiue_cli.errors import QualityError
 
@@ -69,14 +65,21 @@ class FeatureSet:
 
     @cached_property
     def moments(self) -> Moments:
+        """Mean and covariance."""
         return Moments.of(self.features)
+
+    @cached_property
+    def center(self) -> NDArray[np.float64]:
+        """Median (F,) of each feature: a few images far from all others do not move it."""
+        # Some columns at a time: numpy.median works on a copy of what it is given.
+        columns = range(0, self.features.shape[1], 64)
+        return np.concatenate([np.median(self.features[:, i : i + 64], axis=0) for i in columns]).astype(np.float64)
 
     @cached_property
     def is_constant(self) -> bool:
         """Whether all images have the same features, up to an extractor's rounding: grey, empty or copies of one."""
-        first = self.features[0].astype(np.float64)
-        tolerance = 1e-5 * np.abs(first).max()
-        return all(bool((np.abs(block - first) <= tolerance).all()) for block in _blocks(self.features))
+        tolerance = 1e-5 * np.abs(self.center).max()
+        return all(bool((np.abs(block - self.center) <= tolerance).all()) for block in _blocks(self.features))
 
     def radii(self, k: int = NEIGHBOURS) -> NDArray[np.float64]:
         """Distance (N,) of each image to its k-th nearest other image of the set. Raises QualityError for N ≤ k."""
@@ -85,7 +88,7 @@ class FeatureSet:
                 f"{self.name}: {len(self)} images, and each needs {k} neighbours", hint=f"take {k + 1} images or more"
             )
         if k not in self._radii:
-            self._radii[k] = _neighbour_distances(self.features, k)
+            self._radii[k] = _neighbour_distances(self, k)
         return self._radii[k]
 
 
@@ -93,7 +96,10 @@ def _check(features: Features, name: str) -> None:
     if features.ndim != 2 or features.shape[1] == 0:
         raise QualityError(f"{name}: features of shape {features.shape}, not (N, F)", hint="check the extractor")
     if len(features) < 2:
-        raise QualityError(f"{name}: {len(features)} images make no distribution", hint="take more images")
+        raise QualityError(
+            f"{name}: a distance needs at least 2 images, and there {'is 1' if len(features) else 'are none'}",
+            hint="take more images",
+        )
     for start, block in zip(itertools.count(0, BLOCK), _blocks(features), strict=False):
         bad = np.flatnonzero(~np.isfinite(block).all(axis=1))
         if len(bad):
@@ -120,29 +126,25 @@ def frechet_distance(images: FeatureSet, reference: Moments) -> float:
                 f"{name}: {count} images are too few for the Fréchet distance of {width} features",
                 hint=f"take {frechet_images(width)} images or more",
             )
-    metric = FrechetInceptionDistance(_Given(width)).set_dtype(torch.float64)
-    # Moved to the reference's mean, which changes no distance: torchmetrics keeps uncentred sums, which cancel.
-    for block in _blocks(images.features):
-        metric.update(torch.from_numpy(block - reference.mean), real=False)
-    # The states that updates with the reference's features would have left.
-    count = 2 if reference.count is None else reference.count
-    metric.real_features_num_samples = torch.tensor(count)
-    metric.real_features_cov_sum = (count - 1) * torch.from_numpy(reference.covariance)
+    ours = images.moments
+    gap = ours.mean - reference.mean
     # Equal sets come out at ±1e-10.
-    return max(0.0, float(metric.compute()))
+    return max(0.0, float(gap @ gap + _covariance_distance(ours.covariance, reference.covariance)))
+
+
+def _covariance_distance(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)."""
+    # Σ₁^½ Σ₂ Σ₁^½ has the eigenvalues of Σ₁Σ₂ and is symmetric: features that never change (a Σ of lower rank) do no
+    # harm, where the root of the product itself (scipy.linalg.sqrtm, as in EDM2) loses half of its digits.
+    values, vectors = np.linalg.eigh(ours)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    shared = np.sqrt(np.linalg.eigvalsh(root @ theirs @ root).clip(0)).sum()
+    return float(np.trace(ours) + np.trace(theirs) - 2 * shared)
 
 
 def frechet_images(width: int) -> int:
     """The fewest images whose covariance over ``width`` features can have full rank."""
     return width + 1
-
-
-class _Given(nn.Identity):
-    """An extractor for torchmetrics whose input is features already."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
 
 
 def kernel_distance(images: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> float:
@@ -158,13 +160,19 @@ def kernel_distance(images: FeatureSet, reference: FeatureSet, *, seed: int = 0)
     estimates = []
     for _ in range(subsets):
         ours, theirs = (_subset(side.features, size, random) for side in (images, reference))
-        estimates.append(float(poly_mmd(theirs, ours)))
+        estimates.append(_unbiased_mmd(ours, theirs))
     return float(np.mean(estimates))
 
 
-def _subset(features: Features, size: int, random: np.random.Generator) -> Tensor:
-    rows = np.sort(random.choice(len(features), size, replace=False))
-    return torch.from_numpy(features[rows].astype(np.float64))
+def _subset(features: Features, size: int, random: np.random.Generator) -> NDArray[np.float64]:
+    return features[np.sort(random.choice(len(features), size, replace=False))].astype(np.float64)
+
+
+def _unbiased_mmd(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Eq. 4 for two sets of one size: means over pairs, those of an image with itself left out within a set."""
+    count, width = x.shape
+    within = sum(kernel.sum() - np.trace(kernel) for kernel in ((a @ a.T / width + 1) ** 3 for a in (x, y)))
+    return float(within / (count * (count - 1)) - 2 * ((x @ y.T / width + 1) ** 3).mean())
 
 
 def precision_recall_density_coverage(
@@ -188,7 +196,7 @@ def precision_recall_density_coverage(
     balls_over = np.zeros(len(images), np.int64)  # references whose ball holds the image
     recalled = np.zeros(len(reference), bool)
     nearest = np.full(len(reference), np.inf)
-    for rows, columns, distances in _distance_blocks(reference.features, images.features):
+    for rows, columns, distances in _distance_blocks(reference, images):
         balls_over[columns] += (distances < real_radii[rows, None]).sum(axis=0)
         recalled[rows] |= (distances < fake_radii[None, columns]).any(axis=1)
         nearest[rows] = np.minimum(nearest[rows], distances.min(axis=1))
@@ -302,14 +310,14 @@ def _blocks(features: Features) -> Iterator[NDArray[np.float64]]:
         yield features[start : start + BLOCK].astype(np.float64)
 
 
-def _distance_blocks(left: Features, right: Features) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
+def _distance_blocks(left: FeatureSet, right: FeatureSet) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
     """(rows, columns, Euclidean distances) for each pair of blocks; rows that differ by rounding alone are at 0."""
-    # Moved to a common centre: |x|² + |y|² - 2xᵀy loses what the two have in common.
-    center = left[0].astype(np.float64)
-    for top, block in zip(itertools.count(0, BLOCK), _blocks(left), strict=False):
-        rows, block = slice(top, top + len(block)), block - center
-        for first, others in zip(itertools.count(0, BLOCK), _blocks(right), strict=False):
-            others = others - center
+    # Moved to a common centre: |x|² + |y|² - 2xᵀy loses what the two have in common. The median, as a centre far off
+    # (an image unlike all others) would make every length large, and near images copies of each other.
+    for top, block in zip(itertools.count(0, BLOCK), _blocks(left.features), strict=False):
+        rows, block = slice(top, top + len(block)), block - left.center
+        for first, others in zip(itertools.count(0, BLOCK), _blocks(right.features), strict=False):
+            others = others - left.center
             lengths = (block**2).sum(axis=1)[:, None] + (others**2).sum(axis=1)[None]
             squares = lengths - 2 * block @ others.T
             # Rounding, an extractor's most of all (by 3e-6 of the length), leaves copies apart.
@@ -317,11 +325,11 @@ def _distance_blocks(left: Features, right: Features) -> Iterator[tuple[slice, s
             yield rows, slice(first, first + len(others)), np.sqrt(squares)
 
 
-def _neighbour_distances(features: Features, k: int) -> NDArray[np.float64]:
+def _neighbour_distances(images: FeatureSet, k: int) -> NDArray[np.float64]:
     """Distance (N,) to the k-th nearest other row."""
-    radii = np.empty(len(features))
+    radii = np.empty(len(images))
     nearest = np.empty((0, 0))
-    for rows, columns, distances in _distance_blocks(features, features):
+    for rows, columns, distances in _distance_blocks(images, images):
         if columns.start == 0:
             nearest = np.full((len(distances), k), np.inf)
         if columns == rows:
