@@ -17,7 +17,9 @@ def parse_size(text: str) -> tuple[int, int]:
     """Read "512" or "384x640" (height x width) as (height, width) in pixels; UsageError says what is wrong."""
     match = re.fullmatch(r"(\d{1,9})(?:\s*[xX×]\s*(\d{1,9}))?", text.strip(), flags=re.ASCII)
     if match is None:
-        raise UsageError(f"size {text!r} is not understood", hint="write --size 512, or height x width: --size 384x640")
+        raise UsageError(
+            f"size {excerpt(text)!r} is not understood", hint="write --size 512, or height x width: --size 384x640"
+        )
     height = int(match[1])
     width = int(match[2]) if match[2] is not None else height
     if not (1 <= height <= MAX_SIDE_PX and 1 <= width <= MAX_SIDE_PX):
@@ -48,6 +50,31 @@ def bytes_text(count: float) -> str:
         if count >= scale:
             return f"{number(count / scale)} {unit}"
     return f"{number(count / 2**10)} KiB"
+
+
+def excerpt(text: str, limit: int = 100) -> str:
+    """At most ``limit`` characters of what came from outside, cut in the middle: a message must fit a screen."""
+    if len(text) <= limit:
+        return text
+    head = (limit - 1) * 2 // 3
+    return f"{text[:head]}…{text[head + 1 - limit :]}"
+
+
+def visible(text: str) -> str:
+    """``text`` as a terminal may show it: controls, bidirectional marks and halves of characters are escaped.
+
+    A string of a PNG, a manifest or a file name could otherwise move the cursor, change colours and titles, or forge
+    lines (ESC, CR, the C1 controls of ECMA-48). Line feeds and tabs stay; joiners, which scripts and emoji need, too.
+    """
+    return _UNSAFE.sub(_escaped, text)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+_UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def plain(text: str) -> str:

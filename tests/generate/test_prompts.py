@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,12 @@ def test_json_lines_override_seed_size_and_steps(tmp_path: Path) -> None:
         ('{"prompt": "a", "size": 0}', "out of range"),
         ('{"prompt": "a", "sede": 5}', "'sede'"),
         ('{"prompt": "a\\u0000b"}', "NUL"),
-        ('{"prompt": "a\\ud800"}', "UTF-8"),
+        ('{"prompt": "a\\ud800"}', "half a character"),
+        ('{"prompt": "a", "\\ud800": 1}', "half a character"),
+        ('{"prompt": null}', "is empty"),
+        ('{"prompt": "a", "seed": 1e999}', "too large"),
+        ('{"prompt": "a", "seed": NaN}', "NaN"),
+        (f'{{"prompt": "a", "seed": {"1" * 5000}}}', "digits"),
     ],
 )
 def test_bad_json_line_is_reported_with_file_and_line(tmp_path: Path, line: str, said: str) -> None:
@@ -59,6 +65,53 @@ def test_bad_json_line_is_reported_with_file_and_line(tmp_path: Path, line: str,
     assert said in caught.value.message
     assert caught.value.hint
     assert "\n" not in caught.value.message
+    assert len(caught.value.message) < len(str(file)) + 200
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_every_editor_s_text_gives_the_same_prompts(tmp_path: Path, encoding: str, end: str) -> None:
+    file = tmp_path / "captions.txt"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # the codecs without an order in their name write it themselves
+    file.write_bytes((mark + end.join(["a red star", "", "ein Haus, 夜 🌙", ""])).encode(encoding))
+    assert [(row.prompt, row.where) for row in read_prompts(file)] == [
+        ("a red star", f"{file}:1"),
+        ("ein Haus, 夜 🌙", f"{file}:3"),
+    ]
+
+
+def test_windows_quotes_are_suggested_as_windows_1252(tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_bytes(b"the king\x92s castle\n")
+    with pytest.raises(PromptError, match="not UTF-8") as caught:
+        read_prompts(file)
+    assert "\u2019" in str(caught.value.hint)
+    assert "iconv -f cp1252" in str(caught.value.hint)
+
+
+def test_utf16_without_a_mark_is_recognised(tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_bytes("a red star\n".encode("utf-16-le"))
+    with pytest.raises(PromptError, match="UTF-16 without a byte order mark") as caught:
+        read_prompts(file)
+    assert "iconv -f utf-16le" in str(caught.value.hint)
+
+
+def test_comments_are_hash_and_blank(tmp_path: Path) -> None:
+    file = tmp_path / "captions.txt"
+    file.write_text("# my captions\n#\n#1 of ten\na star # not a comment\n")
+    assert [row.prompt for row in read_prompts(file)] == ["#1 of ten", "a star # not a comment"]
+
+
+def test_a_dash_is_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def typed(text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), encoding="ascii"))
+
+    typed("ein Haus, 夜\r\na star\n")
+    assert [row.prompt for row in read_prompts(Path("-"))] == ["ein Haus, 夜", "a star"]
+    typed("a tree\n")
+    rows = rows_from_arguments(["a", "-"])
+    assert [(row.prompt, row.where) for row in rows] == [("a", "prompt 1"), ("a tree", "standard input:1")]
 
 
 def test_file_that_is_not_utf8_is_reported_with_the_line(tmp_path: Path) -> None:

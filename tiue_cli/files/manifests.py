@@ -11,6 +11,8 @@ import pydantic
 
 from tiue_cli.errors import ManifestError
 from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.structured import parse_json
+from tiue_cli.text import excerpt
 
 _Manifest = TypeVar("_Manifest", bound=pydantic.BaseModel)
 
@@ -28,26 +30,26 @@ def read_manifest(path: Path | str, type_: type[_Manifest]) -> _Manifest:
     """Read and check a JSON manifest; ManifestError names the file, the field and the next step."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist", hint="give the folder that tiue wrote, whole") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error}", hint=_RESTORE_HINT) from error
     try:
-        data = json.loads(text)
+        data = parse_json(raw)
     except ValueError as error:
         raise ManifestError(f"{path} is not JSON: {error}", hint=_RESTORE_HINT) from error
     if not isinstance(data, dict):
         raise ManifestError(f"{path} must hold a JSON object, not {type(data).__name__}", hint=_RESTORE_HINT)
     _check_format_version(path, data, type_)
     try:
-        return type_.model_validate_json(text, strict=True)
+        return type_.model_validate_json(json.dumps(data), strict=True)
     except pydantic.ValidationError as error:
         first, *others = error.errors()
-        field = ".".join(str(part) for part in first["loc"])
+        field = excerpt(".".join(str(part) for part in first["loc"]))
         more = f" (and {len(others)} more)" if others else ""
         where = f"field {field!r}" if field else "the whole"
-        raise ManifestError(f"{path}: {where}: {first['msg']}{more}", hint=_RESTORE_HINT) from error
+        raise ManifestError(f"{path}: {where}: {excerpt(first['msg'])}{more}", hint=_RESTORE_HINT) from error
 
 
 _RESTORE_HINT = "restore the file, or write the folder again with the command that made it"

@@ -1,13 +1,11 @@
 """What is asked for: prompts from the command line, from a text file (one a line) or from JSON lines.
 
 A JSON line is an object with ``prompt`` and, where it differs from the command line, ``seed``, ``size`` (a number or
-"HEIGHTxWIDTH") and ``steps``.
+"HEIGHTxWIDTH") and ``steps``. In a text file a line that begins with ``#`` and a blank is a comment.
 """
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,10 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from tiue_cli.errors import PromptError, UsageError
+from tiue_cli.files.structured import parse_json
+from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.model.noise import MAX_SEED
-from tiue_cli.text import parse_size
+from tiue_cli.text import excerpt, parse_size
 
 
 @dataclass(frozen=True)
@@ -32,26 +32,35 @@ class PromptRow:
 
 
 def rows_from_arguments(prompts: Sequence[str]) -> list[PromptRow]:
-    """Check prompts given as words of a command; PromptError names the one that is unusable by its number."""
-    wheres = [f"prompt {number}" if len(prompts) > 1 else "the prompt" for number in range(1, len(prompts) + 1)]
-    return [PromptRow(_checked(prompt, where), where) for prompt, where in zip(prompts, wheres, strict=True)]
+    """Check prompts given as words of a command; ``-`` stands for the lines of standard input.
+
+    Raises PromptError that names the unusable one by its number.
+    """
+    rows = []
+    for number, prompt in enumerate(prompts, 1):
+        if prompt == STDIN:
+            rows += read_prompts(Path(STDIN))
+            continue
+        where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+        rows.append(PromptRow(_checked(prompt, where), where))
+    return rows
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
-    """Read a ``.txt`` (one prompt a line) or ``.jsonl`` file in UTF-8; blank lines are skipped.
+    """Read a ``.txt`` (one prompt a line) or ``.jsonl`` file, or standard input (``-``, one prompt a line).
 
-    Raises PromptError with file and line, UsageError for another kind of file.
+    Encodings, line ends and comments: see ``files.texts``. Blank lines are skipped. Raises PromptError with file and
+    line, UsageError for another kind of file.
     """
-    kind = path.suffix.lower()
+    kind = ".txt" if str(path) == STDIN else path.suffix.lower()
     if kind not in {".txt", ".jsonl"}:
         raise UsageError(f"{path} is neither .txt nor .jsonl", hint="one prompt a line in .txt, one object in .jsonl")
-    lines = [
-        (text.strip(), f"{path}:{number}")
-        for number, text in enumerate(_read_text(path).split("\n"), 1)
-        if text.strip()
-    ]
+    lines = [(text.strip(), where) for where, text in read_lines(path) if text.strip()]
+    if kind == ".txt":
+        lines = [(text, where) for text, where in lines if not is_comment(text)]
     if not lines:
-        raise PromptError(f"{path} holds no prompt", hint="write one prompt a line")
+        name = "standard input" if str(path) == STDIN else path
+        raise PromptError(f"{name} holds no prompt", hint="write one prompt a line")
     if kind == ".txt":
         return [PromptRow(_checked(text, where), where) for text, where in lines]
     return [_row_from_json(text, where) for text, where in lines]
@@ -60,7 +69,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
 class _JsonRow(pydantic.BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str
+    prompt: str | None
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     size: int | str | None = None
     steps: int | None = Field(default=None, ge=1)
@@ -68,8 +77,8 @@ class _JsonRow(pydantic.BaseModel):
 
 def _row_from_json(text: str, where: str) -> PromptRow:
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise PromptError(
             f"{where}: not JSON: {error}", hint='a line looks like {"prompt": "a star", "seed": 5}'
         ) from None
@@ -80,14 +89,14 @@ def _row_from_json(text: str, where: str) -> PromptRow:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise PromptError(
-            f"{where}: field {first['loc'][0]!r}: {first['msg']}",
+            f"{where}: field {excerpt(str(first['loc'][0]))!r}: {excerpt(first['msg'])}",
             hint="the fields are prompt, and if wanted seed, size and steps",
         ) from None
     try:
         size = None if row.size is None else parse_size(str(row.size))
     except UsageError as error:
         raise PromptError(f"{where}: {error.message}", hint='write "size": 512, or "size": "384x640"') from None
-    return PromptRow(_checked(row.prompt, where), where, seed=row.seed, size=size, steps=row.steps)
+    return PromptRow(_checked(row.prompt or "", where), where, seed=row.seed, size=size, steps=row.steps)
 
 
 def _checked(prompt: str, where: str) -> str:
@@ -103,20 +112,3 @@ def _checked(prompt: str, where: str) -> str:
         # Lone surrogates: what Python makes of argument bytes in another encoding.
         raise PromptError(f"{where} is not valid UTF-8", hint="use a UTF-8 terminal, or --prompts FILE.txt") from None
     return stripped
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts") from None
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the path") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise PromptError(
-            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x})",
-            hint=f"convert it: iconv -f latin1 -t utf-8 {shlex.quote(str(path))} > utf8{path.suffix}",
-        ) from None

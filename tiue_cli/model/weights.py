@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Final
 from pydantic import BaseModel, ConfigDict
 
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.files.structured import parse_json
 
 WEIGHT_STEMS: Final = {
     "text_encoder": "model",
@@ -47,7 +47,8 @@ class ComponentInfo(BaseModel):
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model folder. Raises ModelFolderError naming the file."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        # diffusers writes -Infinity into the configs of some solvers.
+        data = parse_json(path.read_bytes(), infinities=True)
     except FileNotFoundError:
         raise ModelFolderError(f"{path} is missing", hint="download or copy the folder again") from None
     except OSError as error:
@@ -136,7 +137,7 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     if len(start) < 8 or 8 + length > size:
         raise ModelFolderError(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=DOWNLOAD_AGAIN)
     try:
-        header = json.loads(raw)
+        header = parse_json(raw)
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
         end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
         sizes = sum(_tensor_bytes(tensor) for tensor in tensors.values())

@@ -54,7 +54,7 @@ def test_only_so_many_are_read(tmp_path: Path) -> None:
         ("p.jsonl", '["a"]\n', None, "p.jsonl:1: not a JSON object"),
         ("p.csv", "id,title\n1,a\n", None, "none of prompt, caption, text"),
         ("p.csv", "id,title\n1,a\n", "words", "there is no 'words'"),
-        ("p.csv", "id,prompt\n1\n", None, "p.csv:2 has no prompt"),
+        ("p.csv", "id,prompt\n1\n", None, "p.csv:2 has fewer fields than the header"),
         ("p.csv", "id,prompt\n1,a star, red\n", None, "p.csv:2 has more fields than the header"),
         ("p.csv", 'id,prompt\n1,"a\nb\nc"\n\n2,"a\0\nb"\n', None, "p.csv:6 contains a NUL"),
         ("p.csv", 'id,prompt\n1,a\n2,"b\n3,c\n', None, "the row after line 2: unexpected end of data"),
@@ -119,9 +119,41 @@ def test_dataset_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
         yield {"id": 2, "caption": "a tree"}
         raise AssertionError("read on")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __version__="4.0.0"))
     found = read_training_prompts("datasets:OWNER/NAME:validation", limit=2)
     assert found.prompts == ("a star", "a tree")
+
+
+def test_datasets_that_could_run_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    from types import SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0"))
+    with pytest.raises(MissingDependencyError, match="needs datasets 4"):
+        read_training_prompts("datasets:OWNER/NAME")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv"])
+def test_a_missing_text_is_an_empty_one_in_every_format(tmp_path: Path, name: str) -> None:
+    content = {"p.jsonl": '{"prompt": null}\n{"prompt": ""}\n{"prompt": "a"}\n', "p.csv": 'prompt,n\n,1\n"",2\na,3\n'}
+    found = read_training_prompts(write(tmp_path / name, content[name]))
+    assert (found.prompts, found.empty) == (("a",), 2)
+
+
+def test_half_an_emoji_is_named_with_file_and_line(tmp_path: Path) -> None:
+    for line in ('{"prompt": "a cat \\ud83d"}', '{"prompt": "x", "\\ud800": 1}'):
+        with pytest.raises(PromptError, match=r"p\.jsonl:2: not JSON: .*half a character"):
+            read_training_prompts(write(tmp_path / "p.jsonl", '{"prompt": "a star"}\n' + line + "\n"))
+
+
+def test_a_long_csv_field_is_read(tmp_path: Path) -> None:
+    found = read_training_prompts(write(tmp_path / "p.csv", "prompt,html\na star," + "x" * 500_000 + "\n"))
+    assert found.prompts == ("a star",)
+
+
+def test_standard_input_is_refused_as_a_run_reads_again() -> None:
+    with pytest.raises(UsageError, match="standard input can be read once"):
+        read_training_prompts("-")
 
 
 def test_dataset_whose_connection_breaks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,6 +165,6 @@ def test_dataset_whose_connection_breaks_is_named(monkeypatch: pytest.MonkeyPatc
         yield {"caption": "a star"}
         raise ConnectionError("Server Disconnected")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, __version__="4.0.0"))
     with pytest.raises(PromptError, match="after row 1: Server Disconnected"):
         read_training_prompts("datasets:OWNER/NAME")

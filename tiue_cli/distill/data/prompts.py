@@ -1,23 +1,28 @@
-"""Prompts to train on: read, cleaned and counted."""
+"""Prompts to train on: read, cleaned and counted.
+
+A missing text (null in JSON and parquet, an empty field in CSV, an empty line) is an empty prompt: dropped and counted.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
+from tiue_cli.files.structured import parse_json
+from tiue_cli.files.texts import STDIN, is_comment, read_lines
+from tiue_cli.text import excerpt
 
 COLUMNS = ("prompt", "caption", "text")
 """Names that are looked for, in this order, where no column is given."""
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 DATASETS_PREFIX = "datasets:"
 _SHOWN = 3
+csv.field_size_limit(2**24)  # of the whole module, and at most what one line may have; its default is 131,072
 
 Row = tuple[str, Any]
 """Where a value stands (``captions.csv:7``), and the value; None where it is missing."""
@@ -62,7 +67,7 @@ def read_training_prompts(source: str, *, column: str | None = None, limit: int 
         if problem is not None:
             bad.append(f"{where} {problem}")
             continue
-        prompt = " ".join(value.split())
+        prompt = "" if value is None else " ".join(value.split())
         if not prompt:
             empty += 1
         elif prompt in seen:
@@ -81,19 +86,28 @@ def read_training_prompts(source: str, *, column: str | None = None, limit: int 
 
 def _problem(value: Any) -> str | None:
     if value is None:
-        return "has no prompt"
+        return None
     if isinstance(value, _Unusable):
         return value
     if not isinstance(value, str):
         return f"is {type(value).__name__}, not text"
     if "\0" in value:
         return "contains a NUL character"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return "contains half a character, as of an emoji cut in the middle"
     return None
 
 
 def _rows(source: str, column: str | None) -> Iterator[Row]:
     if source.startswith(DATASETS_PREFIX):
         return _dataset_rows(source.removeprefix(DATASETS_PREFIX), column)
+    if source == STDIN:
+        raise UsageError(
+            "a distillation reads its prompts again when it is resumed, and standard input can be read once",
+            hint="save them in a file first: cat > prompts.txt",
+        )
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -106,33 +120,10 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
         raise PromptError(f"{path} {reason}", hint="check the path given to --prompts")
     if suffix == ".parquet":
         return _parquet_rows(path, column)
-    lines = _lines(path)
+    lines = read_lines(path)
     if suffix == ".txt":
-        return lines
+        return ((where, line) for where, line in lines if not is_comment(line))
     return _json_rows(lines, column) if suffix == ".jsonl" else _csv_rows(path, lines, column)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Lines with their places. PromptError where the file is not UTF-8."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for number, line in enumerate(file, 1):
-                yield f"{path}:{number}", line.rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        # Text is decoded in blocks, so the error itself does not know the line.
-        raise PromptError(f"{path}:{_undecodable_line(path)}: not UTF-8", hint="convert it with iconv") from error
-    except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the file") from error
-
-
-def _undecodable_line(path: Path) -> int:
-    """The number of the first line that is not UTF-8."""
-    number = 0
-    with path.open("rb") as file, contextlib.suppress(UnicodeDecodeError):
-        for line in file:
-            number += 1
-            line.decode("utf-8")
-    return number
 
 
 def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
@@ -140,8 +131,8 @@ def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator
         if not line.strip():
             continue
         try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(line)
+        except ValueError as error:
             raise PromptError(f"{where}: not JSON: {error}", hint='a line looks like {"prompt": "a star"}') from None
         if not isinstance(data, dict):
             raise PromptError(f"{where}: not a JSON object", hint='a line looks like {"prompt": "a star"}')
@@ -159,12 +150,18 @@ def _csv_rows(path: Path, lines: Iterable[tuple[str, str]], column: str | None) 
         for row in reader:
             end = reader.line_num
             start = end - sum(value.count("\n") for value in row.values() if isinstance(value, str))
-            extra = row.get(None)  # where DictReader puts what has no header
-            yield f"{path}:{start}", row[name] if extra is None else _Unusable("has more fields than the header")
+            yield f"{path}:{start}", _misfit(row) or row[name]
     except csv.Error as error:
         raise PromptError(
             f"{path}: the row after line {end or 1}: {error}", hint="save it as CSV with quotes in pairs"
         ) from None
+
+
+def _misfit(row: Mapping[str | Any, Any]) -> _Unusable | None:
+    """What is wrong with the number of a row's fields. DictReader keeps those beyond the header under None."""
+    if None in row:
+        return _Unusable("has more fields than the header")
+    return _Unusable("has fewer fields than the header") if None in row.values() else None
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
@@ -197,6 +194,12 @@ def _dataset_rows(name: str, column: str | None) -> Iterator[Row]:
             f"{DATASETS_PREFIX}{name} needs the datasets library",
             hint='install it: python -m pip install "tiue[datasets]"',
         ) from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        # Its versions before 4 can run code that lies in a dataset's repository.
+        raise MissingDependencyError(
+            f"{DATASETS_PREFIX}{name} needs datasets 4 or later; {datasets.__version__} is installed",
+            hint="upgrade it: python -m pip install 'datasets>=4'",
+        )
     repository, _, split = name.partition(":")
     split = split or "train"
     try:
@@ -221,9 +224,7 @@ def _column(row: Mapping[str, Any], column: str | None, where: str, *, or_only: 
     """The column to read: the one asked for, a known name, or (``or_only``) the only one. PromptError otherwise."""
     if column is not None:
         if column not in row:
-            raise PromptError(
-                f"{where}: there is no {column!r} among {', '.join(map(str, row))}", hint="check prompt_column"
-            )
+            raise PromptError(f"{where}: there is no {column!r} among {_names(row)}", hint="check prompt_column")
         return column
     for name in COLUMNS:
         if name in row:
@@ -231,6 +232,10 @@ def _column(row: Mapping[str, Any], column: str | None, where: str, *, or_only: 
     if or_only and len(row) == 1:
         return next(iter(row))
     raise PromptError(
-        f"{where}: none of {', '.join(COLUMNS)} among {', '.join(map(str, row)) or 'no columns'}",
+        f"{where}: none of {', '.join(COLUMNS)} among {_names(row) or 'no columns'}",
         hint="say which: --set prompt_column=NAME",
     )
+
+
+def _names(row: Mapping[str, Any]) -> str:
+    return excerpt(", ".join(map(str, row)))
