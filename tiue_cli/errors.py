@@ -6,7 +6,9 @@
     ├── ManifestError             a manifest (tiue.json, manifest.json, engine.json) that cannot be read
     ├── SchedulerError            a scheduler config that the one-pass formula does not cover
     ├── PromptError               a prompt or a prompt file that cannot be used
+    ├── AccessError               a file or folder that is there and cannot be read
     ├── OutputError               something cannot be written
+    │   └── TakenError            because something else bears its name
     ├── DeviceError               a device or precision that this machine does not have
     ├── MissingDependencyError    an optional package is not installed
     ├── ProfileError              a request outside an engine's range
@@ -65,8 +67,16 @@ class PromptError(TiueError):
     """A prompt or a prompt file cannot be used."""
 
 
+class AccessError(TiueError):
+    """A file or folder cannot be looked at or read."""
+
+
 class OutputError(TiueError):
     """A file or folder cannot be written."""
+
+
+class TakenError(OutputError):
+    """Something else bears the name that was to be written, and may not be replaced."""
 
 
 class DeviceError(TiueError):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_cli.errors import ManifestError
+from tiue_cli.files.access import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,9 +25,11 @@ class PromptTokenizer:
 
         hint = "export the student again"
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_bytes(path, error=ManifestError).decode("utf-8")
             self._fixed = Tokenizer.from_str(text)
             self._open = Tokenizer.from_str(text)
+        except ManifestError:
+            raise
         except Exception as error:  # plain Exception is what the library raises for a damaged file
             raise ManifestError(f"{path} is no tokenizer: {error}", hint=hint) from error
         if self._fixed.truncation is None or self._fixed.padding is None:

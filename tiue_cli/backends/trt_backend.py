@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.backends.trt_device import check_device, current_device, find_engine, rebuild_command
-from tiue_cli.errors import DeviceError, ManifestError, OutputError, ProfileError
+from tiue_cli.errors import DeviceError, ManifestError, ProfileError
+from tiue_cli.files.access import has_file, read_bytes
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     GRAPHS,
@@ -50,7 +51,7 @@ class TrtBackend:
         Raises ManifestError, DeviceError, MissingDependencyError.
         """
         folder = Path(folder)
-        if engine is None and (folder / ENGINE_MANIFEST).is_file():
+        if engine is None and has_file(folder / ENGINE_MANIFEST, error=ManifestError):
             folder, engine = folder.resolve().parent, folder
         self.folder = folder
         self.manifest: ExportManifest = read_export_manifest(folder)
@@ -232,11 +233,9 @@ def read_plan(folder: Path, spec: PlanSpec, *, rebuild: str) -> bytes:
     path = folder / spec.plan.file
     hint = f"build the engine again: {rebuild}"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, error=ManifestError)
     except FileNotFoundError:
         raise ManifestError(f"{path} is missing", hint=hint) from None
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
     if len(data) != spec.plan.size_bytes:
         problem = f"it has {len(data)} bytes, and engine.json says {spec.plan.size_bytes}"
     elif (found := hashlib.sha256(data).hexdigest()) != spec.plan.sha256:

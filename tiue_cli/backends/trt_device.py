@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from tiue_cli.backends.trt_runner import cuda_wrapper, device_errors, driver_cuda, driver_library, import_tensorrt
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
+from tiue_cli.files.access import is_file
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
 
 OLDEST: Final = (10, 8)
@@ -125,7 +126,7 @@ def engine_name(device: EngineDevice, precision: str) -> str:
 def find_engine(export: Path, device: EngineDevice, precision: str) -> tuple[Path, EngineManifest]:
     """The engine of ``export`` for this machine; DeviceError where there is none, naming both sides."""
     folder = export / engine_name(device, precision)
-    if (folder / ENGINE_MANIFEST).is_file():
+    if is_file(folder / ENGINE_MANIFEST, error=ManifestError):
         manifest = read_engine_manifest(folder)
         check_device(folder, manifest, device, rebuild=rebuild_command(export))
         return folder, manifest

@@ -12,9 +12,10 @@ import typer
 
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
-from tiue_cli.errors import OutputError, TiueError, UsageError
+from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig
 from tiue_cli.export.trt.profiles import parse_range
+from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
 from tiue_cli.text import parse_size
 
@@ -128,7 +129,7 @@ def run_engine(
     from tiue_cli.backends.trt_device import require_tensorrt
     from tiue_cli.export.config import EngineConfig
 
-    source = Path(config.student).expanduser()
+    source = user_path(config.student, error=ModelFolderError)
     fitted = request.fit(config, precision=precision)
     exported = None
     if is_export_folder(source):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_cli.errors import UsageError
+from tiue_cli.files.access import kind_of, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineManifest, GraphSpec, TensorSpec, read_engine_manifest
 from tiue_cli.files.hashes import fingerprint
 from tiue_cli.files.png import (
@@ -154,11 +155,12 @@ def inspect_source(source: str) -> Report:
 
     Raises UsageError for anything else, ManifestError for a damaged record, and what ``check_model_folder`` raises.
     """
-    path = Path(source).expanduser()
     if source not in EMBEDDED_NAMES:
-        if path.is_file():
+        path = user_path(source)
+        kind = kind_of(path)
+        if kind == "file":
             return _inspect_png(path)
-        if path.suffix.lower() == ".png" and not path.exists():
+        if path.suffix.lower() == ".png" and kind == "nothing":
             raise UsageError(f"{path} does not exist", hint="check the path")
         if is_hub_id(source):
             raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ import yaml
 from tiue_cli.distill.config import DistillConfig, _Section, flatten
 from tiue_cli.distill.run_folder import stored_config
 from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.access import kind_of, read_bytes, user_path
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
+
+_CONFIG_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -52,10 +56,10 @@ def resolve_config(layers: Sequence[Layer]) -> ResolvedConfig:
 def read_config(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. UsageError says what is wrong with the file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bytes(path, error=UsageError, limit_bytes=_CONFIG_BYTES).decode("utf-8")
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", hint="give a YAML file or a recipe: tiue recipes ls") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(f"{path} cannot be read: {error}", hint="give a YAML file in UTF-8") from error
     return parse_yaml(text, where=str(path))
 
@@ -167,17 +171,18 @@ def find_recipe(name: str) -> Recipe:
 def copy_recipe(name: str, path: Path) -> Path:
     """Write a recipe to a file that is not there yet. Raises OutputError."""
     recipe = find_recipe(name)
-    if path.exists():
+    if os.path.lexists(path):
         raise OutputError(f"{path} exists; nothing was written", hint="choose another name")
-    with atomic_file(path) as temporary:
+    with atomic_file(path, replace=False) as temporary:
         temporary.write_text(recipe.text, encoding="utf-8")
     return path
 
 
 def config_layer(source: str) -> Layer:
     """The layer behind ``--config``: a YAML file, or a recipe's name where no such file is."""
-    path = Path(source).expanduser()
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
+    path = user_path(source, error=UsageError)
+    # A folder may bear a recipe's name; a FIFO may not stand for settings.
+    if kind_of(path, error=UsageError) in ("file", "special") or path.suffix in (".yaml", ".yml"):
         return Layer(source, read_config(path))
     return Layer(f"recipe {source}", find_recipe(source).values)
 

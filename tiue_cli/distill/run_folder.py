@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict
 from tiue_cli import __version__
 from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
 from tiue_cli.distill.data.prompts import TrainingPrompts
-from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.errors import ManifestError, OutputError, UsageError
+from tiue_cli.files.access import has_file, is_file, kind_of, list_folder, read_bytes
 from tiue_cli.files.atomic import atomic_file, output_error
 from tiue_cli.files.manifests import read_manifest, write_json
 from tiue_cli.files.students import RUN_MANIFEST
@@ -77,9 +78,9 @@ class RunFolder:
 
     def cut_log(self, step: int) -> None:
         """Forget the lines after ``step``: steps that a killed run did and a resumed one does again."""
-        if not self._log.is_file():
+        if not is_file(self._log):
             return
-        lines = self._log.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(self._log).decode("utf-8", errors="replace").splitlines()
         with atomic_file(self._log) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in lines if _step_of(line) <= step), encoding="utf-8")
 
@@ -94,7 +95,7 @@ def _step_of(line: str) -> float:
 
 def stored_config(out: Path) -> DistillConfig:
     """The config that the run in ``out`` was started with. UsageError where there is none."""
-    if not (out / RUN_MANIFEST).is_file():
+    if not has_file(out / RUN_MANIFEST, error=ManifestError):
         raise UsageError(f"there is no run to resume in {out}", hint="leave --resume out to start one")
     return read_manifest(out / RUN_MANIFEST, RunRecord).config
 
@@ -104,12 +105,15 @@ def check_out_folder(out: Path, *, resume: bool) -> None:
     if resume:
         stored_config(out)
         return
-    if (out / RUN_MANIFEST).is_file():
+    if has_file(out / RUN_MANIFEST, error=OutputError):
         raise OutputError(
             f"{out} holds a distillation already; nothing was changed",
             hint=f"continue it: tiue distill --out {out} --resume; or choose another folder",
         )
-    if out.exists() and (not out.is_dir() or any(not path.match(LEFTOVERS) for path in out.iterdir())):
+    kind = kind_of(out, error=OutputError)
+    if kind != "nothing" and (
+        kind != "folder" or any(not path.match(LEFTOVERS) for path in list_folder(out, error=OutputError))
+    ):
         raise OutputError(f"{out} exists and is not an empty folder", hint="choose another folder for --out")
 
 

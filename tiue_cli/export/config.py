@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.trt.profiles import load_profiles
+from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.exports import Precision, Range, Size, is_export_folder
 
 ENGINES: Final = Path("engines")
@@ -37,8 +38,9 @@ class ExportConfig:
         """Where the export goes: ``out``, or ``engines/`` and the student folder's name or the hub id's last part."""
         if self.out is not None:
             return self.out
-        path = Path(self.student).expanduser()
-        return ENGINES / (path.resolve().name if path.exists() else self.student.rpartition("/")[2])
+        path = user_path(self.student, error=ModelFolderError)
+        local = exists(path, error=ModelFolderError)
+        return ENGINES / (path.resolve().name if local else self.student.rpartition("/")[2])
 
     def validate(self) -> None:
         """Refuse what cannot be, before anything heavy is loaded. Raises UsageError."""
@@ -46,7 +48,7 @@ class ExportConfig:
             raise UsageError(f"opset {self.opset} is impossible", hint=f"choose {OPSETS[0]} to {OPSETS[-1]}")
         if len(set(self.sizes)) != len(self.sizes):
             raise UsageError("the same size was given twice", hint="name each size once")
-        if is_export_folder(Path(self.student).expanduser()):
+        if is_export_folder(user_path(self.student, error=ModelFolderError)):
             raise UsageError(
                 f"{self.student} is an export already", hint="give the student folder; tiue inspect says which it was"
             )

@@ -8,42 +8,60 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
+import re
 import shutil
 import signal
+import stat
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from tiue_cli.errors import OutputError, TiueError
-
-# --- manifests -----------------------------------------------------------------------------------------------------
-
-
-# --- atomic writes -------------------------------------------------------------------------------------------------
+from tiue_cli.errors import OutputError, TakenError, TiueError
+from tiue_cli.files.access import exists, is_file, kind_of, list_folder
+from tiue_cli.files.rename import exchange, rename_new
+from tiue_cli.files.temporary import remove_leftovers, temporary_sibling
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path | str) -> Iterator[Path]:
+def atomic_file(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling to write to; on success it becomes ``path``, on failure it is removed.
 
-    The sibling keeps the suffix, because image libraries choose the format by it. Raises OutputError.
+    Without ``replace`` the file system itself refuses a name that is taken by then (TakenError): of two runs that write
+    to one name, one fails. The sibling keeps the suffix, because image libraries choose the format by it. Raises
+    OutputError.
     """
     path = Path(path)
-    temporary = _temporary_sibling(path)
+    temporary = temporary_sibling(path)
     with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    kind = kind_of(path, error=OutputError)
+    if kind == "folder":
+        raise output_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if kind == "special":
+        raise OutputError(f"cannot write {path}: it is no regular file", hint="choose another name")
     try:
-        with _as_output_error(path, only=_WRITE_ERRNOS, within=temporary):
+        with _writing(path, temporary):
             yield temporary
         with _as_output_error(path):
-            temporary.replace(path)
+            if replace:
+                temporary.replace(path)
+            else:
+                _take(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what counts
+            temporary.unlink(missing_ok=True)
         raise
+
+
+def _take(temporary: Path, path: Path) -> None:
+    try:
+        rename_new(temporary, path)
+    except FileExistsError:
+        raise TakenError(
+            f"{path} exists by now: another run wrote it; it was not replaced", hint="choose another name"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -51,26 +69,44 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False, marker: str | No
     """Yield an empty temporary sibling folder; on success it becomes ``path``, on failure it is removed.
 
     An existing folder that is not empty is refused without ``overwrite``, and even with it when ``marker`` is given
-    and no file of that name lies in it: a mistyped ``--out ~`` must not delete a home. The old folder is moved aside
-    before the new one takes its name and deleted after, so a kill leaves the old, the new, or none.
-    Raises OutputError.
+    and no file of that name lies in it: a mistyped ``--out ~`` must not delete a home. Old and new folder exchange
+    their names in one step where the system can (Linux), else by two renames; a kill between these leaves the old one
+    under a hidden name, which the next run puts back. Files get the mode that the umask says, whatever the library that
+    wrote them thinks. Raises OutputError.
     """
+    kind_of(path, error=OutputError)  # what cannot be looked at cannot be resolved either
     # Resolved: renaming over a link would replace the link and leave the folder that it names.
-    path = Path(path).resolve()
-    _check_replaceable(path, overwrite=overwrite, marker=marker)
-    temporary = _temporary_sibling(path)
+    with _as_output_error(Path(path)):
+        path = Path(path).resolve()
+    _recover(path)
+    check_replaceable(path, overwrite=overwrite, marker=marker)
+    temporary = temporary_sibling(path)
     with _as_output_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
         temporary.mkdir()
     try:
-        with _as_output_error(path, only=_WRITE_ERRNOS, within=temporary):
+        with _writing(path, temporary):
             yield temporary
-        _check_replaceable(path, overwrite=overwrite, marker=marker)
+        _apply_umask(temporary)
+        check_replaceable(path, overwrite=overwrite, marker=marker)
         with _as_output_error(path):
             _swap_in(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _apply_umask(folder: Path) -> None:
+    """Give the files the mode that the umask lets new ones have; safetensors writes them for their owner alone."""
+    # The folder itself was just made, so its mode says what the umask is.
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for file in folder.rglob("*"):
+        found = file.lstat()
+        # A file with a second name is another folder's as well.
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1 and stat.S_IMODE(found.st_mode) != mode:
+            with contextlib.suppress(OSError):  # file systems without modes
+                file.chmod(mode)
 
 
 @contextlib.contextmanager
@@ -90,11 +126,18 @@ def terminated_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+_OLD_SUFFIX = ".old"
+
+
 def _swap_in(temporary: Path, path: Path) -> None:
     if not path.exists():
         temporary.rename(path)
         return
-    old = _temporary_sibling(path)
+    if exchange(temporary, path):
+        shutil.rmtree(temporary, ignore_errors=True)
+        return
+    old = path.with_name(f".{path.name[:_OLD_NAME_CHARS]}{_OLD_SUFFIX}")
+    shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     try:
         temporary.rename(path)
@@ -104,29 +147,47 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _check_replaceable(path: Path, *, overwrite: bool, marker: str | None) -> None:
-    if not path.exists():
+_OLD_NAME_CHARS = 60
+
+
+def _recover(path: Path) -> None:
+    """Put back the folder that a run had moved aside when it was killed."""
+    old = path.with_name(f".{path.name[:_OLD_NAME_CHARS]}{_OLD_SUFFIX}")
+    with contextlib.suppress(OSError):
+        if not os.path.lexists(path) and old.is_dir():
+            old.rename(path)
+
+
+def check_replaceable(path: Path, *, overwrite: bool, marker: str | None) -> None:
+    """Refuse a folder that ``atomic_folder`` may not write to or replace, without writing. Raises OutputError."""
+    kind = kind_of(path, error=OutputError)
+    if kind == "nothing":
         return
-    if not path.is_dir():
+    if kind != "folder":
         raise OutputError(f"{path} is a file, and a folder is to be written there", hint="choose another name")
-    with _as_output_error(path):
-        empty = not any(path.iterdir())
-    if empty:
+    if not list_folder(path, error=OutputError):
         return
     if not overwrite:
         raise OutputError(
             f"{path} exists and is not empty; nothing was written",
             hint="choose another folder, or replace it: --overwrite",
         )
-    if marker is not None and not (path / marker).is_file():
+    if marker is not None and not is_file(path / marker, error=OutputError):
         raise OutputError(
             f"{path} holds no {marker}, so tiue did not write it and does not replace it",
             hint="choose another folder, or remove this one yourself",
         )
 
 
-def _temporary_sibling(path: Path) -> Path:
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.tmp{path.suffix}")
+def check_writable(folder: Path | str) -> None:
+    """Fail before minutes of work rather than after, and leave no trace. Raises OutputError.
+
+    A folder that is yet to be made is as writable as the one that it will be made in.
+    """
+    folder = Path(folder)
+    existing = next((place for place in (folder, *folder.parents) if exists(place, error=OutputError)), folder)
+    with _as_output_error(folder), tempfile.TemporaryFile(dir=existing):
+        pass
 
 
 _WRITE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
@@ -139,6 +200,8 @@ _REASONS = {
     errno.EISDIR: ("it is a folder", "give a file name"),
     errno.ENOTDIR: ("a part of its path is a file", "choose another folder"),
     errno.EEXIST: ("a part of its path is a file", "choose another folder"),
+    errno.ENOENT: ("its folder is gone", "cd to a folder that exists, or give a whole path"),
+    errno.ELOOP: ("its links lead in a circle", "choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
 }
 
@@ -151,18 +214,41 @@ def output_error(path: Path | str, error: OSError) -> OutputError:
 
 
 @contextlib.contextmanager
-def _as_output_error(path: Path, *, only: frozenset[int] | None = None, within: Path | None = None) -> Iterator[None]:
-    """Translate OSError; with ``only``, just those errnos and errors about files at or under ``within``."""
+def _as_output_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
+
+
+@contextlib.contextmanager
+def _writing(path: Path, temporary: Path) -> Iterator[None]:
+    """Inside, whatever a library makes of a full disk becomes an OutputError about ``path``; other errors stay."""
     try:
         yield
     except TiueError:
         raise
-    except OSError as error:
-        about = Path(error.filename) if isinstance(error.filename, str) else None
-        ours = within is not None and about is not None and (about == within or within in about.parents)
-        if only is not None and error.errno not in only and not ours:
+    except Exception as error:
+        failure = _write_failure(path, temporary, error)
+        if failure is None:
             raise
-        raise output_error(path, error) from error
+        raise failure from error
 
 
-# --- hashes --------------------------------------------------------------------------------------------------------
+_FULL_DISK = re.compile(
+    # safetensors, NumPy's tofile (its OSError has no number), torch's archive writer
+    r"no space left|os error 28|disk quota|\d+ requested and \d+ written|problem writing element|unexpected pos"
+    r"|PytorchStreamWriter failed",
+    re.IGNORECASE,
+)
+
+
+def _write_failure(path: Path, temporary: Path, error: Exception) -> OutputError | None:
+    """What a failed write means for ``path``; None for an error that is about something else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        about = Path(error.filename) if isinstance(error.filename, str) else None
+        ours = about is not None and (about == temporary or temporary in about.parents)
+        return output_error(path, error) if error.errno in _WRITE_ERRNOS or ours else None
+    if _FULL_DISK.search(str(error)) is not None:
+        return output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    return None

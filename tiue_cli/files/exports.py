@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
@@ -16,7 +17,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from tiue_cli.errors import ManifestError, UsageError
-from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.access import access_error, exists, has_file, open_file
 from tiue_cli.files.manifests import read_manifest
 
 EXPORT_MANIFEST: Final = "manifest.json"
@@ -377,7 +378,7 @@ def read_engine_manifest(folder: Path | str) -> EngineManifest:
 def is_export_folder(path: Path | str) -> bool:
     """Whether a folder claims to be an export; whether it is sound is ``read_export_manifest``'s question."""
     path = Path(path)
-    return (path / EXPORT_MANIFEST).is_file() and not (path / "model_index.json").exists()
+    return not exists(path / "model_index.json") and has_file(path / EXPORT_MANIFEST, error=ManifestError)
 
 
 def check_files(folder: Path | str, files: Sequence[FileSpec], *, hint: str = _EXPORT_AGAIN) -> None:
@@ -385,15 +386,16 @@ def check_files(folder: Path | str, files: Sequence[FileSpec], *, hint: str = _E
     for spec in files:
         path = Path(folder) / spec.file
         try:
-            size_bytes = path.stat().st_size
-            if size_bytes != spec.size_bytes:
-                problem = f"it has {size_bytes} bytes, and the manifest says {spec.size_bytes}"
-            elif (found := sha256_file(path)) != spec.sha256:
-                problem = f"its SHA-256 is {found[:12]}…, and the manifest says {spec.sha256[:12]}…"
-            else:
-                continue
+            with open_file(path, error=ManifestError) as file:
+                size_bytes = os.fstat(file.fileno()).st_size
+                if size_bytes != spec.size_bytes:
+                    problem = f"it has {size_bytes} bytes, and the manifest says {spec.size_bytes}"
+                elif (found := hashlib.file_digest(file, "sha256").hexdigest()) != spec.sha256:
+                    problem = f"its SHA-256 is {found[:12]}…, and the manifest says {spec.sha256[:12]}…"
+                else:
+                    continue
         except FileNotFoundError:
             raise ManifestError(f"{path} is missing", hint=hint) from None
         except OSError as error:
-            raise ManifestError(f"{path} cannot be read: {error.strerror or error}", hint=hint) from error
+            raise access_error(path, error, error=ManifestError) from error
         raise ManifestError(f"{path} is not the file that was written: {problem}", hint=hint)

@@ -10,11 +10,15 @@ from typing import Any, TypeVar
 import pydantic
 
 from tiue_cli.errors import ManifestError
+from tiue_cli.files.access import read_bytes
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.structured import parse_json
 from tiue_cli.text import excerpt
 
 _Manifest = TypeVar("_Manifest", bound=pydantic.BaseModel)
+
+MAX_BYTES = 64 * 2**20
+"""No manifest is near this: what is larger is another file."""
 
 
 def write_json(path: Path | str, content: pydantic.BaseModel | Mapping[str, Any]) -> Path:
@@ -30,11 +34,9 @@ def read_manifest(path: Path | str, type_: type[_Manifest]) -> _Manifest:
     """Read and check a JSON manifest; ManifestError names the file, the field and the next step."""
     path = Path(path)
     try:
-        raw = path.read_bytes()
+        raw = read_bytes(path, error=ManifestError, limit_bytes=MAX_BYTES)
     except FileNotFoundError:
         raise ManifestError(f"{path} does not exist", hint="give the folder that tiue wrote, whole") from None
-    except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error}", hint=_RESTORE_HINT) from error
     try:
         data = parse_json(raw)
     except ValueError as error:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import pydantic
 from pydantic import ConfigDict, Field
 
-from tiue_cli.errors import ManifestError, UsageError
+from tiue_cli.errors import ManifestError, TakenError, TiueError, UsageError
+from tiue_cli.files.access import open_file
+from tiue_cli.files.atomic import atomic_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -146,6 +148,26 @@ def save_png(path: Path, image: np.ndarray, record: Record | None) -> None:
     Image.fromarray(image).save(path, format="PNG", pnginfo=info)
 
 
+def write_picture(path: Path, image: np.ndarray, record: Record | None, *, replace: bool) -> None:
+    """``save_png``, whole or not at all; without ``replace`` never over a file that appeared there meanwhile.
+
+    A picture that another run made of the same request is as good as this one. Raises OutputError, TakenError.
+    """
+    try:
+        with atomic_file(path, replace=replace) as temporary:
+            save_png(temporary, image, record)
+    except TakenError:
+        if record is None or not _holds(path, record):
+            raise
+
+
+def _holds(path: Path, record: Record) -> bool:
+    try:
+        return read_record(path) == record
+    except TiueError:  # whatever it is, it is not this picture
+        return False
+
+
 def read_text_chunks(path: Path, *, whole: bool = True) -> dict[str, str]:
     """The text chunks of a PNG by keyword. Raises UsageError where ``path`` is no readable PNG.
 
@@ -154,7 +176,7 @@ def read_text_chunks(path: Path, *, whole: bool = True) -> dict[str, str]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_file(path, error=UsageError) as file, Image.open(file, formats=["PNG"]) as image:
             if whole:
                 image.load()
             return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
@@ -188,7 +210,7 @@ def read_pixels(path: Path) -> np.ndarray:
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with open_file(path, error=UsageError) as file, Image.open(file, formats=["PNG"]) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}", hint="the file may be damaged; make it again") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from tiue_cli.errors import PromptError
+from tiue_cli.files.access import access_error, open_file
 
 STDIN: Final = "-"
 """In the place of a file: read standard input."""
@@ -48,12 +49,12 @@ def read_lines(path: Path | str) -> Iterator[tuple[str, str]]:
         return
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path, error=PromptError) as file:
             yield from _lines(file, str(path), path)
     except FileNotFoundError:
         raise PromptError(f"{path} does not exist", hint="check the path given to --prompts") from None
     except OSError as error:
-        raise PromptError(f"{path} cannot be read: {error.strerror or error}", hint="check the path") from error
+        raise access_error(path, error, error=PromptError) from error
 
 
 def _stdin() -> BinaryIO:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
-from tiue_cli.files.atomic import output_error
+from tiue_cli.files.access import has_file, kind_of
 from tiue_cli.files.naming import slug
 from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, Record, read_record
 from tiue_cli.generate.config import GenerateConfig
@@ -151,7 +151,8 @@ class _Layout:
 def _lay_out(config: GenerateConfig, specs: Sequence[ImageSpec]) -> _Layout:
     """Where each image and the contact sheet go. Raises UsageError for an ``--out`` that cannot hold them."""
     out = config.out
-    suffix = "" if out.is_dir() else out.suffix.lower()
+    kind = kind_of(out, error=OutputError)
+    suffix = "" if kind == "folder" else out.suffix.lower()
     if suffix == ".png" and config.grid:
         return _Layout(out.parent, [None] * len(specs), out)
     if suffix == ".png" and len(specs) == 1:
@@ -163,7 +164,7 @@ def _lay_out(config: GenerateConfig, specs: Sequence[ImageSpec]) -> _Layout:
         )
     if suffix in _OTHER_IMAGES:
         raise UsageError(f"{out}: images are written as PNG", hint=f"give --out {out.with_suffix('.png')}, or a folder")
-    if out.exists() and not out.is_dir():
+    if kind in ("file", "special"):
         raise OutputError(f"{out} is a file, and a folder is needed", hint="give another --out")
     taken: Counter[str] = Counter()
     paths: list[Path | None] = []
@@ -204,12 +205,10 @@ def _sheet_is_done(path: Path, specs: Sequence[ImageSpec]) -> bool:
 
 def _record_in(path: Path) -> Record | None:
     """The record of an existing image, None where nothing lies. Raises OutputError where no request can be read."""
+    if not has_file(path, error=OutputError):
+        return None
     try:
-        if not path.exists():
-            return None
         record = read_record(path)
-    except OSError as error:
-        raise output_error(path, error) from error
     except TiueError as error:
         raise OutputError(f"{path} exists and cannot be compared: {error.message}", hint=_IN_THE_WAY) from error
     if record is None:

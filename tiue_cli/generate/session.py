@@ -7,7 +7,6 @@ Nothing here prints, and nothing heavy is imported before a backend has work to 
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -17,9 +16,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
-from tiue_cli.files.atomic import atomic_file, output_error
-from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, read_pixels, save_png
+from tiue_cli.files.atomic import check_writable
+from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, read_pixels, write_picture
 from tiue_cli.files.sheet import ContactSheet
+from tiue_cli.files.temporary import remove_leftovers
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import Plan, PlannedImage, plan_images
@@ -95,7 +95,8 @@ class Session:
         writes_sheet = plan.sheet is not None and not plan.sheet_done
         if not todo and not writes_sheet:
             return
-        _check_writable(plan.folder)
+        check_writable(plan.folder)
+        remove_leftovers(plan.folder)
         sheet = ContactSheet([image.spec.size for image in plan.images]) if writes_sheet else None
         if todo:
             yield from self._make(plan, todo, sheet=sheet, progress=progress)
@@ -117,8 +118,8 @@ class Session:
             index = todo[position]
             image = plan.images[index]
             if image.path is not None:
-                with atomic_file(image.path) as temporary:
-                    save_png(temporary, pixels, self._record(image.spec, backend) if plan.config.metadata else None)
+                record = self._record(image.spec, backend) if plan.config.metadata else None
+                write_picture(image.path, pixels, record, replace=plan.config.overwrite)
             if sheet is not None:
                 sheet.place(index, pixels)
             self.generated += 1
@@ -132,8 +133,7 @@ class Session:
                 sheet.place(index, read_pixels(image.path))
         specs = tuple(image.spec for image in plan.images)
         record = GridRecord(columns=sheet.columns, images=specs, tiue_version=__version__)
-        with atomic_file(path) as temporary:
-            save_png(temporary, sheet.pixels, record if plan.config.metadata else None)
+        write_picture(path, sheet.pixels, record if plan.config.metadata else None, replace=plan.config.overwrite)
 
     def open(self) -> Backend:
         """Load the model, unless it is loaded; ``run`` does it by itself. Raises what loading raises."""
@@ -253,14 +253,3 @@ def _embedded_note(config: GenerateConfig, target: ModelTarget) -> tuple[str, ..
 def _ends_of(text: str) -> str:
     flat = " ".join(text.split())
     return repr(flat) if len(flat) <= 60 else repr(f"{flat[:40]} … {flat[-16:]}")
-
-
-def _check_writable(folder: Path) -> None:
-    """Fail before minutes of work rather than after, and leave no trace. Raises OutputError."""
-    # A folder that is yet to be made is as writable as the one it will be made in.
-    existing = next((place for place in (folder, *folder.parents) if place.exists()), folder)
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise output_error(folder, error) from error

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from tiue_cli.errors import ModelFolderError, UsageError
+from tiue_cli.errors import ManifestError, ModelFolderError, UsageError
+from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
 from tiue_cli.files.hashes import fingerprint
 from tiue_cli.generate.config import GenerateConfig
@@ -63,12 +64,12 @@ def find_export(source: str) -> ExportInfo | None:
 
     Raises ManifestError for a damaged manifest, ModelFolderError for an engine folder without its export.
     """
-    path = Path(source).expanduser()
     if source in EMBEDDED_NAMES:  # whatever folder of that name lies here
         return None
+    path = user_path(source, error=ModelFolderError)
     if is_export_folder(path):
         return ExportInfo(path, read_export_manifest(path))
-    if not (path / ENGINE_MANIFEST).is_file():
+    if not has_file(path / ENGINE_MANIFEST, error=ManifestError):
         return None
     parent = path.resolve().parent
     if not is_export_folder(parent):

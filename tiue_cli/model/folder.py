@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar
 import pydantic
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
 
-from tiue_cli.errors import ModelFolderError
+from tiue_cli.errors import AccessError, ManifestError, ModelFolderError
+from tiue_cli.files.access import has_file, is_folder, kind_of, list_folder, read_bytes
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.sd_configs import check_unet_config
@@ -28,6 +29,7 @@ _VAE_CLASSES = ("AutoencoderKL", "AutoencoderTiny")
 _SUPPORTED = "tiue handles Stable Diffusion 1.x and 2.x: one CLIP text encoder, one UNet2DConditionModel"
 
 _Config = TypeVar("_Config", bound=BaseModel)
+_CARD_BYTES = 2**20
 
 
 # --- what is found -------------------------------------------------------------------------------------------------
@@ -190,9 +192,15 @@ def check_model_folder(path: Path | str) -> ModelInfo:
 def check_vae_folder(path: Path | str) -> Path:
     """The folder with an autoencoder's own config.json: ``path``, or ``path``/vae. Raises ModelFolderError."""
     path = Path(path)
-    if not path.is_dir():
+    kind = kind_of(path, error=ModelFolderError)
+    if kind == "file":
+        raise ModelFolderError(
+            f"{path} is a single file, and an autoencoder's folder is needed (config.json and its weights)",
+            hint="convert it: AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), then --vae FOLDER",
+        )
+    if kind != "folder":
         raise ModelFolderError(f"autoencoder folder {path} does not exist", hint="check the path")
-    folder = path if (path / "config.json").is_file() else path / "vae"
+    folder = path if _has(path / "config.json") else path / "vae"
     config = _read_config(folder / "config.json", _VaeConfig)
     _check_vae_class(folder / "config.json", config)
     inspect_weights(folder, name="vae", class_name=config.class_name)
@@ -201,37 +209,41 @@ def check_vae_folder(path: Path | str) -> Path:
 
 def _refuse_other_things(path: Path) -> None:
     """Refuse what is no Stable Diffusion folder at all, each kind in its own words."""
-    if path.is_file():
+    kind = kind_of(path, error=ModelFolderError)
+    if kind == "file":
         raise ModelFolderError(
             f"{path} is a single file, and a model folder is needed",
             hint="convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
         )
-    if not path.is_dir():
+    if kind == "special":
+        raise ModelFolderError(f"{path} is neither a file nor a folder", hint="give a model folder")
+    if kind == "nothing":
         raise ModelFolderError(
             f"model folder {path} does not exist", hint="check the path, or give a hub id OWNER/NAME"
         )
-    if (path / "model_index.json").is_file():
+    if _has(path / "model_index.json"):
         return
-    if (path / "engine.json").is_file():
+    if _has(path / "engine.json"):
         raise ModelFolderError(
             f"{path} holds TensorRT engines, not a model", hint="give the student folder that they were built from"
         )
-    if (path / "manifest.json").is_file() and any(path.glob("*.onnx")):
+    files = list_folder(path, error=ModelFolderError)
+    if _has(path / "manifest.json") and any(file.suffix == ".onnx" for file in files):
         raise ModelFolderError(
             f"{path} holds an exported student (ONNX graphs), not a model folder",
             hint="give the student folder that it was exported from; its manifest.json names it",
         )
-    if any(path.glob("*lora*.safetensors")) or (path / "adapter_config.json").is_file():
+    if any(file.match("*lora*.safetensors") for file in files) or _has(path / "adapter_config.json"):
         raise ModelFolderError(
             f"{path} holds LoRA weights, not a whole model", hint="give the folder of the model that they belong to"
         )
-    if (path / "config.json").is_file() or (path / "unet" / "config.json").is_file():
-        what = "one component" if (path / "config.json").is_file() else "a UNet without the rest"
+    if _has(path / "config.json") or _has(path / "unet" / "config.json"):
+        what = "one component" if _has(path / "config.json") else "a UNet without the rest"
         raise ModelFolderError(
             f"{path} holds {what}: model_index.json is missing",
             hint="copy the teacher's model_index.json, tokenizer, text_encoder, vae and scheduler beside unet",
         )
-    checkpoint = next((file for file in sorted(path.iterdir()) if file.suffix in (".ckpt", ".safetensors")), None)
+    checkpoint = next((file for file in files if file.suffix in (".ckpt", ".safetensors")), None)
     if checkpoint is not None:
         raise ModelFolderError(
             f"{path} holds a single-file checkpoint ({checkpoint.name}) and no model_index.json",
@@ -263,7 +275,7 @@ def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
 
 
 def _refuse_missing_parts(path: Path) -> None:
-    missing = [name for name in COMPONENTS if not (path / name).is_dir()]
+    missing = [name for name in COMPONENTS if not is_folder(path / name, error=ModelFolderError)]
     if missing:
         raise ModelFolderError(
             f"{path} is not whole: {', '.join(name + '/' for name in missing)} missing",
@@ -273,8 +285,8 @@ def _refuse_missing_parts(path: Path) -> None:
 
 def _check_tokenizer(folder: Path, *, positions: int) -> int:
     """Length of the token sequence. Raises ModelFolderError for missing or foreign tokenizer files."""
-    whole = (folder / "tokenizer.json").is_file()
-    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    whole = _has(folder / "tokenizer.json")
+    missing = [name for name in ("vocab.json", "merges.txt") if not _has(folder / name)]
     if not whole and missing:
         raise ModelFolderError(
             f"{folder / missing[0]} is missing (and there is no tokenizer.json)", hint=DOWNLOAD_AGAIN
@@ -282,7 +294,7 @@ def _check_tokenizer(folder: Path, *, positions: int) -> int:
     for name in ("tokenizer.json",) if whole else ("vocab.json",):
         read_json(folder / name)
     config_path = folder / "tokenizer_config.json"
-    if not config_path.is_file():
+    if not _has(config_path):
         return positions
     config = _read_config(config_path, _TokenizerConfig)
     if config.tokenizer_class not in ("CLIPTokenizer", "CLIPTokenizerFast"):
@@ -328,7 +340,7 @@ def _check_fit(path: Path, *, unet: _UNetConfig, vae: _VaeConfig, text: _TextCon
 
 
 def _read_student_manifest(path: Path, *, scheduler: _SchedulerConfig) -> StudentManifest | None:
-    if not (path / STUDENT_MANIFEST).is_file():
+    if not has_file(path / STUDENT_MANIFEST, error=ManifestError):
         return None
     manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
     if manifest.prediction_type != scheduler.prediction_type:
@@ -355,6 +367,11 @@ def _looks_released(path: Path) -> bool:
     return any(name.lower().startswith("loopfree-sd") for name in names)
 
 
+def _has(path: Path) -> bool:
+    """Whether a file of the folder's own is there. ModelFolderError for anything else that bears its name."""
+    return has_file(path, error=ModelFolderError)
+
+
 def _read_config(path: Path, type_: type[_Config]) -> _Config:
     try:
         return type_.model_validate(read_json(path))
@@ -371,8 +388,8 @@ def _license(path: Path, manifest: StudentManifest | None) -> str:
     if manifest is not None and manifest.license != "unknown":
         return manifest.license
     try:
-        lines = (path / "README.md").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = read_bytes(path / "README.md", limit_bytes=_CARD_BYTES).decode("utf-8").splitlines()
+    except (OSError, AccessError, UnicodeDecodeError):
         return "unknown"
     if not lines or lines[0].strip() != "---":
         return "unknown"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.files.access import exists, is_file, is_folder, user_path
 from tiue_cli.files.students import RUN_MANIFEST
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
@@ -75,19 +76,20 @@ def is_hub_id(source: str | Path) -> bool:
     owner, name = source.split("/")
     if Path(name).suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".json", ".onnx"):
         return False
-    return not Path(source).exists() and not Path(owner).is_dir()
+    return not exists(source, error=ModelFolderError) and not is_folder(owner, error=ModelFolderError)
 
 
 def _local(source: str | Path) -> Path:
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = user_path(source, error=ModelFolderError)
+    if not exists(path, error=ModelFolderError):
         names = _similar(path)
         raise ModelFolderError(
             f"model folder {path} does not exist",
             hint=f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME",
         )
-    if (path / RUN_MANIFEST).is_file() and (path / "student").is_dir():
-        return path / "student"  # the folder of a distillation stands for what came out of it
+    run, student = path / RUN_MANIFEST, path / "student"
+    if is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError):
+        return student  # the folder of a distillation stands for what came out of it
     return path
 
 
@@ -95,9 +97,10 @@ def _similar(path: Path) -> list[str]:
     """Folders beside the missing one whose names are close to its own."""
     import difflib
 
-    if not path.parent.is_dir():
+    try:
+        names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    except OSError:  # only a suggestion
         return []
-    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, n=1)]
 
 
@@ -108,7 +111,7 @@ def _embedded(name: str) -> Path:
         EMBEDDED_STUDENT: ("student",),
     }[name]
     for folder in folders:
-        if (_EMBEDDED_ROOT / folder).is_dir():
+        if is_folder(_EMBEDDED_ROOT / folder, error=ModelFolderError):
             return _EMBEDDED_ROOT / folder
     raise ModelFolderError(
         f"the embedded model is missing from this installation ({_EMBEDDED_ROOT / folders[-1]})",
@@ -118,10 +121,10 @@ def _embedded(name: str) -> Path:
 
 def _download_model(hub_id: str, revision: str | None) -> Path:
     folder = _snapshot(hub_id, revision, _CONFIG_PATTERNS)
-    if (folder / "model_index.json").is_file():
+    if is_file(folder / "model_index.json", error=ModelFolderError):
         refuse_other_pipelines(read_json(folder / "model_index.json"), hub_id)
     unet = folder / "unet" / "config.json"
-    if unet.is_file():
+    if is_file(unet, error=ModelFolderError):
         check_unet_config(read_json(unet), where=f"{hub_id}/unet/config.json")
     # Plain names first: repositories also carry fp16 and non-ema copies, and all of them together are tens of GB.
     plain = [name for part in WEIGHT_STEMS for name in _plain_weights(f"{part}/", part)]

@@ -18,6 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiue_cli import __version__
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
+from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.files.manifests import write_json
@@ -143,7 +144,7 @@ def save_student(
     Safetensors only, in ``dtype`` or as the weights are; written to a temporary sibling and renamed. Another student
     may be replaced with ``overwrite``, anything else in the way never. Raises OutputError.
     """
-    out = Path(out).expanduser().resolve()
+    out = user_path(out, error=OutputError).resolve()
     with atomic_folder(out, overwrite=overwrite, marker=STUDENT_MANIFEST) as folder:
         with quiet():
             student.tokenizer.save_pretrained(folder / "tokenizer")
@@ -191,7 +192,8 @@ def _manifest(
     timesteps: Sequence[int] | None,
 ) -> StudentManifest:
     chosen, how = choose_timesteps(components.scheduler_config, steps=steps, spacing=spacing, timesteps=timesteps)
-    named = str(teacher) if isinstance(teacher, str) and not Path(teacher).exists() else Path(teacher).resolve().name
+    local = not isinstance(teacher, str) or exists(teacher, error=ModelFolderError)
+    named = Path(teacher).resolve().name if local else str(teacher)
     manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
     return manifest.model_copy(update={"teacher_sha256": sha256_folder(components.info.path)})
 

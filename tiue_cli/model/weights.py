@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.files.access import access_error, is_file, list_folder, open_file, read_bytes
 from tiue_cli.files.structured import parse_json
 
 WEIGHT_STEMS: Final = {
@@ -18,6 +21,8 @@ WEIGHT_STEMS: Final = {
     "vae": "diffusion_pytorch_model",
 }
 """Component → the name of its weights before ``.safetensors``."""
+MAX_JSON_BYTES: Final = 256 * 2**20
+"""Tokenizers and shard indexes are a hundredth of this: what is larger is no config."""
 DOWNLOAD_AGAIN: Final = "download or copy the file again"
 
 _PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
@@ -48,11 +53,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of a model folder. Raises ModelFolderError naming the file."""
     try:
         # diffusers writes -Infinity into the configs of some solvers.
-        data = parse_json(path.read_bytes(), infinities=True)
+        data = parse_json(read_bytes(path, error=ModelFolderError, limit_bytes=MAX_JSON_BYTES), infinities=True)
     except FileNotFoundError:
         raise ModelFolderError(f"{path} is missing", hint="download or copy the folder again") from None
-    except OSError as error:
-        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:
         raise ModelFolderError(f"{path} is not JSON: {error}", hint=DOWNLOAD_AGAIN) from error
     if not isinstance(data, dict):
@@ -62,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInfo:
     """Find and check one component's safetensors. ModelFolderError: pickles only, missing, truncated or damaged."""
-    variant, files = _weight_files(folder, WEIGHT_STEMS[name])
+    variant, files, _ = weight_files(folder, name=name)
     headers = [_safetensors_header(file) for file in files]
     tensors = [tensor for header in headers for tensor in header.values()]
     return ComponentInfo(
@@ -76,31 +79,59 @@ def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInf
     )
 
 
-def _weight_files(folder: Path, stem: str) -> tuple[str | None, tuple[Path, ...]]:
-    """The variant (None: the plain name) and its files, sharded or not; plain names win, then fp16."""
-    plain = folder / f"{stem}.safetensors"
-    if plain.is_file():
-        return None, (plain,)
-    index = folder / f"{stem}.safetensors.index.json"
-    if index.is_file():
-        return None, _shards(index)
-    variants: dict[str, tuple[Path, ...]] = {}
-    for file in folder.glob(f"{stem}.*.safetensors"):
-        variant = file.name.removeprefix(f"{stem}.").removesuffix(".safetensors")
-        if "-of-" not in variant:
-            variants[variant] = (file,)
-    for index in folder.glob(f"{stem}.safetensors.index.*.json"):
-        variants.setdefault(index.name.split(".")[-2], _shards(index))
-    if variants:
-        variant = "fp16" if "fp16" in variants else sorted(variants)[0]
-        return variant, variants[variant]
-    pickles = sorted(file for file in folder.iterdir() if file.suffix in _PICKLE_SUFFIXES)
+class WeightFiles(NamedTuple):
+    """The weights that the loader takes: variant (None: the plain names), files, and the index that lists shards."""
+
+    variant: str | None
+    files: tuple[Path, ...]
+    index_file: Path | None
+
+
+def weight_files(folder: Path, *, name: str) -> WeightFiles:
+    """Which weights of a component's folder are loaded: the one rule for checks, counts, hashes and the loader.
+
+    Plain names before variants, fp16 before other variants. Where shards with an index lie beside a single file,
+    diffusers takes the shards and transformers the single file. Raises ModelFolderError: none, or pickles only.
+    """
+    stem, index_first = WEIGHT_STEMS[name], name != "text_encoder"
+    files = {file.name: file for file in list_folder(folder, error=ModelFolderError)}
+    variants = [None, *sorted(_variants(files, stem), key=lambda variant: (variant != "fp16", variant))]
+    for variant in variants:
+        found = _of_variant(files, stem, variant, index_first=index_first)
+        if found is not None:
+            return WeightFiles(variant, *found)
+    pickles = [file for file in files.values() if file.suffix in _PICKLE_SUFFIXES]
     if pickles:
         raise ModelFolderError(
             f"{pickles[0]} is a pickle, which can run code when it is opened, and there is no safetensors beside it",
             hint=_CONVERT_HINT,
         )
-    raise ModelFolderError(f"{plain} is missing", hint="download or copy the folder again")
+    raise ModelFolderError(f"{folder / f'{stem}.safetensors'} is missing", hint="download or copy the folder again")
+
+
+def _of_variant(
+    files: Mapping[str, Path], stem: str, variant: str | None, *, index_first: bool
+) -> tuple[tuple[Path, ...], Path | None] | None:
+    """(weights, index or None) of one variant; None where there are none."""
+    end = "" if variant is None else f".{variant}"
+    # The second name of an index is what older diffusers wrote.
+    names = [f"{stem}.safetensors.index{end}.json", *([f"{stem}.safetensors{end}.index.json"] if end else [])]
+    index = next((files[name] for name in names if name in files), None)
+    single = files.get(f"{stem}{end}.safetensors")
+    if index is not None and (index_first or single is None):
+        return _shards(index), index
+    return None if single is None else ((single,), None)
+
+
+def _variants(files: Iterable[str], stem: str) -> set[str]:
+    """The variants that there are names of: ``fp16`` of ``STEM.fp16.safetensors`` and of its index."""
+    pattern = re.compile(
+        rf"{re.escape(stem)}(?:\.(?P<file>[^.]+)\.safetensors"
+        r"|\.safetensors\.index\.(?P<index>[^.]+)\.json|\.safetensors\.(?P<old>[^.]+)\.index\.json)"
+    )
+    found = (pattern.fullmatch(name) for name in files)
+    names = {next(group for group in match.groups() if group is not None) for match in found if match is not None}
+    return {name for name in names if "-of-" not in name}
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -111,7 +142,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
     for shard in shards:
         if shard.parent != index.parent:
             raise ModelFolderError(f"{index}: shard {shard.name} lies outside its folder", hint=DOWNLOAD_AGAIN)
-        if not shard.is_file():
+        if not is_file(shard, error=ModelFolderError):
             raise ModelFolderError(
                 f"{shard} is missing; {index.name} lists it", hint="download or copy the folder again"
             )
@@ -125,13 +156,13 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
     (https://github.com/huggingface/safetensors, "Format"). Raises ModelFolderError.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_file(path, error=ModelFolderError) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             raw = file.read(length) if 8 + length <= size else b""
     except OSError as error:
-        raise ModelFolderError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+        raise access_error(path, error, error=ModelFolderError) from error
     if start == b"version " and size < 1024:
         raise ModelFolderError(f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull")
     if len(start) < 8 or 8 + length > size:

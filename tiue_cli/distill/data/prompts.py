@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
+from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.structured import parse_json
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.text import excerpt
@@ -108,16 +109,15 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
             "a distillation reads its prompts again when it is resumed, and standard input can be read once",
             hint="save them in a file first: cat > prompts.txt",
         )
-    path = Path(source).expanduser()
+    path = user_path(source, error=PromptError)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
             f"{source} is none of {', '.join(SUFFIXES)}",
             hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
         )
-    if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
-        raise PromptError(f"{path} {reason}", hint="check the path given to --prompts")
+    if not has_file(path, error=PromptError):
+        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
     if suffix == ".parquet":
         return _parquet_rows(path, column)
     lines = read_lines(path)

@@ -25,6 +25,7 @@ from tiue_cli.export.config import EngineConfig
 from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file, workspace_bytes
 from tiue_cli.export.trt.parity import Reference, check_engine_images, check_plans, engine_parity, plan_cases
 from tiue_cli.export.trt.profiles import DEFAULT_BATCHES, batch_profiles, fit_profiles, input_shapes, load_profiles
+from tiue_cli.files.access import is_file
 from tiue_cli.files.atomic import atomic_folder, output_error, terminated_as_interrupt
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
@@ -219,7 +220,7 @@ def _fitting_engine(
     folder: Path, manifest: ExportManifest, profiles: tuple[ProfileSpec, ...], device: EngineDevice, *, check: bool
 ) -> EngineManifest | None:
     """The engine that lies there, if it is what would be built; None where anything speaks against it."""
-    if not (folder / ENGINE_MANIFEST).is_file():
+    if not is_file(folder / ENGINE_MANIFEST, error=OutputError):
         return None
     try:
         engine = read_engine_manifest(folder)

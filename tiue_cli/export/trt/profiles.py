@@ -20,6 +20,7 @@ import pydantic
 from pydantic import ConfigDict, Field
 
 from tiue_cli.errors import ProfileError, UsageError
+from tiue_cli.files.access import read_bytes
 from tiue_cli.files.exports import ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
 from tiue_cli.text import parse_size
 
@@ -80,6 +81,9 @@ class ProfileSet:
         return tuple(dict.fromkeys((profile.height[1], profile.width[1]) for profile in self.profiles))
 
 
+_PROFILE_BYTES: Final = 2**20
+
+
 def load_profiles(name_or_path: str) -> ProfileSet:
     """Profiles by the name of a file that ships with tiue (``sd15-512``), or a .toml file of the user's own.
 
@@ -95,10 +99,10 @@ def load_profiles(name_or_path: str) -> ProfileSet:
             )
         path = shipped[name_or_path]
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_bytes(path, error=ProfileError, limit_bytes=_PROFILE_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", hint="check the path of --profile") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ProfileError(f"{path} cannot be read: {error}", hint="compare it with engines/profiles/*.toml") from error
     return _profile_set(path, data)
 
