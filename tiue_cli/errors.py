@@ -10,6 +10,7 @@
     ├── OutputError               something cannot be written
     │   └── TakenError            because something else bears its name
     ├── DeviceError               a device or precision that this machine does not have
+    │   └── OutOfMemoryError      its memory does not suffice
     ├── MissingDependencyError    an optional package is not installed
     ├── ProfileError              a request outside an engine's range
     ├── ParityError               an exported graph that does not equal its source
@@ -81,6 +82,10 @@ class TakenError(OutputError):
 
 class DeviceError(TiueError):
     """A device or precision that this machine does not have."""
+
+
+class OutOfMemoryError(DeviceError):
+    """The memory of a device does not suffice for what was asked; less at once may fit."""
 
 
 class MissingDependencyError(TiueError):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from tiue_cli.errors import DeviceError, MissingDependencyError
+from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,7 +117,7 @@ def session_errors(what: str) -> Iterator[None]:
     except (*kinds, MemoryError) as error:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or any(word in text.lower() for word in ("alloc", "out of memory")):
-            raise DeviceError(
+            raise OutOfMemoryError(
                 "the memory is full", hint="try --batch 1, a smaller --size, or another --provider"
             ) from error
         raise DeviceError(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tiue_cli.backends.base import ProgressFn
-from tiue_cli.errors import DeviceError
+from tiue_cli.errors import DeviceError, OutOfMemoryError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.schedule import LinearCombine, combine_for_run
@@ -210,11 +210,13 @@ def _memory_errors(device: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise DeviceError(
+        raise OutOfMemoryError(
             f"the memory of {device} is full", hint="try --batch 1, a smaller --size, or --device cpu"
         ) from error
     except RuntimeError as error:
         # torch has no class of its own for the CPU's allocator.
         if "DefaultCPUAllocator" not in str(error):
             raise
-        raise DeviceError("the memory of this machine is full", hint="try --batch 1 or a smaller --size") from error
+        raise OutOfMemoryError(
+            "the memory of this machine is full", hint="try --batch 1 or a smaller --size"
+        ) from error

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiue_cli.errors import DeviceError, MissingDependencyError, ProfileError
+from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError, ProfileError
 
 _DTYPES = {
     "FLOAT": np.float32,
@@ -577,7 +577,7 @@ def device_errors(what: str) -> Iterator[None]:
         text = " ".join(str(error).split())
         match = re.search(r"CUDA Error: (\d+)", text)
         if match and int(match.group(1)) == _OUT_OF_MEMORY:
-            raise DeviceError(
+            raise OutOfMemoryError(
                 f"the memory of the GPU is full ({what})", hint="close other programs, or use a smaller --batch"
             ) from error
         raise DeviceError(f"{what} failed: {_shortened(text)}", hint="see what is missing: tiue doctor") from error
