@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiue_cli.cli.app import main
+from tiue_cli.cli.distill import _settings_notes
 from tiue_cli.cli.launch import WorkerError, launcher_arguments
 from tiue_cli.distill.acceleration import StopRequest, _refuse_lost_processes
 from tiue_cli.distill.resolve import DistillRequest
@@ -102,8 +103,23 @@ def test_usage_errors_take_two_lines(
 
 
 def test_no_prompts_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["distill", "--teacher", "papercut", "--out", str(tmp_path / "run")]) == 2
+    assert main(["distill", "--teacher", "OWNER/NAME", "--out", str(tmp_path / "run")]) == 2
     assert "no prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [{"config": "papercut"}, {"config": "papercut-quick"}, {"teacher": "papercut"}])
+def test_papercut_brings_its_own_prompts(given: dict[str, str], tmp_path: Path) -> None:
+    assert DistillRequest(out=tmp_path, **given).resolve().config.prompts == "papercut"
+    assert DistillRequest(out=tmp_path, prompts="p.txt", **given).resolve().config.prompts == "p.txt"
+    with pytest.raises(UsageError, match="no prompts"):  # another teacher is not trained on them unasked
+        DistillRequest(out=tmp_path, **{**given, "teacher": "OWNER/NAME"}).resolve()
+
+
+def test_a_recipes_settings_are_counted_and_the_rest_listed(tmp_path: Path) -> None:
+    request = DistillRequest(out=tmp_path, config="papercut", overrides=("seed=3",))
+    notes = list(_settings_notes(request.resolve()))
+    assert "seed = 3 (from --set)" in notes and "prompts = papercut (from the teacher)" in notes
+    assert notes[-1].endswith("tiue recipes show papercut") and len(notes) == 3
 
 
 def test_papercuts_teacher_has_a_guidance_of_its_own(prompts_file: Path, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +16,12 @@ from tiue_cli.errors import UsageError
 from tiue_cli.text import bytes_text
 
 if TYPE_CHECKING:
-    from tiue_cli.distill.resolve import DistillRequest
+    from tiue_cli.distill.resolve import DistillRequest, ResolvedConfig
     from tiue_cli.events import Finished
 
 
 EXAMPLES = (
-    "tiue distill --teacher papercut --prompts captions.txt --out runs/small --max-steps 200",
+    "tiue distill --config papercut --out runs/papercut",
     "tiue distill --config sd15 --prompts captions.parquet --out runs/sd15 --launch -- --num_processes 8",
     "tiue distill --out runs/sd15 --resume",
 )
@@ -33,7 +33,7 @@ def distill(
         str | None, typer.Option(metavar="FOLDER|HUB_ID", help="The many-step model.", rich_help_panel=MODEL)
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help=".txt, .jsonl, .csv, .parquet, or datasets:NAME.")
+        str | None, typer.Option(metavar="FILE", help=".txt, .jsonl, .csv, .parquet, datasets:NAME, or papercut.")
     ] = None,
     config: Annotated[
         str | None, typer.Option(metavar="FILE|RECIPE", help="YAML settings; recipes: tiue recipes ls.")
@@ -83,9 +83,8 @@ def run_distill(request: DistillRequest, console: Console) -> None:
     from tiue_cli.events import Finished, Note, Progress, Saved
 
     resolved = request.resolve()
-    for key, origin in resolved.origins.items():
-        if origin not in ("the run", "--teacher", "--prompts"):
-            console.note(f"{key} = {_value(resolved.config, key)} (from {origin})")
+    for line in _settings_notes(resolved):
+        console.note(line)
     from tiue_cli.distill.loop import Distillation
 
     figures: Mapping[str, float] = {}
@@ -102,6 +101,18 @@ def run_distill(request: DistillRequest, console: Console) -> None:
                 assert isinstance(event, Finished)
                 finished = event
     _report(finished, figures, console)
+
+
+def _settings_notes(resolved: ResolvedConfig) -> Iterator[str]:
+    """Which settings are no defaults and where they come from; a recipe's are counted, for it can be shown."""
+    from_recipes: dict[str, int] = {}
+    for key, origin in resolved.origins.items():
+        if origin.startswith("recipe "):
+            from_recipes[origin] = from_recipes.get(origin, 0) + 1
+        elif origin not in ("the run", "--teacher", "--prompts"):
+            yield f"{key} = {_value(resolved.config, key)} (from {origin})"
+    for recipe, count in from_recipes.items():
+        yield f"{count} settings from the {recipe}; to see them: tiue recipes show {recipe.removeprefix('recipe ')}"
 
 
 def plan_distill(request: DistillRequest, console: Console) -> None:

@@ -183,7 +183,7 @@ class DistillConfig(_Section):
     teacher: str
     """Folder, hub id or embedded name of the many-step model."""
     prompts: str
-    """A .txt, .jsonl, .csv or .parquet file, or datasets:NAME."""
+    """A .txt, .jsonl, .csv or .parquet file, datasets:NAME, or papercut: captions drawn from its grammar."""
     prompt_column: str | None = None
     """Column or field of the prompts; null finds prompt, caption or text."""
     max_prompts: _Positive | None = None

@@ -13,6 +13,7 @@ import pydantic
 import yaml
 
 from tiue_cli.distill.config import DistillConfig, _Section, flatten
+from tiue_cli.distill.data.prompts import PAPERCUT
 from tiue_cli.distill.run_folder import stored_config
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.access import kind_of, read_bytes, user_path
@@ -213,10 +214,10 @@ class DistillRequest:
         layers.append(Layer("--set", parse_overrides(self.overrides)))
         for option, values in self._options().items():
             layers.append(Layer(option, values))
-        if not self.resume and self.prompts is None and not _sets_prompts(layers):
-            raise UsageError("there are no prompts to train on", hint="give --prompts FILE")
         if not self.resume:
             layers.insert(0, Layer("the teacher", _teachers_own(layers)))
+            if not any("prompts" in layer.values for layer in layers):
+                raise UsageError("there are no prompts to train on", hint="give --prompts FILE")
         return resolve_config(layers)
 
     def arguments(self) -> list[str]:
@@ -252,10 +253,7 @@ def _teachers_own(layers: Sequence[Layer]) -> dict[str, Any]:
         return {}
     return {
         "warm_start.guidance": EMBEDDED_GUIDANCE,
+        "prompts": PAPERCUT,
         "vsd.guidance": EMBEDDED_GUIDANCE,
         "validation.teacher_guidance": EMBEDDED_GUIDANCE,
     }
-
-
-def _sets_prompts(layers: Sequence[Layer]) -> bool:
-    return any("prompts" in layer.values for layer in layers)

@@ -126,6 +126,22 @@ def random_specs(count: int, seed: int, *, pair_share: float = 0.5) -> list[Scen
     return specs
 
 
+def training_captions() -> list[str]:
+    """The 6,767 captions that papercut's student was warmed up on; no two are equal."""
+    return list(dict.fromkeys(random_captions(8000, seed=0, pair_share=0.85)))
+
+
+def random_captions(count: int, *, seed: int, pair_share: float) -> list[str]:
+    """Captions in all wordings, about one in eight without a background; some come twice. Deterministic per seed."""
+    rng = random.Random(seed)
+    captions = []
+    for spec in random_specs(count, seed=400 + seed, pair_share=pair_share):
+        if rng.random() < 0.12:
+            spec = SceneSpec(spec.things, spec.relation, None)
+        captions.append(spec.phrase(long_relation=rng.random() < 0.2, swap=rng.random() < 0.5))
+    return captions
+
+
 def all_single_specs() -> list[SceneSpec]:
     """Every scene with one object: 6 objects × 8 colours × 5 backgrounds = 240."""
     return [SceneSpec((Thing(c, o),), None, b) for o, c, b in product(OBJECTS, COLORS, BACKGROUNDS)]

@@ -29,6 +29,13 @@ def test_all_formats_give_the_same_prompts(tmp_path: Path) -> None:
     assert text.sha256 == jsonl.sha256 == table.sha256
 
 
+def test_papercuts_captions_need_no_file_and_are_those_of_the_committed_one() -> None:
+    committed = Path(__file__).resolve().parents[3] / "benchmarks" / "papercut" / "prompts.txt"
+    drawn, read = read_training_prompts("papercut"), read_training_prompts(str(committed))
+    assert len(drawn.prompts) == 6767 and drawn.sha256 == read.sha256
+    assert read_training_prompts("papercut", limit=3).prompts == read.prompts[:3]
+
+
 def test_order_counts_in_the_hash(tmp_path: Path) -> None:
     first, second = (
         read_training_prompts(write(tmp_path / f"{i}.txt", text)) for i, text in enumerate(("a\nb", "b\na"))

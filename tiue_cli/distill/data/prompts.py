@@ -16,12 +16,15 @@ from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
 from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.structured import parse_json
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
+from tiue_cli.papercut.captions import training_captions
 from tiue_cli.text import excerpt
 
 COLUMNS = ("prompt", "caption", "text")
 """Names that are looked for, in this order, where no column is given."""
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 DATASETS_PREFIX = "datasets:"
+PAPERCUT = "papercut"
+"""The source that needs no file: captions drawn from papercut's grammar, the same ones every time."""
 _SHOWN = 3
 csv.field_size_limit(2**24)  # of the whole module, and at most what one line may have; its default is 131,072
 
@@ -55,7 +58,7 @@ class TrainingPrompts:
 
 
 def read_training_prompts(source: str, *, column: str | None = None, limit: int | None = None) -> TrainingPrompts:
-    """Read a .txt, .jsonl, .csv or .parquet file, or ``datasets:NAME[:SPLIT]`` (streamed).
+    """Read a .txt, .jsonl, .csv or .parquet file, ``datasets:NAME[:SPLIT]`` (streamed), or ``papercut``'s captions.
 
     Raises PromptError for rows that are no prompts (the first with file and line), UsageError for another kind of
     source, MissingDependencyError where a reader is not installed.
@@ -109,6 +112,8 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
             "a distillation reads its prompts again when it is resumed, and standard input can be read once",
             hint="save them in a file first: cat > prompts.txt",
         )
+    if source == PAPERCUT:
+        return ((f"{PAPERCUT}:{number}", caption) for number, caption in enumerate(training_captions(), 1))
     path = user_path(source, error=PromptError)
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
