@@ -62,6 +62,9 @@ class Backend(Protocol):
         of the backend's arithmetic.
         """
 
+    def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
+        """``generate`` before the autoencoder: latents (B, C, h, w) float32, in the scale that the UNet works in."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(

@@ -95,11 +95,25 @@ class OnnxBackend:
 
         Raises UsageError for steps or a size that the export lacks, DeviceError where memory or range do not suffice.
         """
+        report = progress or (lambda share: None)
+        size = self._size_of(noise)
+        images = self._decode(self._latents(prompts, noise, steps, report), size)
+        report(1.0)
+        return images
+
+    def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
+        """Latents (B, C, h, w) float32; see ``Backend.latents``. Raises as ``generate``."""
+        return self._latents(prompts, noise, steps, lambda share: None)
+
+    def _size_of(self, noise: np.ndarray) -> tuple[int, int]:
+        factor = self.manifest.latent_factor
+        return noise.shape[2] * factor, noise.shape[3] * factor
+
+    def _latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None, report: ProgressFn) -> np.ndarray:
+        """Raises DeviceError for latents that are NaN or infinite."""
         import numpy as np
 
-        combine, factor = self.manifest.combine(steps), self.manifest.latent_factor
-        size = (noise.shape[2] * factor, noise.shape[3] * factor)
-        report = progress or (lambda share: None)
+        combine, size = self.manifest.combine(steps), self._size_of(noise)
         text_states = self._run("text_encoder", None, {"input_ids": self._entered(prompts)})
         report(0.1)
         features = self._run("unet_encoder", size, {"noise": noise, **text_states})
@@ -109,11 +123,14 @@ class OnnxBackend:
             "weights": np.array(combine.weights, dtype=np.float32),
         }
         inputs = {**features, **text_states, "noise": noise, **sums}
-        latents = self._run("unet_decoder", size, inputs)["latents"]
+        latents: np.ndarray = self._run("unet_decoder", size, inputs)["latents"].numpy()
         report(0.75)
-        images = self._decode(latents.numpy(), size)
-        report(1.0)
-        return images
+        if not np.isfinite(latents).all():
+            raise DeviceError(
+                f"the latents are not numbers somewhere: this student leaves the range of {self.dtype}",
+                hint="export it with --precision fp32",
+            )
+        return latents
 
     def __enter__(self) -> Self:
         files = {spec.file: spec for graph in self.manifest.graphs for spec in (graph.onnx, *graph.data)}
@@ -155,14 +172,9 @@ class OnnxBackend:
             return run_session(self._sessions[graph.onnx.file], inputs, self.provider)
 
     def _decode(self, latents: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Pixels of latents (B, C, h, w). Raises DeviceError for latents that are no numbers."""
+        """Pixels of latents (B, C, h, w)."""
         import numpy as np
 
-        if not np.isfinite(latents).all():
-            raise DeviceError(
-                f"the latents are not numbers somewhere: this student leaves the range of {self.dtype}",
-                hint="export it with --precision fp32",
-            )
         at_once = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
         groups = [latents[start : start + at_once] for start in range(0, len(latents), at_once)]
         return np.concatenate(

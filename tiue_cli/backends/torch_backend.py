@@ -99,7 +99,19 @@ class _TorchBackend(ABC, Generic[_Model]):
         """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.generate``."""
         placed = torch.from_numpy(noise).to(self.device)
         with _memory_errors(self.device), torch.inference_mode():
-            return self._images(list(prompts), placed, steps, progress)
+            images = self._entered_decoder.decode(self._latents(list(prompts), placed, steps, progress))
+        if progress is not None:
+            progress(1.0)
+        return images
+
+    def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
+        """Latents (B, C, h, w) float32 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.latents``."""
+        placed = torch.from_numpy(noise).to(self.device)
+        with _memory_errors(self.device), torch.inference_mode():
+            latents = self._latents(list(prompts), placed, steps, None).float().cpu()
+        if not bool(torch.isfinite(latents).all()):
+            raise DeviceError(f"the UNet produced NaN or infinity in {self.dtype}", hint="use float32: --dtype fp32")
+        return latents.numpy()
 
     def __enter__(self) -> Self:
         with _memory_errors(self.device):
@@ -129,10 +141,10 @@ class _TorchBackend(ABC, Generic[_Model]):
         """Load the model onto the device."""
 
     @abstractmethod
-    def _images(
+    def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
-    ) -> np.ndarray:
-        """``generate`` on placed float32 noise."""
+    ) -> torch.Tensor:
+        """``latents`` of placed float32 noise, on the device."""
 
 
 class StudentTorchBackend(_TorchBackend[StudentModel]):
@@ -149,9 +161,9 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         self._unet_decoder = SharedUNetDecoder(student.unet)
         return student
 
-    def _images(
+    def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
-    ) -> np.ndarray:
+    ) -> torch.Tensor:
         student = self._entered
         combine = self._combine(steps)
         rounded = noise.to(student.unet.dtype)
@@ -160,10 +172,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         timesteps = torch.tensor(combine.timesteps, device=noise.device)
         predictions = self._unet_decoder(features, timesteps, text_states)
         # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
-        images = self._entered_decoder.decode(combine(noise, predictions))
-        if progress is not None:
-            progress(1.0)
-        return images
+        return combine(noise, predictions)
 
     def _combine(self, steps: int | None) -> LinearCombine:
         manifest = self._entered.manifest
@@ -191,11 +200,11 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
     def _load(self, dtype: torch.dtype) -> Teacher:
         return load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
 
-    def _images(
+    def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
-    ) -> np.ndarray:
+    ) -> torch.Tensor:
         assert steps is not None, "a teacher has no number of steps of its own"
-        return self._entered.sample(
+        return self._entered.latents(
             prompts,
             noise,
             steps=steps,

@@ -130,6 +130,19 @@ class TrtBackend:
         Raises ProfileError for a batch, size or K outside the engine's range, UsageError for steps that the student
         lacks, DeviceError where memory or range do not suffice.
         """
+        results = self._run(prompts, noise, steps, ["latents", "images"])
+        if progress is not None:
+            progress(1.0)
+        return results["images"]
+
+    def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
+        """Latents (B, C, h, w) float32; see ``Backend.latents``. The whole chain runs. Raises as ``generate``."""
+        return self._run(prompts, noise, steps, ["latents"])["latents"]
+
+    def _run(
+        self, prompts: Sequence[str], noise: np.ndarray, steps: int | None, outputs: list[str]
+    ) -> dict[str, np.ndarray]:
+        """The chain's ``outputs``, copied. Raises DeviceError for latents that are NaN or infinite."""
         import numpy as np
 
         assert len(prompts) == len(noise), "one prompt an image"
@@ -142,15 +155,13 @@ class TrtBackend:
             "timesteps": np.array(combine.timesteps),
             "weights": np.array(combine.weights, dtype=np.float32),
         }
-        results = chain.run(inputs, ["latents", "images"])
+        results = chain.run(inputs, outputs)
         if not np.isfinite(results["latents"]).all():
             raise DeviceError(
                 f"the latents are not numbers somewhere: this student leaves the range of {self.dtype}",
                 hint="export it with --precision fp32, and build the engine again",
             )
-        if progress is not None:
-            progress(1.0)
-        return results["images"]
+        return results
 
     def __enter__(self) -> Self:
         from tiue_cli.backends.trt_runner import open_stream

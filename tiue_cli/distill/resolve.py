@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +128,9 @@ def known_keys() -> list[str]:
 
 
 def _keys(type_: type[pydantic.BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in type_.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+    for name, info in type_.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, _Section):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
@@ -190,7 +190,7 @@ def config_layer(source: str) -> Layer:
 
 @dataclass(frozen=True)
 class DistillRequest:
-    """The options as they were given; None and empty are "not given"."""
+    """The options as they were given; None and empty are "not given". ``values`` are settings that a script gives."""
 
     out: Path
     teacher: str | None = None
@@ -200,6 +200,7 @@ class DistillRequest:
     max_steps: int | None = None
     warm_start: int | None = None
     resume: bool = False
+    values: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self) -> ResolvedConfig:
         """Merge the stored config (with ``resume``) or the teacher's own, ``config``, ``overrides`` and options.
@@ -211,6 +212,7 @@ class DistillRequest:
             layers.append(Layer("the run", stored_config(self.out).model_dump(mode="json")))
         if self.config is not None:
             layers.append(config_layer(self.config))
+        layers.append(Layer("the settings", self.values))
         layers.append(Layer("--set", parse_overrides(self.overrides)))
         for option, values in self._options().items():
             layers.append(Layer(option, values))

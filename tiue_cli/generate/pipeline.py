@@ -39,10 +39,9 @@ class OnePassPipeline:
         done = 0
         for positions in self._batches(specs):
             batch = [specs[position] for position in positions]
-            noise = draw_noise([spec.seed for spec in batch], self._backend.latent_shape(batch[0].size))
             pixels = self._backend.generate(
                 [spec.prompt for spec in batch],
-                noise,
+                self._noise(batch),
                 steps=batch[0].steps,
                 progress=None if progress is None else _scaled(progress, start=done, count=len(batch)),
             )
@@ -51,6 +50,14 @@ class OnePassPipeline:
             if progress is not None:
                 progress(done)
 
+    def latents(self, specs: Sequence[ImageSpec]) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (position in ``specs``, latents (C, h, w) float32) in the same batches; nothing is decoded."""
+        for positions in self._batches(specs):
+            batch = [specs[position] for position in positions]
+            prompts = [spec.prompt for spec in batch]
+            latents = self._backend.latents(prompts, self._noise(batch), steps=batch[0].steps)
+            yield from zip(positions, latents, strict=True)
+
     def batch_for(self, size: tuple[int, int]) -> int:
         """Images a batch at ``size`` (H, W) pixels."""
         if self._batch is not None:
@@ -58,6 +65,9 @@ class OnePassPipeline:
         limit = self._backend.largest_batch(size)
         fitting = max(1, PIXELS_PER_BATCH[self._backend.device] // math.prod(size))
         return min(fitting, MAX_BATCH if limit is None else min(MAX_BATCH, limit))
+
+    def _noise(self, batch: Sequence[ImageSpec]) -> np.ndarray:
+        return draw_noise([spec.seed for spec in batch], self._backend.latent_shape(batch[0].size))
 
     def _batches(self, specs: Sequence[ImageSpec]) -> Iterator[list[int]]:
         groups: dict[tuple[tuple[int, int], int], list[int]] = {}

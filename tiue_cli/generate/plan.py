@@ -25,9 +25,6 @@ RANDOM_SEEDS = 2**32
 _OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
-
-
 # --- the plan ------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +75,7 @@ def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[Prom
     seed = secrets.randbelow(RANDOM_SEEDS) if config.seed is None else check_seed(config.seed)
     specs: list[ImageSpec] = []
     for row in rows:
-        specs += _specs_of_row(config, target, row, first_seed=seed + len(specs))
+        specs += row_specs(config, target, row, first_seed=seed + len(specs))
     wheres = [row.where for row in rows for _ in range(config.images)]
     layout = _lay_out(config, specs)
     images = tuple(
@@ -96,7 +93,11 @@ def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[Prom
     )
 
 
-def _specs_of_row(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, first_seed: int) -> list[ImageSpec]:
+def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, first_seed: int) -> list[ImageSpec]:
+    """The ``config.images`` images of one row, with ``first_seed`` and the next ones unless the row has its own.
+
+    Raises UsageError and PromptError for a size, steps or seed that the model cannot take.
+    """
     info = target.info
     if info.kind == "teacher" and row.steps is not None:
         raise PromptError(

@@ -42,7 +42,7 @@ def rows_from_arguments(prompts: Sequence[str]) -> list[PromptRow]:
             rows += read_prompts(Path(STDIN))
             continue
         where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
-        rows.append(PromptRow(_checked(prompt, where), where))
+        rows.append(PromptRow(check_prompt(prompt, where), where))
     return rows
 
 
@@ -62,7 +62,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
         name = "standard input" if str(path) == STDIN else path
         raise PromptError(f"{name} holds no prompt", hint="write one prompt a line")
     if kind == ".txt":
-        return [PromptRow(_checked(text, where), where) for text, where in lines]
+        return [PromptRow(check_prompt(text, where), where) for text, where in lines]
     return [_row_from_json(text, where) for text, where in lines]
 
 
@@ -96,10 +96,10 @@ def _row_from_json(text: str, where: str) -> PromptRow:
         size = None if row.size is None else parse_size(str(row.size))
     except UsageError as error:
         raise PromptError(f"{where}: {error.message}", hint='write "size": 512, or "size": "384x640"') from None
-    return PromptRow(_checked(row.prompt or "", where), where, seed=row.seed, size=size, steps=row.steps)
+    return PromptRow(check_prompt(row.prompt or "", where), where, seed=row.seed, size=size, steps=row.steps)
 
 
-def _checked(prompt: str, where: str) -> str:
+def check_prompt(prompt: str, where: str) -> str:
     """Return the prompt without the blanks around it; PromptError where nothing or nothing printable is left."""
     stripped = prompt.strip()
     if not stripped:

@@ -1,0 +1,446 @@
+"""Draw from Python: a model that is loaded once and called with prompts.
+
+    prompts ─ Request ─▶ ImageSpec (checked, seeded) ─▶ batches ─▶ Picture
+
+The pictures are those of ``tiue generate`` for the same seed: both go through the same specs, noise and backend.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args, overload
+
+from tiue_cli import __version__
+from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.png import ImageRecord, ImageSpec, save_png
+from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.pipeline import OnePassPipeline
+from tiue_cli.generate.plan import RANDOM_SEEDS, row_specs
+from tiue_cli.generate.prompts import PromptRow, check_prompt
+from tiue_cli.generate.session import Session
+from tiue_cli.model.noise import check_seed
+from tiue_cli.text import MAX_SIDE_PX
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+    from tiue_cli.backends.base import Backend
+
+Output = Literal["pil", "numpy", "latents"]
+"""What a picture comes as: a PIL image, (H, W, 3) uint8, or latents (C, h, w) float32 in the scale of the UNet."""
+
+_Image = TypeVar("_Image", covariant=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to draw, for `Pipeline.draw`.
+
+    ``seed`` is 0 to 2**63 - 1 and decides the noise alone. ``size`` is (height, width) in pixels and ``steps`` the
+    decoder timesteps K of a student, or the sampler steps of a teacher; None takes the model's own.
+
+    >>> tiue.Request("a red heart", seed=3, size=(48, 64))
+    Request(prompt='a red heart', seed=3, size=(48, 64), steps=None)
+    """
+
+    prompt: str
+    seed: int
+    size: tuple[int, int] | None = None
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Picture(Generic[_Image]):
+    """A picture and what it is of.
+
+    ``image`` is what ``output`` asked for (see `Output`). ``cut_text`` is the end of the prompt that was too long for
+    the text encoder, "" where it read the whole. ``record`` is what a PNG of it says about itself.
+    """
+
+    image: _Image
+    record: ImageRecord
+    cut_text: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, without the blanks around it."""
+        return self.record.prompt
+
+    @property
+    def seed(self) -> int:
+        """The seed of its noise."""
+        return self.record.seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.record.size
+
+    def save(self, path: Path | str, *, metadata: bool = True) -> Path:
+        """Write the PNG that ``tiue generate`` writes, record included unless ``metadata`` is False; returns its path.
+
+        A file that is there is replaced. Raises UsageError for latents, OutputError.
+
+        >>> with tiue.load("papercut") as pipe:
+        ...     picture = next(pipe.stream(["a blue house"], seed=7))
+        >>> picture.save("house.png").name
+        'house.png'
+        """
+        import numpy as np
+
+        path = Path(path)
+        pixels = np.asarray(self.image)
+        if pixels.dtype != np.uint8:
+            raise UsageError("latents are no picture", hint='draw it with output="pil"')
+        if path.suffix.lower() != ".png":
+            raise OutputError(f"{path}: images are written as PNG", hint=f"give {path.with_suffix('.png')}")
+        with atomic_file(path) as temporary:
+            save_png(temporary, pixels, self.record if metadata else None)
+        return path
+
+
+class Pipeline:
+    """A loaded model: call it with prompts. `tiue.load` makes one; not for several threads at once.
+
+    Use it with ``with``, or ``close`` it: the model's memory is let go then.
+
+    >>> with tiue.load("papercut") as pipe:
+    ...     red, blue = pipe(["a red heart", "a blue heart"], seed=0, size=64)
+    >>> red.size
+    (64, 64)
+    """
+
+    def __init__(self, config: GenerateConfig, *, on_note: Callable[[str], None] | None = None) -> None:
+        """Open and load the model of ``config``; `tiue.load` says what it raises."""
+        self._session = Session(config, note=on_note)
+        self._session.__enter__()
+        try:
+            self._backend: Backend | None = self._session.open()
+        except BaseException:
+            self._session.__exit__(None, None, None)
+            raise
+
+    # --- what it is ---
+
+    @property
+    def model(self) -> str:
+        """What the model was loaded from, as it was asked for."""
+        return self._session.target.source
+
+    @property
+    def kind(self) -> Literal["student", "teacher"]:
+        """A student draws in one pass, a teacher in many steps."""
+        return self._session.target.info.kind
+
+    @property
+    def backend(self) -> str:
+        """``torch``, ``onnx`` or ``trt``."""
+        return self._entered.name
+
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self._entered.device
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16`` or ``bf16``."""
+        return self._entered.dtype
+
+    @property
+    def steps(self) -> int:
+        """Decoder timesteps K of a student, or sampler steps of a teacher, where a call does not say."""
+        return self._session.target.steps(self._session.config)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels where a call does not say."""
+        return self._session.target.info.image_size
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing about the model as it was loaded, a sentence each."""
+        return tuple(self._session.notes)
+
+    def batch_for(self, size: tuple[int, int] | None = None) -> int:
+        """Pictures of ``size`` (H, W) pixels that are computed at once where a call does not say.
+
+        Raises ProfileError where an engine does not take the size.
+        """
+        return OnePassPipeline(self._entered).batch_for(self.default_size if size is None else size)
+
+    # --- drawing ---
+
+    @overload
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = ...,
+        images: int = ...,
+        steps: int | None = ...,
+        size: int | tuple[int, int] | None = ...,
+        batch: int | None = ...,
+        output: Literal["pil"] = ...,
+    ) -> list[Image]: ...
+
+    @overload
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = ...,
+        images: int = ...,
+        steps: int | None = ...,
+        size: int | tuple[int, int] | None = ...,
+        batch: int | None = ...,
+        output: Literal["numpy", "latents"],
+    ) -> list[np.ndarray]: ...
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int | None = None,
+        images: int = 1,
+        steps: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        batch: int | None = None,
+        output: Output = "pil",
+    ) -> list[Any]:
+        """Draw ``images`` pictures of each prompt; returns them prompt by prompt, as `Output` says.
+
+        Picture number i of the call has ``seed`` + i; None takes a random seed (`stream` says which). ``steps`` is K of
+        a student or the sampler steps of a teacher, ``size`` (height, width) in pixels or one number for a square,
+        ``batch`` how many are computed at once: None for each is the model's own, or what fits. Raises UsageError,
+        PromptError, and for what the device or an engine cannot do DeviceError and ProfileError.
+
+        >>> with tiue.load("papercut") as pipe:
+        ...     images = pipe("a red heart at night", seed=0, images=2, output="numpy")
+        >>> images[0].shape, images[0].dtype
+        ((64, 64, 3), dtype('uint8'))
+        """
+        asked = [prompts] if isinstance(prompts, str) else list(prompts)
+        drawn = self.stream(asked, seed=seed, images=images, steps=steps, size=size, batch=batch, output=output)
+        return [picture.image for picture in drawn]
+
+    @overload
+    def stream(
+        self,
+        prompts: Iterable[str],
+        *,
+        seed: int | None = ...,
+        images: int = ...,
+        steps: int | None = ...,
+        size: int | tuple[int, int] | None = ...,
+        batch: int | None = ...,
+        output: Literal["pil"] = ...,
+    ) -> Iterator[Picture[Image]]: ...
+
+    @overload
+    def stream(
+        self,
+        prompts: Iterable[str],
+        *,
+        seed: int | None = ...,
+        images: int = ...,
+        steps: int | None = ...,
+        size: int | tuple[int, int] | None = ...,
+        batch: int | None = ...,
+        output: Literal["numpy", "latents"],
+    ) -> Iterator[Picture[np.ndarray]]: ...
+
+    @overload
+    def stream(
+        self,
+        prompts: Iterable[str],
+        *,
+        seed: int | None = ...,
+        images: int = ...,
+        steps: int | None = ...,
+        size: int | tuple[int, int] | None = ...,
+        batch: int | None = ...,
+        output: Output,
+    ) -> Iterator[Picture[Any]]: ...
+
+    def stream(
+        self,
+        prompts: Iterable[str],
+        *,
+        seed: int | None = None,
+        images: int = 1,
+        steps: int | None = None,
+        size: int | tuple[int, int] | None = None,
+        batch: int | None = None,
+        output: Output = "pil",
+    ) -> Iterator[Picture[Any]]:
+        """Draw prompts as they come, however many; yields a `Picture` each, in order.
+
+        Reads ``batch`` images' worth of prompts, draws and yields them, and keeps nothing: any iterable, also an
+        endless one, in constant memory. The keywords mean what they mean for a call. A prompt that cannot be used
+        raises PromptError with its number when it is reached.
+
+        >>> with tiue.load("papercut") as pipe:
+        ...     for picture in pipe.stream(["a red star", "a green tree"], batch=16, seed=5):
+        ...         print(picture.seed, picture.prompt, picture.image.size)
+        5 a red star (64, 64)
+        6 a green tree (64, 64)
+        """
+        config = self._config(images=images, steps=steps, size=size)
+        if isinstance(prompts, str):
+            raise UsageError("stream takes many prompts, and one string was given", hint='give a list: ["a red heart"]')
+        self._entered.latent_shape(config.size or self.default_size)
+        pipeline = self._pipeline(config.size or self.default_size, batch)
+        first = secrets.randbelow(RANDOM_SEEDS) if seed is None else check_seed(seed)
+        specs = self._specs(prompts, config, first)
+        return self._stream(specs, pipeline, batch, config.size or self.default_size, _checked_output(output))
+
+    @overload
+    def draw(self, requests: Sequence[Request], *, output: Literal["pil"] = ...) -> list[Picture[Image]]: ...
+
+    @overload
+    def draw(
+        self, requests: Sequence[Request], *, output: Literal["numpy", "latents"]
+    ) -> list[Picture[np.ndarray]]: ...
+
+    @overload
+    def draw(self, requests: Sequence[Request], *, output: Output) -> list[Picture[Any]]: ...
+
+    def draw(self, requests: Sequence[Request], *, output: Output = "pil") -> list[Picture[Any]]:
+        """Draw requests that have nothing to do with each other; returns a `Picture` each, in order.
+
+        What shares size and steps is computed together, in batches that fit (`batch_for`). A picture does not depend on
+        its neighbours, up to the rounding of the backend's arithmetic. All requests are checked before one is drawn:
+        raises PromptError and UsageError, and what a call raises.
+
+        >>> with tiue.load("papercut") as pipe:
+        ...     pictures = pipe.draw([tiue.Request("a red star", seed=5), tiue.Request("a blue tree", seed=1)])
+        >>> [picture.seed for picture in pictures]
+        [5, 1]
+        """
+        return list(self._pictures(self.check(requests), OnePassPipeline(self._entered), _checked_output(output)))
+
+    def check(self, requests: Sequence[Request]) -> list[ImageSpec]:
+        """What the requests ask of this model, checked and with the model's own size and steps filled in; cheap.
+
+        Raises PromptError and UsageError as `draw` does, and ProfileError for a size outside an engine's range.
+
+        >>> with tiue.load("papercut") as pipe:
+        ...     spec, = pipe.check([tiue.Request("a red star", seed=5)])
+        >>> spec.size, spec.steps
+        ((64, 64), 4)
+        """
+        specs = []
+        for number, request in enumerate(requests, 1):
+            where = "the prompt" if len(requests) == 1 else f"request {number}"
+            config = self._config(images=1, steps=None, size=request.size)
+            row = PromptRow(check_prompt(request.prompt, where), where, request.seed, config.size, request.steps)
+            specs += self._of_row(config, row, first_seed=request.seed)
+        for size in {spec.size for spec in specs}:
+            self._entered.latent_shape(size)
+        return specs
+
+    # --- the end ---
+
+    def close(self) -> None:
+        """Let the model's memory go; a closed pipeline draws no more. Twice does no harm."""
+        self._backend = None
+        self._session.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside ---
+
+    @property
+    def _entered(self) -> Backend:
+        if self._backend is None:
+            raise UsageError("this pipeline is closed", hint="draw inside its with block, or load the model again")
+        return self._backend
+
+    def _config(self, *, images: int, steps: int | None, size: int | tuple[int, int] | None) -> GenerateConfig:
+        """The session's config with a call's own settings. Raises UsageError."""
+        if images < 1:
+            raise UsageError(f"{images} images are asked for", hint="give 1 or more")
+        pair = (size, size) if isinstance(size, int) else size
+        if pair is not None and not (len(pair) == 2 and all(0 < side <= MAX_SIDE_PX for side in pair)):
+            raise UsageError(f"size {size} is no size", hint=f"give (height, width), each 1 to {MAX_SIDE_PX} pixels")
+        config = replace(self._session.config, images=images, size=pair)
+        if steps is None:
+            return config
+        if steps < 1:
+            raise UsageError(f"steps {steps} is out of range", hint="give 1 or more, or leave it out")
+        return replace(config, teacher_steps=steps) if self.kind == "teacher" else replace(config, steps=steps)
+
+    def _pipeline(self, size: tuple[int, int], batch: int | None) -> OnePassPipeline:
+        if batch is not None and batch < 1:
+            raise UsageError(f"batch {batch} is out of range", hint="give 1 or more, or leave it out")
+        limit = self._entered.largest_batch(size)
+        return OnePassPipeline(self._entered, batch=batch if batch is None or limit is None else min(batch, limit))
+
+    def _specs(self, prompts: Iterable[str], config: GenerateConfig, first_seed: int) -> Iterator[ImageSpec]:
+        for number, prompt in enumerate(prompts):
+            where = f"prompt {number + 1}"
+            row = PromptRow(check_prompt(prompt, where), where)
+            yield from self._of_row(config, row, first_seed=first_seed + number * config.images)
+
+    def _of_row(self, config: GenerateConfig, row: PromptRow, *, first_seed: int) -> list[ImageSpec]:
+        if self.kind == "teacher" and row.steps is not None:
+            config, row = replace(config, teacher_steps=row.steps), replace(row, steps=None)
+        return row_specs(config, self._session.target, row, first_seed=first_seed)
+
+    def _stream(
+        self,
+        specs: Iterator[ImageSpec],
+        pipeline: OnePassPipeline,
+        batch: int | None,
+        size: tuple[int, int],
+        output: Output,
+    ) -> Iterator[Picture[Any]]:
+        at_once = pipeline.batch_for(size) if batch is None else batch
+        while chunk := list(itertools.islice(specs, at_once)):
+            yield from self._pictures(chunk, pipeline, output)
+
+    def _pictures(
+        self, specs: Sequence[ImageSpec], pipeline: OnePassPipeline, output: Output
+    ) -> Iterator[Picture[Any]]:
+        """The pictures of ``specs``, in their order."""
+        backend = self._entered
+        cuts = backend.cut_text([spec.prompt for spec in specs])
+        found = dict(pipeline.latents(specs) if output == "latents" else pipeline.images(specs))
+        for position, spec in enumerate(specs):
+            record = ImageRecord(
+                **spec.model_dump(),
+                backend=backend.name,
+                device=backend.device,
+                dtype=backend.dtype,
+                tiue_version=__version__,
+            )
+            array = found.pop(position)
+            yield Picture(_pil(array) if output == "pil" else array, record, cuts[position])
+
+
+def _checked_output(output: str) -> Output:
+    known: tuple[Output, ...] = get_args(Output)
+    for name in known:
+        if output == name:
+            return name
+    raise UsageError(f"unknown output {output!r}", hint=f"choose among {', '.join(known)}")
+
+
+def _pil(pixels: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(pixels)
