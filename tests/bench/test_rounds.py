@@ -137,11 +137,25 @@ def test_the_collector_is_back_after_a_failure(clock: Clock) -> None:
     class Failing(Timed):
         def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
             if not gc.isenabled():
+                raise MemoryError
+            return super().run(prompts, noise)
+
+    with pytest.raises(MemoryError):
+        measure([Failing("a", [0.1], clock, [])], duration_s=0.1)
+    assert gc.isenabled()
+
+
+def test_an_interruption_keeps_the_rounds_that_were_measured(clock: Clock) -> None:
+    class Stopping(Timed):
+        def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
+            if len(self.collector_was_on) == 3 + 4:
                 raise KeyboardInterrupt
             return super().run(prompts, noise)
 
-    with pytest.raises(KeyboardInterrupt):
-        measure([Failing("a", [0.1], clock, [])], duration_s=0.1)
+    found = measure([Stopping("a", [0.1], clock, []), Timed("b", [0.1], clock, [])], duration_s=0.1)
+    assert isinstance(found.stopped_by, KeyboardInterrupt)
+    assert len(found.measured["a"].samples_ms) == 4 <= len(found.measured["b"].samples_ms) <= 5
+    assert len(found.control_ms) == max(found.measured["b"].rounds[-1], 3) + 1
     assert gc.isenabled()
 
 

@@ -196,6 +196,33 @@ def test_a_written_report_is_read_back_whole(report: BenchReport, tmp_path: Path
     assert files.markdown.is_file() and files.html.is_file()
 
 
+def test_an_interruption_leaves_a_report_of_what_was_measured(config: BenchConfig, report: BenchReport) -> None:
+    """Stopped in the second batch's rounds: the first batch is whole, the second has what it has."""
+    kept: list[BenchReport] = []
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "timing, batch 2" and event.detail.startswith("round 5"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(config, emit=stop, keep=kept.append)
+    (found,) = kept
+    assert found.interrupted and not report.interrupted
+    assert any("interrupted" in warning for warning in found.warnings)
+    first, second = ([one for one in found.latency if one.batch == batch] for batch in (1, 2))
+    assert {one.subject for one in first} == {one.key for one in report.subjects}
+    assert second and all(max(one.rounds) <= 4 for one in second)
+
+
+def test_an_interruption_before_the_first_round_leaves_nothing(config: BenchConfig) -> None:
+    def stop(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "warm-up, batch 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(config, emit=stop, keep=lambda report: pytest.fail("nothing was measured"))
+
+
 # --- what is kept out ----------------------------------------------------------------------------------------------
 
 

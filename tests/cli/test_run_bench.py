@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, report: BenchReport) -> list[Bench
     """Let the command measure nothing and get ``report``; returns the configs that it was called with."""
     configs: list[BenchConfig] = []
 
-    def measure(config: BenchConfig, *, emit: Emit) -> BenchReport:
+    def measure(config: BenchConfig, *, emit: Emit, keep: object) -> BenchReport:
         configs.append(config)
         return report
 
@@ -114,7 +115,7 @@ def test_bad_input_is_one_error_with_a_hint(words: list[str], message: str, caps
 def test_interrupted_bench_says_that_nothing_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(config: BenchConfig, *, emit: Emit) -> BenchReport:
+    def stopped(config: BenchConfig, *, emit: Emit, keep: object) -> BenchReport:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run, "run_bench", stopped)
@@ -122,6 +123,45 @@ def test_interrupted_bench_says_that_nothing_was_written(
     assert status == 130
     assert "stopped: no report was written" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_bench_writes_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(config: BenchConfig, *, emit: Emit, keep: Callable[[BenchReport], object]) -> BenchReport:
+        keep(made().model_copy(update={"interrupted": True}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_bench", stopped)
+    assert main(["bench", "papercut", "--out", str(tmp_path)]) == 130
+    captured = capsys.readouterr()
+    assert "stopped: the report holds what was measured" in captured.err
+    assert read_report(tmp_path / f"{made().name}.json").interrupted
+    assert f"{made().name}.html" in captured.out
+
+
+def test_an_out_that_cannot_be_written_is_said_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "run_bench", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "papercut", "--out", str(tmp_path / "file" / "reports")]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_render_makes_the_same_pages_again(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "run_bench", lambda *_, **__: pytest.fail("measured"))
+    assert main(["bench", "--render", str(old), "--out", str(tmp_path / "pages"), "--format", "quiet"]) == 0
+    pages = [tmp_path / "pages" / f"{old.stem}{suffix}" for suffix in (".md", ".html")]
+    assert capsys.readouterr().out.splitlines() == [str(old), *map(str, pages)]
+    for page in pages:
+        assert page.read_bytes() == old.with_suffix(page.suffix).read_bytes()
+        old.with_suffix(page.suffix).unlink()
+    assert main(["bench", "--render", str(old)]) == 0
+    assert all(page.read_bytes() == old.with_suffix(page.suffix).read_bytes() for page in pages)
+    assert main(["bench", "papercut", "--render", str(old)]) == 2
 
 
 def test_the_table_names_subjects_and_the_files(

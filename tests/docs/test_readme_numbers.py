@@ -10,7 +10,8 @@ import pytest
 from bench_reports import PLAIN, STUDENT, TEACHER, make_report
 from readme_numbers import MarkerError, faults, find_markers
 
-from tiue_cli.bench.report.files import read_report
+from tiue_cli.bench.report.files import as_json, read_report
+from tiue_cli.bench.report.markdown import render_markdown
 from tiue_cli.files.manifests import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,10 +44,14 @@ def test_marked_figures_are_those_of_the_reports(document: Path) -> None:
     assert faults(document.read_text(encoding="utf-8"), BENCHMARKS) == []
 
 
-def test_committed_reports_can_be_read_and_have_their_pages() -> None:
+def test_committed_reports_are_compact_and_their_markdown_is_what_they_render_to() -> None:
     for path in committed_reports():
-        assert read_report(path).name == path.stem
-        assert path.with_suffix(".md").exists() and path.with_suffix(".html").exists()
+        report = read_report(path)
+        assert report.name == path.stem
+        assert path.read_text(encoding="utf-8") == as_json(report)
+        assert path.stat().st_size < 700_000
+        assert path.with_suffix(".md").read_text(encoding="utf-8") == render_markdown(report)
+        assert not path.with_suffix(".html").exists(), "tiue bench --render makes it"
 
 
 def test_the_readme_takes_figures_from_the_reports() -> None:

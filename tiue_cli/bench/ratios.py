@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 
 from tiue_cli.bench.report.schema import UNET_STAGES, LatencyRecord, ParityRecord, QualityRecord, RatioRecord, Scope
+from tiue_cli.bench.rounds import SLOW_ROUNDS
 from tiue_cli.bench.stats import ratio_of_medians
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.export.tolerance import IDENTICAL_DB, REQUIRED_PSNR_DB, psnr_db
@@ -96,7 +97,7 @@ def _ratios(record: LatencyRecord, baseline: LatencyRecord, *, withheld: str | N
     found = []
     for scope in ("image", "unet"):
         pair = _paired(record, baseline, scope)
-        if pair is None:
+        if pair is None or len(pair[0]) < SLOW_ROUNDS:
             continue
         interval = None if withheld is not None else ratio_of_medians(*pair, seed=seed)
         found.append(

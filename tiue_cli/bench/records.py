@@ -56,7 +56,7 @@ def latency_records(lineup: Lineup, timings: Timings) -> tuple[LatencyRecord, ..
     for subject in lineup.subjects:
         for batch, timing in timings.items():
             measured = timing.measured[subject.key]
-            if not measured.samples_ms:
+            if len(measured.samples_ms) < SLOW_ROUNDS:  # not timed, or interrupted before
                 continue
             records.append(
                 LatencyRecord(
@@ -112,6 +112,8 @@ def timing_warnings(lineup: Lineup, timings: Timings) -> list[str]:
     for batch, timing in timings.items():
         found += machine_warnings(timing.use, timing.control_ms, where=f"batch {batch}")
         timed = {key: measured for key, measured in timing.measured.items() if measured.samples_ms}
+        if not timed:
+            continue
         shares = {key: summarize(measured.samples_ms).outlier_share for key, measured in timed.items()}
         worst = max(shares, key=lambda key: shares[key])
         many = sum(share > MANY_OUTLIERS for share in shares.values())
@@ -121,7 +123,7 @@ def timing_warnings(lineup: Lineup, timings: Timings) -> list[str]:
                 f" took over {OUTLIER_FACTOR:g} times their median; {shares[worst]:.0%} of {labels[worst]}"
             )
         slow = [labels[key] for key, measured in timed.items() if len(measured.samples_ms) <= SLOW_ROUNDS]
-        if slow:
+        if slow and timing.stopped_by is None:
             found.append(
                 f"batch {batch}: {SLOW_ROUNDS} samples only, as a run takes over {SLOW_S:.0f} s, of {'; '.join(slow)}"
             )

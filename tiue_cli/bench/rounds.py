@@ -67,6 +67,8 @@ class BatchTiming:
     measured: Mapping[str, Measured]
     control_ms: tuple[float, ...]
     use: MachineUse
+    stopped_by: BaseException | None = None
+    """Ctrl-C or a signal that ended the rounds early."""
 
 
 def measure_batch(
@@ -81,7 +83,8 @@ def measure_batch(
 ) -> BatchTiming:
     """Warm up and time ``subjects`` on the same prompts and noise, each for about ``duration_s``.
 
-    Subjects that are not ``timed`` run once, for their pictures. Raises what the subjects raise.
+    Subjects that are not ``timed`` run once, for their pictures. Raises what the subjects raise; an interruption once
+    the rounds have begun comes back with them, in ``stopped_by``.
     """
     where = f"batch {len(prompts)}"
     measured: dict[str, Measured] = {}
@@ -96,15 +99,20 @@ def measure_batch(
         runs, rounds = sum(stride.count for stride in strides.values()), round_count(strides)
         control = Control(device)
         control_ms: list[float] = []
+        last_round, stopped_by = -1, None
         with _no_garbage_collection(), watch_machine() as watch:
-            for done, (round_, subject) in enumerate(_order(timed, strides, seed=seed)):
-                if round_ == len(control_ms):
-                    control_ms.append(control.run_ms())
-                progress(f"timing, {where}", done, runs, f"round {round_ + 1} of {rounds}")
-                latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
-                measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
-        progress(f"timing, {where}", runs, runs, "")
-    return BatchTiming(measured, tuple(control_ms), watch())
+            try:
+                for done, (round_, subject) in enumerate(_order(timed, strides, seed=seed)):
+                    if round_ == len(control_ms):
+                        control_ms.append(control.run_ms())
+                    progress(f"timing, {where}", done, runs, f"round {round_ + 1} of {rounds}")
+                    latency_ms, outcome = _timed_run(subject, prompts, noise, device=device)
+                    measured[subject.key].add(round_, latency_ms, outcome.stage_ms)
+                    last_round = round_
+                progress(f"timing, {where}", runs, runs, "")
+            except (KeyboardInterrupt, SystemExit) as interruption:
+                stopped_by = interruption
+    return BatchTiming(measured, tuple(control_ms[: last_round + 1]), watch(), stopped_by)
 
 
 def _order(subjects: Sequence[Subject], strides: Mapping[str, Stride], *, seed: int) -> Iterator[tuple[int, Subject]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -29,8 +29,8 @@ from tiue_cli.bench.records import (
     subject_records,
     timing_warnings,
 )
-from tiue_cli.bench.report.schema import BenchReport
-from tiue_cli.bench.rounds import measure_batch
+from tiue_cli.bench.report.schema import BenchReport, PeakRecord
+from tiue_cli.bench.rounds import BatchTiming, measure_batch
 from tiue_cli.bench.subjects.lineup import Lineup, open_lineup
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
@@ -38,14 +38,20 @@ from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs
 
+INTERRUPTED = "interrupted: fewer rounds, batches or figures than the command asks for"
+
 QUALITY_CACHE = ".quality"
 """In the report's folder: features of what is drawn, for a run that was interrupted; removed when all is measured."""
 
 
-def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport | None:
+def run_bench(
+    config: BenchConfig, *, emit: Emit, keep: Callable[[BenchReport], object] | None = None
+) -> BenchReport | None:
     """Measure what ``config`` asks for; the report is not written. None in all but the first of several processes.
 
-    Raises what loading and running raise, UsageError for what does not fit together.
+    Where Ctrl-C (KeyboardInterrupt) or a signal (SystemExit) ends it early, ``keep`` gets a report of the rounds that
+    were measured, if there are any, before the interruption goes on. Raises what loading and running raise,
+    UsageError for what does not fit together.
     """
     config.validate()
     processes = Processes()
@@ -67,18 +73,39 @@ def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport | None:
         for text in lineup.notes:
             emit(Note(text))
         peak = measure_peak(lineup.device, lineup.precision) if config.latency else None
-        timings = _time(config, lineup, prompts, emit) if config.latency else {}
-        result = None if quality is None else _measure_quality(quality, config, lineup, processes, emit)
+        timings: dict[int, BatchTiming] = {}
+        try:
+            if config.latency:
+                _time(config, lineup, prompts, emit, timings)
+            result = None if quality is None else _measure_quality(quality, config, lineup, processes, emit)
+        except (KeyboardInterrupt, SystemExit):
+            report = _report(config, lineup, prompts, timings, peak=peak, result=None, interrupted=True)
+            if keep is not None and report.latency and processes.is_main:
+                keep(report)
+            raise
         if not processes.is_main:
             return None
-        parity = parities(lineup, timings)
-        records = subject_records(lineup, timings, parity)
-        latency = latency_records(lineup, timings)
-        grid = grid_record(lineup, timings, prompts, keys=_picture_keys(lineup), seed=config.seed)
-        machine = machine_record(lineup.device)
-        failures = {} if result is None else quality_failures(lineup.subjects, result.records)
-        ratios = all_ratios(lineup.subjects, latency, parity, failures, seed=config.seed)
+        return _report(config, lineup, prompts, timings, peak=peak, result=result)
+
+
+def _report(
+    config: BenchConfig,
+    lineup: Lineup,
+    prompts: Sequence[str],
+    timings: Timings,
+    *,
+    peak: PeakRecord | None,
+    result: QualityResult | None,
+    interrupted: bool = False,
+) -> BenchReport:
+    parity = parities(lineup, timings)
+    records = subject_records(lineup, timings, parity)
+    latency = latency_records(lineup, timings)
+    machine = machine_record(lineup.device)
+    failures = {} if result is None else quality_failures(lineup.subjects, result.records)
     created = datetime.datetime.now(datetime.UTC)
+    warnings = [INTERRUPTED] if interrupted else []
+    warnings += [*lineup.warnings, *timing_warnings(lineup, timings), *parity_warnings(records)]
     return BenchReport(
         name=report_name(lineup.names, machine.name, created, random_weights=config.random_weights),
         created=created.isoformat(timespec="seconds"),
@@ -91,12 +118,13 @@ def run_bench(config: BenchConfig, *, emit: Emit) -> BenchReport | None:
         peak=peak,
         subjects=records,
         latency=latency,
-        ratios=ratios,
+        ratios=all_ratios(lineup.subjects, latency, parity, failures, seed=config.seed),
         control_samples_ms=control_samples(timings),
         quality_protocol=None if result is None else result.protocol,
         quality=() if result is None else result.records,
-        grid=grid,
-        warnings=(*lineup.warnings, *timing_warnings(lineup, timings), *parity_warnings(records)),
+        grid=grid_record(lineup, timings, prompts, keys=_picture_keys(lineup), seed=config.seed),
+        interrupted=interrupted,
+        warnings=tuple(warnings),
     )
 
 
@@ -109,9 +137,12 @@ def bench_prompts(config: BenchConfig) -> list[str]:
     return [rows[index % len(rows)].prompt for index in range(count)]
 
 
-def _time(config: BenchConfig, lineup: Lineup, prompts: Sequence[str], emit: Emit) -> Timings:
-    return {
-        batch: measure_batch(
+def _time(
+    config: BenchConfig, lineup: Lineup, prompts: Sequence[str], emit: Emit, timings: dict[int, BatchTiming]
+) -> None:
+    """Fill ``timings``, so that an interruption leaves there what was measured."""
+    for batch in config.batches:
+        timings[batch] = timing = measure_batch(
             lineup.subjects,
             prompts[:batch],
             draw_noise(range(config.seed, config.seed + batch), lineup.latent),
@@ -120,8 +151,8 @@ def _time(config: BenchConfig, lineup: Lineup, prompts: Sequence[str], emit: Emi
             seed=config.seed,
             progress=lambda stage, done, total, detail: emit(Progress(stage, done, total, detail)),
         )
-        for batch in config.batches
-    }
+        if timing.stopped_by is not None:
+            raise timing.stopped_by
 
 
 # --- quality -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from tiue_cli.bench.compare.reports import Comparison
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.bench.events import Event
+    from tiue_cli.bench.report.files import ReportFiles
     from tiue_cli.bench.report.schema import BenchReport
     from tiue_cli.bench.report.tables import Table as BenchTable
 
@@ -47,6 +48,7 @@ EXAMPLES = (
     "tiue bench sd15 --random-weights --batch 1 --teacher-steps 25",
     "tiue bench papercut --compare benchmarks/OLD.json --fail-if 'p50>+5%'",
     "tiue bench --compare OLD.json NEW.json",
+    "tiue bench --render benchmarks/REPORT.json --out pages",
 )
 
 
@@ -179,9 +181,20 @@ def bench(
             rich_help_panel=_COMPARISON,
         ),
     ] = None,
+    render: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="Make a report's page and Markdown again, beside it or in --out; nothing is measured.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the report goes.", rich_help_panel=OUTPUT)
-    ] = _BENCH.out,
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where the report goes.", rich_help_panel=OUTPUT, show_default=str(_BENCH.out)
+        ),
+    ] = None,
     format_: FormatOption = "human",
     device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _BENCH.device,
     precision: Annotated[
@@ -199,6 +212,11 @@ def bench(
 
     if fail_if and compare is None:
         raise UsageError("--fail-if compares with another report", hint="give it: --compare OLD.json")
+    if render is not None:
+        if models or compare is not None:
+            raise UsageError("--render measures and compares nothing", hint="leave MODEL and --compare out")
+        show_files(render_files(render, out), Console(format_))
+        return
     if compare is not None and len(models or []) == 1 and (models or [""])[0].endswith(".json"):
         ok = compare_files(compare, Path((models or [""])[0]), Console(format_), fail_if=fail_if or ())
     else:
@@ -220,7 +238,7 @@ def bench(
             prompts=prompts,
             seed=seed,
             threads=threads,
-            out=out,
+            out=_BENCH.out if out is None else out,
             latency=not no_latency,
             quality=quality,
             images=images,
@@ -245,8 +263,9 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
     config.validate()
     from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
     from tiue_cli.bench.compare.reports import compare_reports
-    from tiue_cli.bench.report.files import read_report, write_report
+    from tiue_cli.bench.report.files import check_out_folder, read_report, write_report
 
+    check_out_folder(config.out)
     conditions = parse_conditions(fail_if)
     before = None if old is None else read_report(old)
     if before is not None:
@@ -254,24 +273,43 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
         check_conditions(compare_reports(before, before), conditions)
     from tiue_cli.bench.run import run_bench as measure
 
+    kept: list[ReportFiles] = []
     try:
         with console.stages(live=False) as stages:
-            report = measure(config, emit=lambda event: _show(event, console, stages))
-    except KeyboardInterrupt:
+            report = measure(
+                config,
+                emit=lambda event: _show(event, console, stages),
+                keep=lambda report: kept.append(write_report(report, config.out)),
+            )
+    except (KeyboardInterrupt, SystemExit):
         again = "; the same command goes on with the pictures that were drawn" if config.quality else ""
-        console.stopped(f"no report was written{again}")
+        console.stopped(f"{'the report holds what was measured' if kept else 'no report was written'}{again}")
+        for files in kept:
+            show_files(files, console)
         raise
     if report is None:  # the first of several processes has it
         return True
     # Written first: a closed pipe (| head) must not cost what took hours.
     files = write_report(report, config.out)
     show_report(console, report)
-    for path in (files.json, files.markdown, files.html):
-        console.path(str(path))
+    show_files(files, console)
     if before is None:
         console.document(report.model_dump(mode="json"))
         return True
     return _compare(before, report, conditions, console)
+
+
+def render_files(report: Path, out: Path | None) -> ReportFiles:
+    """The page and the Markdown of a report that is there. Raises ManifestError, OutputError."""
+    from tiue_cli.bench.report.files import render_report
+
+    return render_report(report, out)
+
+
+def show_files(files: ReportFiles, console: Console) -> None:
+    """Name the files."""
+    for path in files:
+        console.path(str(path))
 
 
 def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[str]) -> bool:

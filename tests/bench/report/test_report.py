@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_grid, make_report
 from markdown_it import MarkdownIt
 
-from tiue_cli.bench.report.files import read_report, write_report
+from tiue_cli.bench.report.files import as_json, read_report, write_report
 from tiue_cli.bench.report.html import render_html
 from tiue_cli.bench.report.markdown import escaped, render_markdown
 from tiue_cli.bench.report.schema import BenchReport
@@ -96,6 +98,41 @@ def test_three_files_are_written_and_the_json_reads_back_equal(report: BenchRepo
 
 
 @pytest.mark.usefixtures("quick_page")
+def test_benches_that_end_at_once_take_different_names(tmp_path: Path) -> None:
+    report = make_report(keys=(PLAIN,), batches=(1,), rounds=6, quality=False, grid=False)
+    together = threading.Barrier(8)
+
+    def write(number: int) -> Path:
+        together.wait()
+        return write_report(report.model_copy(update={"seed": number}), tmp_path).json
+
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(write, range(8)))
+    assert len(set(paths)) == 8
+    assert [read_report(path).seed for path in paths] == list(range(8))
+
+
+@pytest.mark.usefixtures("quick_page")
+def test_a_report_that_cannot_be_written_leaves_no_name_taken(
+    report: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiue_cli.bench.report.files.as_json", lambda report: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report(report, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_times_are_kept_to_the_nanosecond_and_old_reports_are_read(report: BenchReport, tmp_path: Path) -> None:
+    data = json.loads(report.model_dump_json())
+    data.pop("interrupted")
+    data["latency"][0]["samples_ms"][0] = 259.23622799746227
+    (tmp_path / "old.json").write_text(json.dumps(data, indent=2))
+    read = read_report(tmp_path / "old.json")
+    assert read.latency[0].samples_ms[0] == 259.236228 and read.latency[1] == report.latency[1]
+    assert BenchReport.model_validate_json(as_json(read)) == read
+
+
+@pytest.mark.usefixtures("quick_page")
 def test_a_taken_name_gets_a_number_and_nothing_is_overwritten(report: BenchReport, tmp_path: Path) -> None:
     (tmp_path / f"{report.name}.md").write_text("mine")
     second = write_report(report, tmp_path)
@@ -136,6 +173,17 @@ def test_samples_survive_a_page_that_cannot_be_drawn(
         (lambda data: data.update(format_version=99), "format_version 99 is newer"),
         (lambda data: data.update(kind="student"), "field 'kind'"),
         (lambda data: data["latency"][0].update(samples_ms=[-1.0]), "samples_ms"),
+        (lambda data: data["latency"][0].update(samples_ms=[float("nan")]), "samples_ms"),
+        (lambda data: data["latency"][0].update(samples_ms=[0.0]), "has no samples"),
+        (lambda data: data["latency"][0].update(batch=0), "batch"),
+        (lambda data: data["ratios"][0].update(baseline="reference"), "'reference' is not described"),
+        (lambda data: data["grid"].update(png_base64="%%%"), "the grid's picture cannot be read"),
+        (lambda data: data["grid"].update(png_base64="aGVsbG8="), "the grid's picture cannot be read"),
+        (lambda data: data["grid"].update(png_base64=data["grid"]["png_base64"][:-60]), "the grid's picture"),
+        (lambda data: data["grid"].update(cell=[64, 32]), "smaller than 2 rows and 3 columns of 64 x 32"),
+        (lambda data: data["grid"].update(cell=[0, 32]), "cell"),
+        (lambda data: data["grid"].update(seeds=[1]), "2 prompts and 1 seeds"),
+        (lambda data: data["grid"].update(columns=[]), "0 columns"),
     ],
 )
 def test_a_report_that_contradicts_itself_is_refused(

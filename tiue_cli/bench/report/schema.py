@@ -1,7 +1,8 @@
 """What a bench report holds: the JSON document that everything else (Markdown, HTML, comparisons) is made from.
 
-Raw samples are kept; medians, percentiles and intervals follow from them (``bench.stats``). Times are in milliseconds
-for one run of a whole batch, memory in bytes, FLOPs as torch counts them (a multiplication with its addition is two).
+Samples are kept, to MS_DECIMALS; medians, percentiles and intervals follow from them (``bench.stats``). Times are in
+milliseconds for one run of a whole batch, memory in bytes, FLOPs as torch counts them (a multiplication with its
+addition is two).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field, PositiveInt
 
 SubjectKind = Literal["teacher", "plain-unet", "student", "student-plain", "peer"]
 """A many-step model; one plain UNet pass, which any one-step student costs; a student with the sharing decoder; the
@@ -23,11 +24,23 @@ Scope = Literal["image", "unet"]
 
 PeakKernel = Literal["matrix product", "1x1 convolution", "3x3 convolution"]
 
-_Ms = Annotated[float, Field(ge=0.0)]
+MS_DECIMALS = 6
+"""Of a time: a nanosecond, which is the clock's own; fewer would move what a run takes beyond its stages."""
+
+
+def _rounded(ms: float) -> float:
+    return round(ms, MS_DECIMALS)
+
+
+_Ms = Annotated[float, Field(ge=0.0), AfterValidator(_rounded)]
+_Size = tuple[PositiveInt, PositiveInt]
+"""(height, width) in pixels."""
 
 
 class _Record(pydantic.BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 class MachineRecord(_Record):
@@ -108,8 +121,8 @@ class LatencyRecord(_Record):
     """
 
     subject: str
-    batch: int
-    size: tuple[int, int]
+    batch: PositiveInt
+    size: _Size
     first_call_ms: _Ms
     warm_up: int
     clock: Literal["wall", "cuda-events"]
@@ -132,8 +145,8 @@ class RatioRecord(_Record):
 
     subject: str
     baseline: str
-    batch: int
-    size: tuple[int, int]
+    batch: PositiveInt
+    size: _Size
     scope: Scope
     ratio: float | None
     """None where it is withheld."""
@@ -193,7 +206,7 @@ class GridRecord(_Record):
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     png_base64: str
-    cell: tuple[int, int]
+    cell: _Size
     """(height, width) of one picture in pixels."""
 
 
@@ -222,4 +235,6 @@ class BenchReport(_Record):
     quality_protocol: QualityProtocol | None = None
     quality: tuple[QualityRecord, ...] = ()
     grid: GridRecord | None = None
+    interrupted: bool = False
+    """Stopped before its end: fewer rounds, batches or subjects than the command asks for."""
     warnings: tuple[str, ...] = ()
