@@ -29,8 +29,8 @@ from PIL import Image, ImageDraw
 
 import tiue_cli
 from tiue_cli.bench.quality.papercut import papercut_metrics
-from tiue_cli.files.hashes import fingerprint
 from tiue_cli.model.hub import resolve_model
+from tiue_cli.model.identity import model_fingerprint
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.teacher import load_teacher
 from tiue_cli.papercut.captions import SceneSpec
@@ -100,7 +100,8 @@ def lcm_images(model: str, prompts: Sequence[str], noise: np.ndarray, steps: int
 
 def images_of(method: Method, prompts: Sequence[str], seeds: Sequence[int], *, cache: Path) -> np.ndarray:
     """(N, 64, 64, 3) uint8, image i of prompt i and seed i; from the cache where they were drawn before."""
-    key = f"{fingerprint(resolve_model(method.model))[:16]}-{method.steps}-{method.guidance}-{len(prompts)}-{seeds[0]}"
+    model_id = model_fingerprint(resolve_model(method.model))
+    key = f"{model_id[:16]}-{method.steps}-{method.guidance}-{len(prompts)}-{seeds[0]}"
     path = cache / f"{key}.npy"
     if path.exists():
         return np.load(path)
@@ -195,7 +196,7 @@ def main() -> None:
     ]
     for method in methods:
         facts = {key: value for key, value in vars(method).items() if key != "model"}
-        facts["model_fingerprint"] = fingerprint(resolve_model(method.model))
+        facts["model_fingerprint"] = model_fingerprint(resolve_model(method.model))
 
         def drawn(prompts: Sequence[str], seeds: Sequence[int], method: Method = method) -> np.ndarray:
             return images_of(method, prompts, seeds, cache=args.cache)

@@ -11,7 +11,6 @@ from typing import Any
 from tiue_cli.errors import UsageError
 from tiue_cli.files.access import kind_of, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineManifest, GraphSpec, TensorSpec, read_engine_manifest
-from tiue_cli.files.hashes import fingerprint
 from tiue_cli.files.png import (
     CHUNK,
     PARAMETERS_CHUNK,
@@ -24,6 +23,7 @@ from tiue_cli.files.png import (
 from tiue_cli.generate.target import ExportInfo, find_export
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import EMBEDDED_NAMES, is_hub_id, resolve_model
+from tiue_cli.model.identity import model_fingerprint
 from tiue_cli.text import bytes_text
 
 
@@ -170,7 +170,7 @@ def inspect_source(source: str) -> Report:
     if (info := find_export(source)) is not None:
         return ExportReport(source, info, None if info.engine is None else read_engine_manifest(info.engine))
     folder = resolve_model(source)
-    return FolderReport(source, check_model_folder(folder), fingerprint(folder))
+    return FolderReport(source, check_model_folder(folder), model_fingerprint(folder))
 
 
 def _inspect_png(path: Path) -> ImageReport | GridReport:

@@ -6,12 +6,16 @@ mix-ups, not against forgery. The full hash is ``sha256_folder``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from io import BufferedReader
 from pathlib import Path
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import AccessError, TiueError, UsageError
+from tiue_cli.files.access import access_error, is_file, is_folder, open_file
 
 WEIGHTS = ".safetensors"
 BLOCKS = 256
@@ -19,32 +23,33 @@ BLOCK_BYTES = 4096
 
 
 def fingerprint(folder: Path) -> str:
-    """32 hexadecimal digits over configs, tokenizer files (whole) and weights (256 blocks of 4 KiB a file).
+    """``fingerprint_of`` all configs, tokenizer files and weights below ``folder``; hidden files do not count."""
+    return fingerprint_of(folder, _visible_files(folder, ("*.safetensors", "*.json", "*.txt")))
+
+
+def fingerprint_of(root: Path, files: Iterable[Path], *, error: type[TiueError] = AccessError) -> str:
+    """32 hexadecimal digits over ``files``: configs whole, of weights 256 blocks of 4 KiB a file.
 
     Any retraining moves nearly every weight, and a change of 5 % of them escapes with probability 2e-6. Names are
-    relative to ``folder``: the place does not count, nor do hidden files, READMEs or images.
+    relative to ``root``: the place does not count. Raises ``error`` for a file that cannot be read.
     """
     digest = hashlib.sha256()
-    for file in sorted(folder.rglob("*"), key=lambda file: file.relative_to(folder).as_posix()):
-        name = file.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if hidden or file.suffix not in {WEIGHTS, ".json", ".txt"} or not file.is_file():
-            continue
-        digest.update(f"{name.as_posix()}\0{file.stat().st_size}\n".encode())
-        digest.update(_sample(file))
+    for name, file in _by_name(root, files):
+        with _reading(file, error) as opened:
+            size_bytes = os.fstat(opened.fileno()).st_size
+            digest.update(f"{name}\0{size_bytes}\n".encode())
+            digest.update(_sample(opened, size_bytes, whole=file.suffix != WEIGHTS))
     return digest.hexdigest()[:32]
 
 
-def _sample(file: Path) -> bytes:
-    size_bytes = file.stat().st_size
-    if file.suffix != WEIGHTS or size_bytes <= BLOCKS * BLOCK_BYTES:
-        return hashlib.sha256(file.read_bytes()).digest()
+def _sample(file: BufferedReader, size_bytes: int, *, whole: bool) -> bytes:
+    if whole or size_bytes <= BLOCKS * BLOCK_BYTES:
+        return hashlib.sha256(file.read()).digest()
     digest = hashlib.sha256()
     stride = (size_bytes - BLOCK_BYTES) // (BLOCKS - 1)
-    with file.open("rb") as weights:
-        for block in range(BLOCKS):
-            weights.seek(block * stride)
-            digest.update(weights.read(BLOCK_BYTES))
+    for block in range(BLOCKS):
+        file.seek(block * stride)
+        digest.update(file.read(BLOCK_BYTES))
     return digest.digest()
 
 
@@ -65,18 +70,36 @@ def sha256_folder(path: Path | str, patterns: Sequence[str] = HASHED_PATTERNS) -
     Hidden files and folders (a download cache) do not count. Raises UsageError where ``path`` is no folder.
     """
     root = Path(path)
-    if not root.is_dir():
+    if not is_folder(root):
         raise UsageError(f"{root} is not a folder", hint="check the path")
-    files = {
-        file.relative_to(root): file
-        for file in root.rglob("*")
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in patterns)
-    }
-    visible = {
-        name.as_posix(): file for name, file in files.items() if not any(part.startswith(".") for part in name.parts)
-    }
+    return sha256_of(root, _visible_files(root, patterns))
+
+
+def sha256_of(root: Path, files: Iterable[Path], *, error: type[TiueError] = AccessError) -> str:
+    """``sha256_folder`` of ``files`` alone, named relative to ``root``. Raises ``error`` where one cannot be read."""
     digest = hashlib.sha256()
-    for name in sorted(visible):
+    for name, file in _by_name(root, files):
         # Both parts have a fixed or delimited length, so no two folders share one byte stream.
-        digest.update(f"{name}\0{sha256_file(visible[name])}\n".encode())
+        with _reading(file, error) as opened:
+            digest.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def _visible_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
+    for file in root.rglob("*"):
+        hidden = any(part.startswith(".") for part in file.relative_to(root).parts)
+        if not hidden and any(fnmatch(file.name, pattern) for pattern in patterns) and is_file(file):
+            yield file
+
+
+def _by_name(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
+    return sorted((file.relative_to(root).as_posix(), file) for file in files)
+
+
+@contextlib.contextmanager
+def _reading(file: Path, error: type[TiueError]) -> Iterator[BufferedReader]:
+    try:
+        with open_file(file, error=error) as opened:
+            yield opened
+    except OSError as refusal:
+        raise access_error(file, refusal, error=error) from refusal

@@ -11,7 +11,6 @@ from typing import Literal
 from tiue_cli.errors import ManifestError, ModelFolderError, UsageError
 from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
-from tiue_cli.files.hashes import fingerprint
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
@@ -25,6 +24,7 @@ from tiue_cli.model.hub import (
     resolve_model,
     resolve_vae,
 )
+from tiue_cli.model.identity import model_fingerprint
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,11 @@ def open_target(config: GenerateConfig) -> ModelTarget:
         # By its own name, so that the records hold when this version's stand-in has made way for a student.
         source=EMBEDDED_TEACHER if config.model == EMBEDDED and info.kind == "teacher" else config.model,
         info=info,
-        model_id=fingerprint(folder),
+        model_id=model_fingerprint(folder),
         backend=backend,
         vae=config.vae,
         vae_folder=vae_folder,
-        vae_id=None if vae_folder is None else fingerprint(vae_folder),
+        vae_id=None if vae_folder is None else model_fingerprint(vae_folder),
     )
 
 

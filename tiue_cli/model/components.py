@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from tiue_cli.errors import DeviceError, ModelFolderError
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
-from tiue_cli.model.weights import inspect_weights, read_json
+from tiue_cli.model.weights import IGNORABLE_TENSORS, inspect_weights, read_json, some_of
 
 _Part = TypeVar("_Part")
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -115,7 +115,13 @@ def _from_pretrained(class_: type[_Part], folder: Path, *, variant: str | None, 
     absent = sorted(str(key) for key in loading["missing_keys"])
     if absent:
         raise ModelFolderError(
-            f"{folder}: the weights lack {absent[0]}{f' and {len(absent) - 1} more' if len(absent) > 1 else ''}",
+            f"{folder}: the weights lack {some_of(absent)}",
+            hint=_FIT_HINT,
+        )
+    unknown = sorted(str(key) for key in loading["unexpected_keys"] if IGNORABLE_TENSORS.search(str(key)) is None)
+    if unknown:
+        raise ModelFolderError(
+            f"{folder}: {class_.__name__} has no place for {some_of(unknown)}, and would draw without them",
             hint=_FIT_HINT,
         )
     if loading["mismatched_keys"]:

@@ -20,12 +20,12 @@ from tiue_cli import __version__
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
 from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import atomic_folder
-from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.files.manifests import write_json
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model
+from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.schedule import LinearCombine, ddim_config, decoder_timesteps
 from tiue_cli.model.text import cut_text, encode_prompts
 from tiue_cli.model.weights import read_json
@@ -195,7 +195,7 @@ def _manifest(
     local = not isinstance(teacher, str) or exists(teacher, error=ModelFolderError)
     named = Path(teacher).resolve().name if local else str(teacher)
     manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
-    return manifest.model_copy(update={"teacher_sha256": sha256_folder(components.info.path)})
+    return manifest.model_copy(update={"teacher_sha256": model_sha256(components.info.path)})
 
 
 def _manifest_of(components: Components, *, timesteps: tuple[int, ...], spacing: str, teacher: str) -> StudentManifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -67,6 +67,7 @@ def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInf
     """Find and check one component's safetensors. ModelFolderError: pickles only, missing, truncated or damaged."""
     variant, files, _ = weight_files(folder, name=name)
     headers = [_safetensors_header(file) for file in files]
+    refuse_foreign_tensors((name for header in headers for name in header), where=folder)
     tensors = [tensor for header in headers for tensor in header.values()]
     return ComponentInfo(
         name=name,
@@ -77,6 +78,55 @@ def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInf
         size_bytes=sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors),
         dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
     )
+
+
+IGNORABLE_TENSORS: Final = re.compile(
+    r"position_ids$|^text_projection\.|^logit_scale$|^vision_model\.|^visual_projection\.|(^|\.)num_batches_tracked$"
+)
+"""Tensors of weights files that mean nothing to the part that is loaded: buffers, and the other half of CLIP."""
+_FOREIGN: Final = (
+    (
+        re.compile(r"\.base_layer\."),
+        "a LoRA that was not fused (peft's base_layer)",
+        "fuse it: pipe.fuse_lora(); pipe.unload_lora_weights(); pipe.save_pretrained(FOLDER)",
+    ),
+    (
+        re.compile(r"(^|[._])lora([._]|$)|lora_(A|B|down|up|magnitude)"),
+        "LoRA tensors beside the weights",
+        "fuse them: pipe.load_lora_weights(LORA); pipe.fuse_lora(); pipe.unload_lora_weights();"
+        " pipe.save_pretrained(FOLDER)",
+    ),
+    (
+        re.compile(r"^(module|_orig_mod)\."),
+        "names with the prefix of DistributedDataParallel or torch.compile",
+        'strip it: {name.removeprefix("module.").removeprefix("_orig_mod."): tensor for name, tensor in'
+        " weights.items()}, and save that",
+    ),
+    (
+        re.compile(r"motion_modules\."),
+        "motion modules (AnimateDiff)",
+        "give the model without them: tiue makes single images",
+    ),
+    (re.compile(r"(^|\.)(ip_adapter|to_k_ip|to_v_ip)\b"), "an IP adapter", "give the model without it"),
+)
+
+
+def refuse_foreign_tensors(names: Iterable[str], *, where: Path) -> None:
+    """Refuse tensors that the loaders would drop without a word and that change the pictures. Raises ModelFolderError.
+
+    By their names alone, so that ``inspect`` says it as well; what is left over for other reasons is found when the
+    weights are loaded.
+    """
+    names = list(names)
+    for pattern, what, remedy in _FOREIGN:
+        found = sorted(name for name in names if pattern.search(name) is not None)
+        if found:
+            raise ModelFolderError(f"{where}: the weights hold {what}: {some_of(found)}", hint=remedy)
+
+
+def some_of(names: Sequence[str]) -> str:
+    """The first names and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 class WeightFiles(NamedTuple):

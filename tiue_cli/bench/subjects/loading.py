@@ -13,9 +13,9 @@ from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, rando
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, TiueError, UsageError
 from tiue_cli.export.config import EngineConfig, ExportConfig
 from tiue_cli.files.exports import ExportManifest, Size, is_export_folder, read_export_manifest
-from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.generate.target import ExportInfo, find_export
 from tiue_cli.model.hub import EMBEDDED_NAMES, EMBEDDED_TEACHER, resolve_model
+from tiue_cli.model.identity import model_sha256
 
 Say = Callable[[str], None]
 
@@ -96,7 +96,7 @@ class Loader:
         origin = export.manifest.student
         if origin.vae_source is None and (origin.source in EMBEDDED_NAMES or Path(origin.source).is_dir()):
             folder = resolve_model(origin.source)
-            if sha256_folder(folder) == origin.sha256:
+            if model_sha256(folder) == origin.sha256:
                 return Contestant(name, source, self._load(name, origin.source), ready)
         self.warnings.append(
             f"{source}: the student that it was exported from ({origin.source}) is not at hand, so that its pictures"

@@ -18,11 +18,11 @@ from torch import nn
 from tiue_cli import __version__
 from tiue_cli.bench.subjects.random_weights import random_components
 from tiue_cli.errors import UsageError
-from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.files.students import StudentManifest
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
 from tiue_cli.model.hub import EMBEDDED_GUIDANCE, EMBEDDED_NAMES, EMBEDDED_STUDENT, TEACHER_GUIDANCE
+from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_config, decoder_timesteps
 from tiue_cli.model.student import StudentModel
 from tiue_cli.model.teacher import Teacher
@@ -92,7 +92,7 @@ def load_model(name: str, source: str, *, device: str, precision: str, vae: str 
     components = load_components(source, device=device, dtype=DTYPES[precision], vae=vae)
     _touch((components.text_encoder, components.unet, components.vae))
     load_s = time.perf_counter() - started
-    return LoadedModel(name, source, components, sha256_folder(components.info.path), load_s)
+    return LoadedModel(name, source, components, model_sha256(components.info.path), load_s)
 
 
 def random_model(shape: str, *, device: str, precision: str, seed: int, vae: str | None = None) -> LoadedModel:

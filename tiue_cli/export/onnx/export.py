@@ -65,13 +65,13 @@ from tiue_cli.files.exports import (
     Versions,
     read_engine_manifest,
 )
-from tiue_cli.files.hashes import sha256_folder
 from tiue_cli.files.manifests import write_json
 from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.schedule import combine_for_run
 from tiue_cli.model.student import StudentModel, load_student
 
@@ -259,12 +259,12 @@ class _Job:
             name=name,
             student=StudentSource(
                 source=config.student,
-                sha256=sha256_folder(self._info.path),
+                sha256=model_sha256(self._info.path),
                 teacher=student.manifest.teacher,
                 license=self._info.license,
                 training_steps=student.manifest.training_steps,
                 vae_source=config.vae,
-                vae_sha256=None if vae_folder is None else sha256_folder(vae_folder),
+                vae_sha256=None if vae_folder is None else model_sha256(vae_folder),
                 vae_class=type(student.vae).__name__,
             ),
             versions=Versions(
