@@ -33,7 +33,7 @@ import numpy as np
 
 from tiue_cli.bench.report.files import read_report
 from tiue_cli.bench.report.schema import LatencyRecord, RatioRecord
-from tiue_cli.bench.report.view import Place, ReportView
+from tiue_cli.bench.report.view import ReportView, Setting
 from tiue_cli.errors import TiueError
 
 _ANY = re.compile(r"<!--\s*bench\b")
@@ -137,8 +137,8 @@ def _value(marker: Marker, view: ReportView) -> float | None:
     return None if record is None else _latency_value(marker, view, record)
 
 
-def _place(marker: Marker, view: ReportView) -> Place:
-    sizes = {place.size for place in view.places}
+def _place(marker: Marker, view: ReportView) -> Setting:
+    sizes = {place.size for place in view.settings}
     for name, form in (("batch", r"\d+"), ("size", r"\d+x\d+")):
         if name in marker.settings and not re.fullmatch(form, marker.settings[name]):
             raise MarkerError(f"{name}={marker.settings[name]} is not understood")
@@ -149,10 +149,10 @@ def _place(marker: Marker, view: ReportView) -> Place:
         (size,) = sizes
     else:
         raise MarkerError(f"{marker.file} has several sizes: add size=HxW")
-    return Place(int(marker.settings["batch"]), size)
+    return Setting(int(marker.settings["batch"]), size)
 
 
-def _ratio_value(marker: Marker, view: ReportView, place: Place) -> float | None:
+def _ratio_value(marker: Marker, view: ReportView, place: Setting) -> float | None:
     baseline, scope = marker.settings.get("baseline"), marker.settings.get("scope", "image")
     if baseline is None or scope not in ("image", "unet"):
         raise MarkerError("a ratio needs baseline=KEY, and scope is image or unet")

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 
-from tiue_cli.bench.report.plots import Plot, _apart, quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
+from tiue_cli.bench.report.plot_parts import Plot
+from tiue_cli.bench.report.plots import STRIP_POINTS, ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.report.schema import BenchReport
-from tiue_cli.bench.report.svg import COLOURS, css_variables
+from tiue_cli.bench.report.svg import COLOURS, colour, css_variables, dark_css
+from tiue_cli.bench.report.trend_plots import quality_plot, spaced, throughput_plot
 from tiue_cli.bench.report.view import ReportView, as_speedup
 from tiue_cli.text import number, plain
 
@@ -22,7 +24,7 @@ KEYS = (TEACHER, PLAIN, STUDENT, ONNX)
 
 @pytest.fixture(scope="module")
 def report() -> BenchReport:
-    return make_report(keys=KEYS, batches=(1, 4), rounds=24, grid=False)
+    return make_report(keys=KEYS, batches=(1, 4), rounds=STRIP_POINTS, grid=False)
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +33,13 @@ def view(report: BenchReport) -> ReportView:
 
 
 def all_plots(view: ReportView) -> Iterator[Plot]:
-    place = view.places[0]
+    setting = view.settings[0]
     for plot in (
-        stage_plot(view, place),
-        ratio_plot(view, place),
-        throughput_plot(view, place.size),
+        stage_plot(view, setting),
+        ratio_plot(view, setting),
+        throughput_plot(view, setting.size),
         quality_plot(view),
-        spread_plot(view, place),
+        spread_plot(view, setting),
     ):
         assert plot is not None
         yield plot
@@ -56,47 +58,84 @@ class Bar:
     top: float
 
 
-def bars(svg: str, colour: str) -> list[Bar]:
-    """Filled rectangles in one of the page's colours, from the path data."""
+def bars(svg: str, name: str) -> list[Bar]:
+    """Filled rectangles in one of the colours, from the path data."""
     found = []
     for path, style in re.findall(r'<path d="([^"]*)" clip-path="[^"]*" style="([^"]*)"', svg):
-        if f"fill: var(--{colour})" in style:
+        if f"fill: {colour(name)}" in style:
             points = np.array([float(word) for word in re.findall(r"-?\d+(?:\.\d+)?", path)]).reshape(-1, 2)
-            found.append(Bar(colour, float(points[:, 0].min()), float(points[:, 0].max()), float(points[:, 1].min())))
+            found.append(Bar(name, float(points[:, 0].min()), float(points[:, 0].max()), float(points[:, 1].min())))
     return sorted(found, key=lambda bar: bar.top)
 
 
+def marks(svg: str, *names: str) -> int:
+    """Markers in one of the colours."""
+    inks = {colour(name) for name in names}
+    return sum(ink in inks for ink in re.findall(r"<use [^>]*fill: (#\w+)", svg))
+
+
+def points(svg: str) -> int:
+    """Runs in a plot of the spread."""
+    return len(re.findall("<use [^>]*fill-opacity: 0.75", svg))
+
+
 def texts(svg: str) -> list[str]:
-    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+    return [element.text or "" for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
 
 
-def test_every_plot_is_wellformed_svg_in_both_widths(plots: list[Plot]) -> None:
+def test_every_plot_is_a_described_svg_that_asks_for_nothing(plots: list[Plot]) -> None:
     for plot in plots:
-        for svg in (plot.wide, plot.narrow):
-            root = ElementTree.fromstring(svg)
-            assert root.tag == "svg" and root.attrib["role"] == "img" and root.attrib["aria-label"]
-            assert not any(tag in svg for tag in ("<script", "<metadata", "<style", "http", "<image"))
-        assert float(ElementTree.fromstring(plot.narrow).attrib["viewBox"].split()[2]) <= 360
+        root = ElementTree.fromstring(plot.svg)
+        assert root.tag.endswith("}svg") and root.attrib["role"] == "img" and root.attrib["aria-label"]
+        assert not any(tag in plot.svg for tag in ("<script", "<metadata", "<image", "RDF"))
+        assert re.findall(r'(?:src|href)="(?!#)', plot.svg) == []
 
 
-def test_every_colour_is_the_pages(plots: list[Plot]) -> None:
-    """No colour is fixed, so that one picture serves light and dark pages."""
+def test_a_dark_page_has_a_colour_for_each_of_a_plot(plots: list[Plot]) -> None:
+    rules = dark_css()
+    for plot in plots:
+        used = set(re.findall(r"(fill|stroke): (#\w+)", plot.svg))
+        assert {ink for _, ink in used} <= {light for light, _ in COLOURS.values()}, used
+        for use, ink in used:
+            assert f'[style*="{use}: {ink}"] {{ {use}: #' in rules
     light, dark = css_variables()
-    for plot in plots:
-        used = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", plot.wide + plot.narrow))
-        assert used <= {"none", *(f"var(--{name.replace('_', '-')})" for name in COLOURS)}, used
-        for name in re.findall(r"var\((--[\w-]+)\)", plot.wide):
-            assert f"{name}: #" in light and f"{name}: #" in dark
+    assert light.count("#") == dark.count("#") and light != dark
+    assert len(dict(COLOURS.values())) == len(set(COLOURS.values())), "one light colour, one dark one"
+
+
+def test_a_plot_has_some_hundred_marks_at_most() -> None:
+    """Twenty subjects with 256 runs each: what papercut's report has."""
+    report = make_report(keys=KEYS, batches=(1, 4), rounds=256, grid=False)
+    more = [
+        (subject.model_copy(update={"key": f"{subject.key}-{number}"}), subject.key)
+        for number in range(5)
+        for subject in report.subjects
+    ]
+    latency = [
+        record.model_copy(update={"subject": subject.key})
+        for subject, key in more
+        for record in report.latency
+        if record.subject == key
+    ]
+    changes = {
+        "subjects": tuple(subject for subject, _ in more),
+        "latency": tuple(latency),
+        "ratios": (),
+        "quality": (),
+    }
+    plot = spread_plot(view := ReportView(report.model_copy(update=changes)), view.settings[0])
+    assert plot is not None
+    assert 20 * STRIP_POINTS * 0.8 < points(plot.svg) <= 20 * STRIP_POINTS <= 400
 
 
 def test_the_same_report_gives_the_same_plots(view: ReportView, plots: list[Plot]) -> None:
-    assert spread_plot(view, view.places[0]) == plots[4]
+    assert spread_plot(view, view.settings[0]) == plots[4]
 
 
 def test_bars_are_as_long_as_the_stages_took(report: BenchReport, view: ReportView, plots: list[Plot]) -> None:
     """Lengths in a panel are in the proportion of the medians, and parts add up to them."""
-    records = {record.subject: record for record in view.records(view.places[0])}
-    decoders, encoders = bars(plots[0].wide, "unet-decoder"), bars(plots[0].wide, "unet-encoder")
+    records = {record.subject: record for record in view.records(view.settings[0])}
+    decoders, encoders = bars(plots[0].svg, "unet_decoder"), bars(plots[0].svg, "unet_encoder")
     assert len(decoders) == len(encoders) == 2
     lengths = [bar.right - bar.left for bar in (*decoders, *encoders)]
     expected = [
@@ -107,7 +146,7 @@ def test_bars_are_as_long_as_the_stages_took(report: BenchReport, view: ReportVi
     ]
     np.testing.assert_allclose(np.divide(lengths, lengths[0]), np.divide(expected, expected[0]), rtol=2e-3)
     first = [
-        bar for name in ("text", "unet-encoder", "unet-decoder", "vae", "rest") for bar in bars(plots[0].wide, name)
+        bar for name in ("text", "unet_encoder", "unet_decoder", "vae", "rest") for bar in bars(plots[0].svg, name)
     ]
     student = [bar for bar in first if abs(bar.top - decoders[0].top) < 0.5]
     whole_px = max(bar.right for bar in student) - min(bar.left for bar in student)
@@ -116,38 +155,36 @@ def test_bars_are_as_long_as_the_stages_took(report: BenchReport, view: ReportVi
 
 
 def test_the_teacher_has_a_scale_of_its_own(plots: list[Plot]) -> None:
-    shown = texts(plots[0].wide)
+    shown = texts(plots[0].svg)
     assert "One pass" in shown and "Many steps (another scale)" in shown
     assert "different scales" in plots[0].caption
 
 
 def test_labels_give_the_figures_of_the_report(view: ReportView, plots: list[Plot]) -> None:
-    place = view.places[0]
-    for record in view.records(place):
+    setting = view.settings[0]
+    for record in view.records(setting):
         median = view.summary(record).median
-        assert f"{number(median)} ms" in texts(plots[0].wide)
-        assert f"{number(median)} ms" in texts(plots[0].narrow)
-    ratio = view.ratio(STUDENT, TEACHER, place, "image")
+        assert f"{number(median)} ms" in texts(plots[0].svg)
+    ratio = view.ratio(STUDENT, TEACHER, setting, "image")
     assert ratio is not None
     shown = as_speedup(ratio)
     assert shown.value == pytest.approx(1 / (ratio.ratio or 0)) and (shown.low or 0) < shown.value < (shown.high or 0)
-    assert f"{number(shown.value)}×  [{shown.interval}]" in texts(plots[1].wide)
+    assert f"{number(shown.value)}×  [{shown.interval}]" in texts(plots[1].svg)
 
 
 def test_a_withheld_ratio_has_no_dot() -> None:
     compiled = "papercut-student/compile/k4"
     view = ReportView(make_report(keys=(TEACHER, PLAIN, compiled), batches=(1,), quality=False, grid=False))
-    plot = ratio_plot(view, view.places[0])
+    plot = ratio_plot(view, view.settings[0])
     assert plot is not None
-    assert texts(plot.wide).count("withheld: the reason is in the table") == 2
-    assert not re.search(r"<use [^>]*fill: var\(--student\)", plot.wide)
+    assert texts(plot.svg).count("withheld: the reason is in the table") == 2
+    assert marks(plot.svg, "student") == 0
 
 
 def test_every_sample_is_a_point(view: ReportView, plots: list[Plot]) -> None:
-    place = view.places[0]
-    points = len(re.findall(r"<use [^>]*fill: var\(--(?:teacher|student|plain-unet)\)", plots[4].wide))
-    beyond = sum(int(count) for count in re.findall(r">(\d+) more, to", plots[4].wide))
-    assert points + beyond == sum(len(record.samples_ms) for record in view.records(place))
+    setting = view.settings[0]
+    beyond = sum(int(count) for count in re.findall(r">(\d+) more, to", plots[4].svg))
+    assert points(plots[4].svg) + beyond == sum(len(record.samples_ms) for record in view.records(setting))
 
 
 def test_outliers_are_counted_where_the_axis_ends() -> None:
@@ -156,46 +193,46 @@ def test_outliers_are_counted_where_the_axis_ends() -> None:
     samples = (*record.samples_ms[:-2], 10 * record.samples_ms[0], 20 * record.samples_ms[0])
     changed = record.model_copy(update={"samples_ms": samples, "stage_samples_ms": {}})
     view = ReportView(report.model_copy(update={"latency": (changed,)}))
-    plot = spread_plot(view, view.places[0])
+    plot = spread_plot(view, view.settings[0])
     assert plot is not None
     largest = 100 * (samples[-1] / float(np.median(samples)) - 1)
-    assert f"2 more, to +{number(largest, 2)} %" in texts(plot.wide)
+    assert f"2 more, to +{number(largest, 2)} %" in texts(plot.svg)
 
 
 def test_many_samples_are_thinned_and_it_is_said() -> None:
     view = ReportView(make_report(keys=(PLAIN,), batches=(1,), rounds=1000, quality=False, grid=False))
-    plot = spread_plot(view, view.places[0])
+    plot = spread_plot(view, view.settings[0])
     assert plot is not None and "evenly chosen" in plot.caption
-    assert len(re.findall(r"<use [^>]*fill: var\(--plain-unet\)", plot.wide)) <= 150
+    assert points(plot.svg) <= STRIP_POINTS
 
 
 def test_nothing_to_plot_is_no_plot(report: BenchReport) -> None:
     bare = ReportView(report.model_copy(update={"quality": (), "ratios": ()}))
-    assert quality_plot(bare) is None and ratio_plot(bare, bare.places[0]) is None
+    assert quality_plot(bare) is None and ratio_plot(bare, bare.settings[0]) is None
     single = ReportView(make_report(keys=(PLAIN,), batches=(1,), rounds=1, quality=False, grid=False))
-    assert throughput_plot(single, single.places[0].size) is None
-    assert spread_plot(single, single.places[0]) is None
+    assert throughput_plot(single, single.settings[0].size) is None
+    assert spread_plot(single, single.settings[0]) is None
 
 
 def test_names_from_outside_are_text_in_a_plot(report: BenchReport) -> None:
     label = "<script>x</script> & $\\frac{1}{2}$ \x1b[31m 猫"
     subjects = tuple(subject.model_copy(update={"label": label}) for subject in report.subjects)
     view = ReportView(report.model_copy(update={"subjects": subjects}))
-    plot = stage_plot(view, view.places[0])
-    assert plot is not None and "<script" not in plot.wide
-    shown = " ".join(texts(plot.wide))
-    assert "<script>x</script> &" in shown and "$\\frac{1}{2}$" in shown and "猫" in shown and "\x1b" not in plot.wide
+    plot = stage_plot(view, view.settings[0])
+    assert plot is not None and "<script" not in plot.svg
+    shown = " ".join(texts(plot.svg))
+    assert "<script>x</script> &" in shown and "$\\frac{1}{2}$" in shown and "猫" in shown and "\x1b" not in plot.svg
 
 
 def test_labels_keep_their_distance_and_their_order() -> None:
     generator = np.random.default_rng(0)
     for count in (1, 5, 15):
         wanted = sorted(generator.uniform(0, 1, count).tolist(), reverse=True)
-        placed = _apart(wanted, 1 / 17)
+        placed = spaced(wanted, 1 / 17)
         gaps = -np.diff(placed)
         assert (gaps >= 1 / 17 - 1e-9).all()
         assert placed[-1] >= 0
-    assert _apart([0.9, 0.5, 0.1], 0.06) == [0.9, 0.5, 0.1]
+    assert spaced([0.9, 0.5, 0.1], 0.06) == [0.9, 0.5, 0.1]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +254,7 @@ def test_references_against_references_are_a_line(report: BenchReport) -> None:
     view = ReportView(report.model_copy(update={"quality": (ceiling, *report.quality)}))
     plot = quality_plot(view)
     assert plot is not None and "dashed line" in plot.caption
-    assert texts(plot.wide).count("reference") == len(view.main_metrics)
-    assert len(re.findall(r"stroke-dasharray", plot.wide)) == len(view.main_metrics)
-    numbered = [text for text in texts(plot.wide) if re.match(r"\d  ", text)]
+    assert texts(plot.svg).count("reference") == len(view.main_metrics)
+    assert len(re.findall(r"stroke-dasharray", plot.svg)) == len(view.main_metrics)
+    numbered = [text for text in texts(plot.svg) if re.match(r"\d  ", text)]
     assert len(numbered) == len(report.quality), "it is no subject, and has no number"

@@ -19,6 +19,7 @@ from tiue_cli.bench.report.files import as_json, read_report, write_report
 from tiue_cli.bench.report.html import render_html
 from tiue_cli.bench.report.markdown import escaped, render_markdown
 from tiue_cli.bench.report.schema import BenchReport
+from tiue_cli.bench.report.view import ReportView
 from tiue_cli.errors import ManifestError, OutputError
 
 HOSTILE = '<script>alert(1)</script> | **bold** `code` [link](x) "quoted" & $x^2$ <img src=x onerror=y>'
@@ -173,7 +174,7 @@ def test_samples_survive_a_page_that_cannot_be_drawn(
         (lambda data: data.update(format_version=99), "format_version 99 is newer"),
         (lambda data: data.update(kind="student"), "field 'kind'"),
         (lambda data: data["latency"][0].update(samples_ms=[-1.0]), "samples_ms"),
-        (lambda data: data["latency"][0].update(samples_ms=[float("nan")]), "samples_ms"),
+        (lambda data: data["latency"][0].update(samples_ms=[float("nan")]), "NaN"),
         (lambda data: data["latency"][0].update(samples_ms=[0.0]), "has no samples"),
         (lambda data: data["latency"][0].update(batch=0), "batch"),
         (lambda data: data["ratios"][0].update(baseline="reference"), "'reference' is not described"),
@@ -236,7 +237,25 @@ def test_a_withheld_ratio_is_shown_as_such_with_its_reason() -> None:
     page, markdown = Tags(render_html(report)).text, render_markdown(report)
     for text in (page, markdown):
         assert "withheld" in text and "21.3 dB, 40 needed" in text
-    assert "as fast as" not in page.split("How fast")[0], "no headline about a student whose pictures are wrong"
+    assert "as fast" not in page.split("How fast")[0], "no headline about a student whose pictures are wrong"
+
+
+def test_headline_ratios_name_both_sides_and_the_first_are_of_one_backend(report: BenchReport) -> None:
+    """The fastest student is an export: what it gains over torch's teacher is the method's and the runtime's."""
+    view = ReportView(report)
+    assert view.headline_subject == ONNX
+    found = [(line.figure, line.what) for line in view.headlines() if " against " in line.what]
+    setting = view.settings[0]
+    expected = []
+    for key in (STUDENT, ONNX):
+        speedup, passes = view.ratio(key, TEACHER, setting, "image"), view.plain_ratio(key, setting, "unet")
+        assert speedup is not None and speedup.ratio is not None and passes is not None and passes.ratio is not None
+        label = view.side(key)
+        teacher, plain = "papercut's teacher, 25 steps, torch", "one plain UNet pass, torch"
+        expected.append((f"{1 / speedup.ratio:.1f}×", f"as fast: {label} against {teacher}"))
+        expected.append((f"{passes.ratio:.2f}", f"times the UNet time: {label} against {plain}"))
+    assert view.side(STUDENT) == "K = 4, torch" and view.side(ONNX) == "K = 4, onnx, ONNX Runtime"
+    assert found == expected
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(page: str) -> None:

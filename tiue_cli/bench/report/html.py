@@ -14,9 +14,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from tiue_cli.bench.report.plots import quality_plot, ratio_plot, spread_plot, stage_plot, throughput_plot
+from tiue_cli.bench.report.plots import ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.report.schema import BenchReport, GridRecord
-from tiue_cli.bench.report.svg import css_variables
+from tiue_cli.bench.report.svg import css_variables, dark_css
 from tiue_cli.bench.report.tables import (
     Table,
     latency_tables,
@@ -28,6 +28,7 @@ from tiue_cli.bench.report.tables import (
     run_facts,
     subject_table,
 )
+from tiue_cli.bench.report.trend_plots import quality_plot, throughput_plot
 from tiue_cli.bench.report.view import ReportView
 from tiue_cli.text import plain
 
@@ -41,24 +42,25 @@ def render_html(report: BenchReport) -> str:
     light, dark = css_variables()
     environment = Environment(autoescape=True, undefined=StrictUndefined, finalize=_clean)
     template = environment.from_string(_page("report.html.jinja"))
-    places = view.places
-    sizes = list(dict.fromkeys(place.size for place in places))
+    settings = view.settings
+    sizes = list(dict.fromkeys(setting.size for setting in settings))
     return template.render(
         title=f"tiue bench: {report.name}",
         css=_page("report.css"),
         light=light,
         dark=dark,
+        dark_figures=dark_css(),
         name=report.name,
         where=_where(report),
         speed_only=bool(report.subjects) and all(subject.random_weights for subject in report.subjects),
         warnings=report.warnings,
-        hero="" if view.hero is None else view.subjects[view.hero].label,
+        subject="" if view.headline_subject is None else view.subjects[view.headline_subject].label,
         headlines=view.headlines(),
-        stage_plots=[plot for place in places if (plot := stage_plot(view, place)) is not None],
-        ratio_plots=[plot for place in places if (plot := ratio_plot(view, place)) is not None],
+        stage_plots=[plot for setting in settings if (plot := stage_plot(view, setting)) is not None],
+        ratio_plots=[plot for setting in settings if (plot := ratio_plot(view, setting)) is not None],
         throughput_plots=[plot for size in sizes if (plot := throughput_plot(view, size)) is not None],
         quality_plot=quality_plot(view),
-        spread_plots=[plot for place in places if (plot := spread_plot(view, place)) is not None],
+        spread_plots=[plot for setting in settings if (plot := spread_plot(view, setting)) is not None],
         quality_tables=quality_tables(view),
         quality_facts=quality_facts(view),
         grid=None if report.grid is None else _grid(view, report.grid),

@@ -53,9 +53,9 @@ def escaped(text: str) -> str:
 
 
 def _headlines(view: ReportView) -> str:
-    if view.hero is None:
+    if view.headline_subject is None:
         return ""
-    lines = [f"**{escaped(view.subjects[view.hero].label)}**", ""]
+    lines = [f"**{escaped(view.subjects[view.headline_subject].label)}**", ""]
     for line in view.headlines():
         lines.append(f"- **{escaped(line.figure)}** {escaped(line.what)} ({escaped(line.detail)})")
     return "\n".join(lines)

@@ -16,8 +16,8 @@ from tiue_cli.bench.report.view import (
     HASH_DIGITS,
     METRIC_NAMES,
     STAGE_NAMES,
-    Place,
     ReportView,
+    Setting,
     Shown,
     as_multiple,
     as_speedup,
@@ -49,11 +49,13 @@ class Table:
 
 
 def latency_tables(view: ReportView) -> list[Table]:
-    """One a place: median, percentiles, spread, throughput, share of peak, memory; then the stages."""
-    return [table for place in view.places for table in (_latency_table(view, place), _stage_table(view, place))]
+    """One a setting: median, percentiles, spread, throughput, share of peak, memory; then the stages."""
+    return [
+        table for setting in view.settings for table in (_latency_table(view, setting), _stage_table(view, setting))
+    ]
 
 
-def _latency_table(view: ReportView, place: Place) -> Table:
+def _latency_table(view: ReportView, setting: Setting) -> Table:
     columns = (
         Column("subject", "left"),
         Column("median, ms"),
@@ -66,7 +68,7 @@ def _latency_table(view: ReportView, place: Place) -> Table:
         Column("memory"),
     )
     rows, few = [], False
-    for record in view.records(place):
+    for record in view.records(setting):
         summary = view.summary(record)
         share = view.share_of_peak(record)
         uncertain = summary.count < LEAST_SAMPLES["p99"]
@@ -91,7 +93,7 @@ def _latency_table(view: ReportView, place: Place) -> Table:
     ]
     if few:
         notes.append(f"* of fewer than {LEAST_SAMPLES['p99']} runs: close to the slowest one, rather than a percentile")
-    return Table(f"Latency, {place.words}", columns, tuple(rows), tuple(notes))
+    return Table(f"Latency, {setting.words}", columns, tuple(rows), tuple(notes))
 
 
 def _memory(record: LatencyRecord) -> str:
@@ -101,8 +103,8 @@ def _memory(record: LatencyRecord) -> str:
     return text if record.driver_memory_bytes is None else f"{text} (driver: {bytes_text(record.driver_memory_bytes)})"
 
 
-def _stage_table(view: ReportView, place: Place) -> Table:
-    records = view.records(place)
+def _stage_table(view: ReportView, setting: Setting) -> Table:
+    records = view.records(setting)
     stages = [stage for stage in STAGE_NAMES if any(record.stage_samples_ms.get(stage) for record in records)]
     columns = (
         Column("subject", "left"),
@@ -121,7 +123,7 @@ def _stage_table(view: ReportView, place: Place) -> Table:
     ]
     if clocks:
         notes.append(f"Stages were timed by {' and '.join(words[clock] for clock in clocks)}.")
-    return Table(f"Stages, {place.words}", columns, rows, tuple(notes))
+    return Table(f"Stages, {setting.words}", columns, rows, tuple(notes))
 
 
 def _stage_row(view: ReportView, record: LatencyRecord, stages: list[Stage]) -> tuple[str, ...]:
@@ -145,11 +147,11 @@ def _stage_row(view: ReportView, record: LatencyRecord, stages: list[Stage]) -> 
 
 
 def ratio_tables(view: ReportView) -> list[Table]:
-    """One a place: whole image against every teacher and against a plain UNet pass, and the UNet alone against that."""
-    return [_ratio_table(view, place) for place in view.places if view.report.ratios]
+    """One a setting: the whole image against every teacher and a plain UNet pass, and the UNet alone against that."""
+    return [_ratio_table(view, setting) for setting in view.settings if view.report.ratios]
 
 
-def _ratio_table(view: ReportView, place: Place) -> Table:
+def _ratio_table(view: ReportView, setting: Setting) -> Table:
     columns = (
         Column("subject", "left"),
         *(Column(f"speed-up over {view.label(teacher)}") for teacher in view.teachers),
@@ -159,10 +161,10 @@ def _ratio_table(view: ReportView, place: Place) -> Table:
     rows: list[tuple[str, ...]] = []
     withheld: dict[str, str] = {}
     confidence: set[float] = set()
-    for record in view.records(place):
+    for record in view.records(setting):
         key = record.subject
-        teachers = [view.ratio(key, teacher, place, "image") for teacher in view.teachers]
-        plain = [view.plain_ratio(key, place, scope) for scope in ("image", "unet")]
+        teachers = [view.ratio(key, teacher, setting, "image") for teacher in view.teachers]
+        plain = [view.plain_ratio(key, setting, scope) for scope in ("image", "unet")]
         found = [ratio for ratio in (*teachers, *plain) if ratio is not None]
         if not found:
             continue
@@ -178,7 +180,7 @@ def _ratio_table(view: ReportView, place: Place) -> Table:
         "where the subject has them. The UNet alone against the teacher's is in the JSON."
     ]
     notes += [f"{view.label(key)}: withheld, because {reason}" for key, reason in withheld.items()]
-    return Table(f"Ratios, {place.words}", columns, tuple(rows), tuple(notes))
+    return Table(f"Ratios, {setting.words}", columns, tuple(rows), tuple(notes))
 
 
 def _ratio_cell(ratio: RatioRecord | None, form: Callable[[RatioRecord], Shown], unit: str) -> str:
@@ -196,12 +198,12 @@ def load_table(view: ReportView) -> Table:
         Column("subject", "left"),
         Column("load, s"),
         Column("build, s"),
-        *(Column(f"first call, {place.words}, ms") for place in view.places),
+        *(Column(f"first call, {setting.words}, ms") for setting in view.settings),
         Column("weights"),
     )
     rows = []
     for subject in view.report.subjects:
-        records = [view.latency(subject.key, place) for place in view.places]
+        records = [view.latency(subject.key, setting) for setting in view.settings]
         rows.append(
             (
                 view.label(subject.key),
@@ -319,28 +321,28 @@ def metric_name(metric: str) -> str:
 
 
 def terminal_tables(view: ReportView) -> list[Table]:
-    """What fits into 80 columns: latency with the first ratios, a table a place, and the first metrics of quality."""
-    tables = [_terminal_table(view, place) for place in view.places]
+    """What fits into 80 columns: latency with the first ratios, a table a setting, and the first metrics of quality."""
+    tables = [_terminal_table(view, setting) for setting in view.settings]
     quality = quality_table(view, view.main_metrics, spread=False)
     return tables if quality is None else [*tables, quality]
 
 
-def _terminal_table(view: ReportView, place: Place) -> Table:
+def _terminal_table(view: ReportView, setting: Setting) -> Table:
     teacher = view.teachers[0] if view.teachers else None
     columns = [Column("subject", "left"), Column("median, ms"), Column("images/s")]
     columns += [] if teacher is None else [Column("speed-up")]
     columns.append(Column("UNet passes"))
     rows = []
-    for record in view.records(place):
-        ratio = None if teacher is None else view.ratio(record.subject, teacher, place, "image")
+    for record in view.records(setting):
+        ratio = None if teacher is None else view.ratio(record.subject, teacher, setting, "image")
         cells = [] if teacher is None else [_ratio_cell(ratio, as_speedup, "×")]
-        cells.append(_ratio_cell(view.plain_ratio(record.subject, place, "unet"), as_multiple, ""))
+        cells.append(_ratio_cell(view.plain_ratio(record.subject, setting, "unet"), as_multiple, ""))
         medians = number(view.summary(record).median), number(view.images_per_s(record))
         rows.append((view.label(record.subject), *medians, *cells))
     note = "UNet passes: time of the UNet in plain passes of it."
     if teacher is not None:
         note = f"Speed-up: over {view.label(teacher)}, prompt to pixels. {note}"
-    return Table(f"Latency, {place.words}", tuple(columns), tuple(rows), (note,))
+    return Table(f"Latency, {setting.words}", tuple(columns), tuple(rows), (note,))
 
 
 def percent(share: float) -> str:
@@ -382,8 +384,8 @@ def run_facts(view: ReportView) -> list[tuple[str, str]]:
     """What was run: prompts, seed, rounds."""
     report = view.report
     facts = [("prompts", "; ".join(report.prompts)), ("seed", str(report.seed))]
-    if view.places:
-        facts.append(("measured at", "; ".join(place.words for place in view.places)))
+    if view.settings:
+        facts.append(("measured at", "; ".join(setting.words for setting in view.settings)))
     if report.control_samples_ms:
         samples = report.control_samples_ms
         facts.append(

@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from tiue_cli.bench.report.schema import (
+    BenchBackend,
     BenchReport,
     LatencyRecord,
     PeakRecord,
@@ -31,6 +32,13 @@ STAGE_NAMES: dict[Stage, str] = {
     "unet_decoder": "UNet decoder",
     "unet": "UNet",
     "vae": "VAE decoder",
+}
+BACKEND_NAMES: dict[BenchBackend, str] = {
+    "torch": "torch",
+    "compile": "torch.compile",
+    "onnx": "ONNX Runtime",
+    "trt": "TensorRT",
+    "diffusers": "diffusers",
 }
 METRIC_NAMES = {
     "fid": "Fréchet distance ↓",
@@ -53,7 +61,7 @@ MANY_STEPS = frozenset({"teacher", "peer"})
 
 
 @dataclass(frozen=True)
-class Place:
+class Setting:
     """What is measured together: a batch at a size, (height, width) in pixels."""
 
     batch: int
@@ -84,31 +92,31 @@ class ReportView:
     # --- lookups ---
 
     @cached_property
-    def places(self) -> list[Place]:
+    def settings(self) -> list[Setting]:
         """Every batch and size, smallest first."""
-        found = {Place(record.batch, record.size) for record in self.report.latency}
-        return sorted(found, key=lambda place: (math.prod(place.size), place.size, place.batch))
+        found = {Setting(record.batch, record.size) for record in self.report.latency}
+        return sorted(found, key=lambda setting: (math.prod(setting.size), setting.size, setting.batch))
 
     @cached_property
-    def _latency(self) -> dict[tuple[str, Place], LatencyRecord]:
-        return {(record.subject, Place(record.batch, record.size)): record for record in self.report.latency}
+    def _latency(self) -> dict[tuple[str, Setting], LatencyRecord]:
+        return {(record.subject, Setting(record.batch, record.size)): record for record in self.report.latency}
 
-    def latency(self, key: str, place: Place) -> LatencyRecord | None:
-        """The samples of a subject at a place."""
-        return self._latency.get((key, place))
+    def latency(self, key: str, setting: Setting) -> LatencyRecord | None:
+        """The samples of a subject at a setting."""
+        return self._latency.get((key, setting))
 
-    def records(self, place: Place) -> list[LatencyRecord]:
-        """The samples of every subject at a place, in the report's order of subjects."""
-        return [self._latency[key, place] for key in self.subjects if (key, place) in self._latency]
+    def records(self, setting: Setting) -> list[LatencyRecord]:
+        """The samples of every subject at a setting, in the report's order of subjects."""
+        return [self._latency[key, setting] for key in self.subjects if (key, setting) in self._latency]
 
-    def ratio(self, key: str, baseline: str, place: Place, scope: Scope) -> RatioRecord | None:
+    def ratio(self, key: str, baseline: str, setting: Setting, scope: Scope) -> RatioRecord | None:
         """One ratio."""
-        return self._ratios.get((key, baseline, place, scope))
+        return self._ratios.get((key, baseline, setting, scope))
 
     @cached_property
-    def _ratios(self) -> dict[tuple[str, str, Place, Scope], RatioRecord]:
+    def _ratios(self) -> dict[tuple[str, str, Setting, Scope], RatioRecord]:
         return {
-            (ratio.subject, ratio.baseline, Place(ratio.batch, ratio.size), ratio.scope): ratio
+            (ratio.subject, ratio.baseline, Setting(ratio.batch, ratio.size), ratio.scope): ratio
             for ratio in self.report.ratios
         }
 
@@ -118,10 +126,10 @@ class ReportView:
         baselines = {ratio.baseline for ratio in self.report.ratios}
         return [key for key, subject in self.subjects.items() if subject.kind == "teacher" and key in baselines]
 
-    def plain_ratio(self, key: str, place: Place, scope: Scope) -> RatioRecord | None:
+    def plain_ratio(self, key: str, setting: Setting, scope: Scope) -> RatioRecord | None:
         """The ratio to the plain UNet pass of the subject's own model (with merged upsamplers, if it has them)."""
         for (subject, baseline, where, of), ratio in self._ratios.items():
-            if (subject, where, of) == (key, place, scope) and self.subjects[baseline].kind == "plain-unet":
+            if (subject, where, of) == (key, setting, scope) and self.subjects[baseline].kind == "plain-unet":
                 return ratio
         return None
 
@@ -230,73 +238,78 @@ class ReportView:
     # --- what to take away ---
 
     @cached_property
-    def hero(self) -> str | None:
+    def headline_subject(self) -> str | None:
         """The student that the headline is about: of those with the most timesteps whose pictures are right, the
-        fastest at the first place. None where there is no student."""
-        if not self.places:
+        fastest at the first setting. None where there is no student."""
+        if not self.settings:
             return None
+        withheld = {ratio.subject for ratio in self.report.ratios if ratio.withheld}
         candidates = [
-            subject
+            (-subject.steps, self.summary(record).median, subject.key)
             for subject in self.subjects.values()
             if subject.kind == "student"
             and (subject.parity is None or subject.parity.passed)
-            and self.latency(subject.key, self.places[0]) is not None
-            and not any(ratio.withheld for ratio in self.report.ratios if ratio.subject == subject.key)
+            and subject.key not in withheld
+            and (record := self.latency(subject.key, self.settings[0])) is not None
         ]
-        most = max((subject.steps for subject in candidates), default=0)
-        fastest = sorted(
-            (self.summary(self._latency[subject.key, self.places[0]]).median, subject.key)
-            for subject in candidates
-            if subject.steps == most
-        )
-        return fastest[0][1] if fastest else None
+        return min(candidates)[2] if candidates else None
 
     def headlines(self) -> list[Headline]:
-        """Latency, speed-ups, UNet passes, throughput and quality of the hero."""
-        if self.hero is None:
+        """Latency, speed-ups, UNet passes, throughput and quality of the headline's subject."""
+        key = self.headline_subject
+        if key is None:
             return []
-        place = self.places[0]
-        record = self._latency[self.hero, place]
-        summary = self.summary(record)
+        setting = self.settings[0]
+        summary = self.summary(self._latency[key, setting])
+        what = "an image" if setting.batch == 1 else f"{setting.batch} images"
         found = [
             Headline(
                 f"{number(summary.median)} ms",
-                "for an image, prompt to pixels" if place.batch == 1 else f"for {place.batch} images, prompt to pixels",
+                f"for {what}, prompt to pixels",
                 f"median of {summary.count} runs; 90 % take at most {number(summary.p90)} ms",
             )
         ]
-        found += self._ratio_headlines(place)
-        best = max(
-            (self._latency[self.hero, other] for other in self.places if (self.hero, other) in self._latency),
-            key=self.images_per_s,
-        )
-        found.append(
-            Headline(number(self.images_per_s(best)), "images a second at best", Place(best.batch, best.size).words)
-        )
-        protocol, quality = self.report.quality_protocol, self.quality.get(self.hero)
+        found += self._ratio_headlines(key, setting)
+        records = [record for other in self.settings if (record := self.latency(key, other)) is not None]
+        best = max(records, key=self.images_per_s)
+        at = Setting(best.batch, best.size).words
+        found.append(Headline(number(self.images_per_s(best)), "images a second at best", at))
+        protocol, quality = self.report.quality_protocol, self.quality.get(key)
         if protocol is not None and quality is not None and "fid" in quality.metrics:
             comparable = "" if protocol.comparable else "; not comparable with published figures"
-            found.append(
-                Headline(number(quality.metrics["fid"]), "Fréchet distance", f"{protocol.images} images{comparable}")
-            )
+            detail = f"{protocol.images} images{comparable}"
+            found.append(Headline(number(quality.metrics["fid"]), "Fréchet distance", detail))
         return found
 
-    def _ratio_headlines(self, place: Place) -> list[Headline]:
+    def _ratio_headlines(self, key: str, setting: Setting) -> list[Headline]:
+        """Ratios name both sides with what ran them. Those of one backend come first: what the method gives.
+
+        The baselines run in torch. Where the fastest student is an export, the student that it was compared with
+        stands for it; then come the export's own ratios, in which the runtime has its share.
+        """
+        parity = self.subjects[key].parity
         found = []
-        for ratio in self.report.ratios:
-            if ratio.subject != self.hero or Place(ratio.batch, ratio.size) != place:
-                continue
-            kind = self.subjects[ratio.baseline].kind
-            if ratio.scope == "image" and kind == "teacher":
-                shown, unit, what = as_speedup(ratio), "×", f"as fast as {self.label(ratio.baseline)}"
-            elif ratio.scope == "unet" and kind == "plain-unet":
-                shown, unit, what = as_multiple(ratio), "", f"times the UNet time of {self.label(ratio.baseline)}"
-            else:
-                continue
-            if shown.value is not None:
-                detail = f"{ratio.confidence:.0%} interval: {shown.interval}".replace("%", " %", 1)
-                found.append(Headline(number(shown.value) + unit, what, detail))
+        for subject in dict.fromkeys([key] if parity is None else [parity.reference, key]):
+            for ratio in self.report.ratios:
+                if ratio.subject != subject or Setting(ratio.batch, ratio.size) != setting:
+                    continue
+                kind = self.subjects[ratio.baseline].kind
+                if ratio.scope == "image" and kind == "teacher":
+                    shown, unit, what = as_speedup(ratio), "×", "as fast"
+                elif ratio.scope == "unet" and kind == "plain-unet":
+                    shown, unit, what = as_multiple(ratio), "", "times the UNet time"
+                else:
+                    continue
+                if shown.value is not None:
+                    sides = f"{self.side(subject)} against {self.side(ratio.baseline)}"
+                    detail = f"{100 * ratio.confidence:g} % interval: {shown.interval}"
+                    found.append(Headline(number(shown.value) + unit, f"{what}: {sides}", detail))
         return found
+
+    def side(self, key: str) -> str:
+        """A side of a ratio: its label, and what ran it."""
+        label, backend = self.label(key), BACKEND_NAMES[self.subjects[key].backend]
+        return label if backend in label else f"{label}, {backend}"
 
 
 # --- numbers as text -----------------------------------------------------------------------------------------------
