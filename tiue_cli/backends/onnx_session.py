@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
+from tiue_cli.files.caches import user_cache
 
 if TYPE_CHECKING:
     import numpy as np
@@ -175,7 +176,7 @@ def _options(provider: Provider) -> dict[str, Any]:
         # Sizes change from call to call: an exhaustive search for each would cost more than it brings.
         return {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
     if provider.name == "tensorrt":
-        cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tiue" / "onnxruntime-tensorrt"
+        cache = user_cache() / "onnxruntime-tensorrt"
         cache.mkdir(parents=True, exist_ok=True)
         return {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache), "trt_timing_cache_enable": True}
     return {}

@@ -13,6 +13,7 @@ import typer
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, FormatOption
 from tiue_cli.errors import UsageError
+from tiue_cli.files.atomic import free_bytes
 from tiue_cli.text import bytes_text
 
 if TYPE_CHECKING:
@@ -80,11 +81,13 @@ def distill(
 
 def run_distill(request: DistillRequest, console: Console) -> None:
     """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on."""
+    from tiue_cli.distill.run_folder import check_places
     from tiue_cli.events import Finished, Note, Progress, Saved
 
     resolved = request.resolve()
     for line in _settings_notes(resolved):
         console.note(line)
+    check_places(request.out, resolved.config, resume=request.resume)
     from tiue_cli.distill.loop import Distillation
 
     figures: Mapping[str, float] = {}
@@ -122,10 +125,10 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
     from tiue_cli.distill.config import to_yaml
     from tiue_cli.distill.data.prompts import read_training_prompts
     from tiue_cli.distill.estimate import estimate_run
-    from tiue_cli.distill.run_folder import check_out_folder
+    from tiue_cli.distill.run_folder import check_places
 
     config = resolved.config
-    check_out_folder(request.out, resume=request.resume)
+    check_places(request.out, config, resume=request.resume)
     prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
     needs = estimate_run(config, prompts=len(prompts.prompts), half=effective_precision(config) in HALF)
     origins: dict[str, list[str]] = {}
@@ -160,16 +163,27 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
             "cache": str(config.cache_folder),
         },
     )
+    for note in _lack_of_room(needs.disk_bytes, caches=config.cache_folder, out=request.out):
+        console.note(note)
+
+
+def _lack_of_room(needed: Mapping[str, int], *, caches: Path, out: Path) -> Iterator[str]:
+    """What does not fit on the disks, one sentence each; caches of earlier runs may make it less."""
+    for what, folder in (("cached", caches), ("", out)):
+        size = sum(size for name, size in needed.items() if name.startswith("cached") == bool(what))
+        free = free_bytes(folder)
+        if free is not None and size > free:
+            names = "the caches" if what else "checkpoints and student"
+            yield f"{names} need {bytes_text(size)} in {folder}, and {bytes_text(free)} are free there"
 
 
 def relaunch(request: DistillRequest, accelerate_args: Sequence[str], console: Console, *, format_: str) -> int:
     """Run the same request under ``accelerate launch``; returns its exit status."""
     from tiue_cli.cli.launch import ACCELERATE_ARGS, command_line, launch, launcher_arguments
-    from tiue_cli.distill.run_folder import check_out_folder
+    from tiue_cli.distill.run_folder import check_places
 
     # What is wrong with the request is said once, here.
-    request.resolve()
-    check_out_folder(request.out, resume=request.resume)
+    check_places(request.out, request.resolve().config, resume=request.resume)
     words, environment = launcher_arguments(accelerate_args)
     arguments = [*request.arguments(), "--format", format_]
     console.note(f"running: {command_line(words, environment, arguments)}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tiue_cli.errors import OutputError
+from tiue_cli.files.access import is_folder, list_folder, open_file
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.manifests import read_manifest, write_json
 
@@ -67,7 +68,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     path = root / f"step_{checkpoint.state.step:08d}"
     if path.is_dir():  # the step at which this run began or stopped
         return path
-    with atomic_folder(path) as folder, _as_output_error(path):
+    with atomic_folder(path) as folder:
         for part, tensors in checkpoint.weights.items():
             (folder / part).mkdir()
             plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -82,6 +83,10 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint folder. OutputError or ManifestError where it is damaged."""
+    for file in (path / STATE, *sorted(path.glob(f"*/{WEIGHTS}")), *sorted(path.glob(f"*/{OPTIMIZER}"))):
+        # What may not be read is not damaged, and nobody should remove it.
+        with contextlib.suppress(FileNotFoundError), open_file(file, error=OutputError):
+            pass
     try:
         weights = {file.parent.name: load_file(file, device=str(device)) for file in sorted(path.glob(f"*/{WEIGHTS}"))}
         optimizers = {
@@ -115,9 +120,9 @@ def remove_leftovers(root: Path) -> None:
 
 
 def _checkpoints(root: Path) -> list[Path]:
-    if not root.is_dir():
+    if not is_folder(root, error=OutputError):
         return []
-    return sorted(path for path in root.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(path for path in list_folder(root, error=OutputError) if _NAME.fullmatch(path.name) and path.is_dir())
 
 
 def _rotate(root: Path, keep: int) -> None:
@@ -126,14 +131,3 @@ def _rotate(root: Path, keep: int) -> None:
         hidden = path.with_name(f".{path.name}.old")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _as_output_error(path: Path) -> Iterator[None]:
-    """torch and safetensors report a full disk as errors of their own."""
-    try:
-        yield
-    except (SafetensorError, RuntimeError) as error:
-        raise OutputError(
-            f"cannot write {path}: {error}", hint="free some space; the checkpoint before is kept"
-        ) from error

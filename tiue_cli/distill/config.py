@@ -17,6 +17,9 @@ import pydantic
 import yaml
 from pydantic import ConfigDict, Field
 
+from tiue_cli.errors import UsageError
+from tiue_cli.files.access import user_path
+from tiue_cli.files.caches import user_cache
 from tiue_cli.model.noise import MAX_SEED
 
 _Positive = Annotated[int, Field(ge=1)]
@@ -203,7 +206,7 @@ class DistillConfig(_Section):
     text_cache: bool = True
     """Text states of all prompts on disk, computed once; false encodes each batch anew."""
     cache: str | None = None
-    """Folder of cached text states and pairs; null takes ~/.cache/tiue/distill."""
+    """Folder of cached text states and pairs; null takes ~/.cache/tiue/distill, or that in XDG_CACHE_HOME."""
     max_bad_steps: _Positive = 10
     """Steps in a row without a finite gradient after which the training stops."""
     ema: _Share | None = None
@@ -223,8 +226,8 @@ class DistillConfig(_Section):
     def cache_folder(self) -> Path:
         """Where text states and pairs are kept between runs."""
         if self.cache is not None:
-            return Path(self.cache).expanduser()
-        return Path("~/.cache/tiue/distill").expanduser()
+            return user_path(self.cache, error=UsageError)
+        return user_cache() / "distill"
 
 
 FREE_ON_RESUME = ("checkpoint.", "validation.", "tracking.", "cache", "max_bad_steps")

@@ -5,7 +5,9 @@ prepare (cheap checks first) ─▶ text states ─▶ pairs ─▶ steps, check
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,8 +29,9 @@ from tiue_cli.distill.run_folder import (
     RunFolder,
     RunRecord,
     card_section,
-    check_out_folder,
+    check_places,
     check_resumable,
+    run_lock,
     write_record,
 )
 from tiue_cli.distill.trainer import Networks, Trainer
@@ -44,6 +47,11 @@ from tiue_cli.model.text import encode_prompts
 
 _RATE_STEPS = 20
 """Steps over which the speed is averaged."""
+_OTHER_DISK = "free some space, or give the caches another disk: --set cache=FOLDER"
+_ROOM_HINTS = {
+    "text states": f"{_OTHER_DISK}; or encode each batch anew: --set text_cache=false",
+    "pairs": f"{_OTHER_DISK}; or fewer: --set warm_start.pairs=N",
+}
 
 
 class Distillation:
@@ -51,7 +59,7 @@ class Distillation:
 
     def __init__(self, config: DistillConfig, out: Path, *, resume: bool = False) -> None:
         """Checks that need no model are made here. Raises TiueError."""
-        check_out_folder(out, resume=resume)
+        check_places(out, config, resume=resume)
         self.config, self.out, self.resume = config, out, resume
         self.prompts: TrainingPrompts = read_training_prompts(
             config.prompts, column=config.prompt_column, limit=config.max_prompts
@@ -61,7 +69,10 @@ class Distillation:
 
     def events(self) -> Iterator[Event]:
         """Run, and tell. Raises TiueError; what was saved before stays."""
-        with self._stop:
+        # The first process of a launch answers for all of them.
+        is_first = os.environ.get("RANK", "0") == "0"
+        lock = run_lock(self.out, resume=self.resume) if is_first else contextlib.nullcontext()
+        with self._stop, lock:
             try:
                 yield from self._run()
             except torch.OutOfMemoryError as error:
@@ -235,6 +246,7 @@ class Distillation:
         """Drive a filling generator to its end, or to the stop; then all processes have all of it."""
         if cache is None:
             return
+        cache.check_room(f"the {stage}", hint=_ROOM_HINTS[stage])
         missing = sum(len(cache.chunk_range(chunk)) for chunk in cache.missing())
         done = cache.count - missing
         if missing:

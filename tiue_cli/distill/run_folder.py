@@ -11,9 +11,10 @@ OUT/run.json       what was asked for, and of what
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,12 +25,16 @@ from tiue_cli.distill.config import DistillConfig, forbidden_on_resume, to_yaml
 from tiue_cli.distill.data.prompts import TrainingPrompts
 from tiue_cli.errors import ManifestError, OutputError, UsageError
 from tiue_cli.files.access import has_file, is_file, kind_of, list_folder, read_bytes
-from tiue_cli.files.atomic import atomic_file, output_error
+from tiue_cli.files.atomic import atomic_file, check_writable, output_error
+from tiue_cli.files.lock import NoLocksError, held_lock
 from tiue_cli.files.manifests import read_manifest, write_json
 from tiue_cli.files.students import RUN_MANIFEST
 
 LEFTOVERS = ".*.tmp*"
 """What a kill leaves of a file or folder that was being written (artifacts.py)."""
+
+
+LOCK = ".lock"
 
 
 class RunRecord(BaseModel):
@@ -112,9 +117,57 @@ def check_out_folder(out: Path, *, resume: bool) -> None:
         )
     kind = kind_of(out, error=OutputError)
     if kind != "nothing" and (
-        kind != "folder" or any(not path.match(LEFTOVERS) for path in list_folder(out, error=OutputError))
+        kind != "folder"
+        or any(not path.match(LEFTOVERS) and path.name != LOCK for path in list_folder(out, error=OutputError))
     ):
         raise OutputError(f"{out} exists and is not an empty folder", hint="choose another folder for --out")
+
+
+def check_places(out: Path, config: DistillConfig, *, resume: bool) -> None:
+    """``check_out_folder``, and whether it and the cache can be written: before seconds of imports and hours of work.
+
+    Raises OutputError or UsageError.
+    """
+    check_out_folder(out, resume=resume)
+    check_writable(out)
+    # A cache that holds something may be whole, and then it is only read.
+    empty = not any(config.cache_folder.glob("*-*"))
+    if empty and (config.text_cache or config.warm_start.needs_pairs):
+        try:
+            check_writable(config.cache_folder)
+        except OutputError as error:
+            raise OutputError(
+                error.message, hint="give the caches another folder: --set cache=FOLDER, or set XDG_CACHE_HOME"
+            ) from error
+
+
+@contextlib.contextmanager
+def run_lock(out: Path, *, resume: bool) -> Iterator[None]:
+    """Hold the folder of a run; a second distillation in it is refused, and touches nothing. Raises OutputError.
+
+    A folder that was made for the lock and got nothing else goes again.
+    """
+    made = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise output_error(out, error) from error
+    try:
+        with contextlib.ExitStack() as stack:
+            held = True  # where the file system has no locks, nothing can be known
+            with contextlib.suppress(NoLocksError):
+                held = stack.enter_context(held_lock(out / LOCK))
+            if not held:
+                raise OutputError(
+                    f"another tiue distill is running in {out}; nothing was changed",
+                    hint="wait until it ends, or choose another folder",
+                )
+            check_out_folder(out, resume=resume)  # the folder's last owner may have ended since it was looked at
+            yield
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # it holds a run
+                out.rmdir()
 
 
 def check_resumable(out: Path, record: RunRecord) -> None:

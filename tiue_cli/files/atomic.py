@@ -179,14 +179,25 @@ def check_replaceable(path: Path, *, overwrite: bool, marker: str | None) -> Non
         )
 
 
+def free_bytes(folder: Path | str) -> int | None:
+    """Bytes free where ``folder`` is or will be; None where the system does not say."""
+    with contextlib.suppress(OSError, TiueError):
+        return shutil.disk_usage(_existing(Path(folder))).free
+    return None
+
+
+def _existing(folder: Path) -> Path:
+    """``folder``, or the nearest folder above it that exists."""
+    return next((place for place in (folder, *folder.parents) if exists(place, error=OutputError)), folder)
+
+
 def check_writable(folder: Path | str) -> None:
     """Fail before minutes of work rather than after, and leave no trace. Raises OutputError.
 
     A folder that is yet to be made is as writable as the one that it will be made in.
     """
     folder = Path(folder)
-    existing = next((place for place in (folder, *folder.parents) if exists(place, error=OutputError)), folder)
-    with _as_output_error(folder), tempfile.TemporaryFile(dir=existing):
+    with _as_output_error(folder), tempfile.TemporaryFile(dir=_existing(folder)):
         pass
 
 
@@ -236,11 +247,14 @@ def _writing(path: Path, temporary: Path) -> Iterator[None]:
 
 
 _FULL_DISK = re.compile(
-    # safetensors, NumPy's tofile (its OSError has no number), torch's archive writer
-    r"no space left|os error 28|disk quota|\d+ requested and \d+ written|problem writing element|unexpected pos"
+    # NumPy's tofile (its OSError has no number), torch's archive writer
+    r"no space left|disk quota|\d+ requested and \d+ written|problem writing element|unexpected pos"
     r"|PytorchStreamWriter failed",
     re.IGNORECASE,
 )
+
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""The operating system's number in an error of safetensors or tokenizers."""
 
 
 def _write_failure(path: Path, temporary: Path, error: Exception) -> OutputError | None:
@@ -251,4 +265,5 @@ def _write_failure(path: Path, temporary: Path, error: Exception) -> OutputError
         return output_error(path, error) if error.errno in _WRITE_ERRNOS or ours else None
     if _FULL_DISK.search(str(error)) is not None:
         return output_error(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-    return None
+    number = _RUST_ERROR.search(str(error))
+    return None if number is None else output_error(path, OSError(int(number[1]), os.strerror(int(number[1]))))

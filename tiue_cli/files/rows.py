@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from tiue_cli.errors import OutputError
-from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.access import is_file, open_file
+from tiue_cli.files.atomic import atomic_file, check_writable, free_bytes
+from tiue_cli.text import bytes_text
 
 _CHUNK_BYTES = 32 * 2**20
 
@@ -33,9 +35,9 @@ class RowCache:
         self, folder: Path, count: int, shape: Sequence[int], dtype: str = "float32", *, max_chunk_rows: int = 4096
     ) -> None:
         self.folder, self.count, self.shape, self.dtype = folder, count, tuple(shape), np.dtype(dtype)
-        row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
-        self.chunk_rows = max(1, min(max_chunk_rows, _CHUNK_BYTES // row_bytes))
-        self.size_bytes = count * row_bytes
+        self._row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
+        self.chunk_rows = max(1, min(max_chunk_rows, _CHUNK_BYTES // self._row_bytes))
+        self.size_bytes = count * self._row_bytes
         self._open: dict[int, np.ndarray] = {}
 
     @property
@@ -49,7 +51,21 @@ class RowCache:
     def missing(self, process: tuple[int, int] = (0, 1)) -> list[int]:
         """The chunks that are not there yet, of those that fall to a ``process`` (index, count)."""
         index, processes = process
-        return [chunk for chunk in range(index, self.chunks, processes) if not self._path(chunk).is_file()]
+        return [
+            chunk for chunk in range(index, self.chunks, processes) if not is_file(self._path(chunk), error=OutputError)
+        ]
+
+    def check_room(self, what: str, *, hint: str) -> None:
+        """Refuse to begin what the disk has no room for; rows that are there already need none. Raises OutputError."""
+        needed = sum(len(self.chunk_range(chunk)) for chunk in self.missing()) * self._row_bytes
+        if needed == 0:
+            return
+        check_writable(self.folder)
+        free = free_bytes(self.folder)
+        if free is not None and needed > free:
+            raise OutputError(
+                f"{what} need {bytes_text(needed)} in {self.folder.parent}, and {bytes_text(free)} are free", hint=hint
+            )
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
         """Store a chunk, whole or not at all. Raises OutputError."""
@@ -72,8 +88,11 @@ class RowCache:
     def _chunk(self, chunk: int) -> np.ndarray:
         if chunk not in self._open:
             path = self._path(chunk)
+            if not is_file(path, error=OutputError):
+                raise OutputError(f"{path} is gone", hint="start again, or give another folder: --set cache=FOLDER")
             try:
-                rows: np.ndarray = np.load(path, mmap_mode="r")
+                with open_file(path, error=OutputError):  # what may not be read is not damaged
+                    rows: np.ndarray = np.load(path, mmap_mode="r")
                 if rows.shape != (len(self.chunk_range(chunk)), *self.shape) or rows.dtype != self.dtype:
                     raise ValueError(f"{rows.dtype} {rows.shape}")
             except (OSError, ValueError, EOFError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -43,8 +41,6 @@ __all__ = [
 STEPS = 4
 """Decoder timesteps of the paper and of the authors' released students."""
 RELEASED_SPACING = "leading"
-
-_SPACE_HINT = "check that the disk has room and the folder can be written"
 
 
 @dataclass
@@ -233,12 +229,8 @@ def _save_module(
     _drop(folder / "config.json", "_name_or_path")
     weights = {key: value.detach().to("cpu", stored).contiguous() for key, value in module.state_dict().items()}
     path = folder / f"{name}.safetensors"
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise OutputError(f"cannot write {path}: {error}", hint=_SPACE_HINT) from error
-    # The library writes files that their owner alone can read, whatever the umask.
-    shutil.copymode(folder / "config.json", path)
+    # Its full disk and its mode (the owner's alone, whatever the umask) are ``atomic_folder``'s business.
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def _drop(path: Path, *fields: str) -> None:

@@ -7,7 +7,6 @@ in a thread of its own: this one keeps the clock, and tells it through its progr
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import threading
 import time
@@ -20,6 +19,7 @@ from typing import Any, Final
 from tiue_cli.backends.trt_runner import Messages, collect_messages
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.trt.profiles import Shapes
+from tiue_cli.files.caches import user_cache
 from tiue_cli.files.exports import EngineDevice
 from tiue_cli.text import bytes_text
 
@@ -95,10 +95,9 @@ def workspace_limits(first: int) -> list[int]:
 
 def timing_cache_file(device: EngineDevice) -> Path:
     """Where measured kernel times are kept for the next build: they hold for one GPU, CUDA and TensorRT only."""
-    home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
     gpu = re.sub(r"[^a-z0-9]+", "-", device.gpu.lower()).strip("-")
     name = f"{gpu}-cc{device.compute_capability}-trt{device.tensorrt}-cuda{device.cuda}-driver{device.driver}.timing"
-    return home / "tiue" / "tensorrt" / name.replace(" ", "-")
+    return user_cache() / "tensorrt" / name.replace(" ", "-")
 
 
 class _OutOfMemory(Exception):

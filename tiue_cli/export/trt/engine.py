@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file
 from tiue_cli.export.trt.parity import Reference, check_engine_images, check_plans, engine_parity, plan_cases
 from tiue_cli.export.trt.profiles import DEFAULT_BATCHES, batch_profiles, fit_profiles, input_shapes, load_profiles
 from tiue_cli.files.access import is_file
-from tiue_cli.files.atomic import atomic_folder, output_error, terminated_as_interrupt
+from tiue_cli.files.atomic import atomic_folder, terminated_as_interrupt
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
@@ -42,6 +41,7 @@ from tiue_cli.files.exports import (
     read_export_manifest,
 )
 from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.lock import release_lock, try_lock
 from tiue_cli.files.manifests import write_json
 
 PlanStageFn = Callable[[str, float, str], None]
@@ -248,36 +248,14 @@ def build_lock(folder: Path, *, waiting: Callable[[float], None] | None = None) 
     """
     path = folder.with_name(f".{folder.name}.lock")
     started = time.monotonic()
-    while (file := _try_lock(path)) is None:
+    while (file := try_lock(path)) is None:
         if waiting is not None:
             waiting(time.monotonic() - started)
         time.sleep(_WAIT_S)
     try:
         yield
     finally:
-        # Removed while it is held: whoever waits for this file sees below that it is no longer the one at the path.
-        path.unlink(missing_ok=True)
-        os.close(file)
-
-
-def _try_lock(path: Path) -> int | None:
-    """A descriptor that holds the lock, None where another one does. Raises OutputError."""
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OutputError("this system has no file locks", hint="build engines on Linux") from error
-    try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise output_error(path, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            return file
-    except OSError:
-        pass
-    os.close(file)
-    return None
+        release_lock(path, file)
 
 
 def remove_leftovers(folder: Path) -> None:
