@@ -66,7 +66,7 @@ def visible(text: str) -> str:
     A string of a PNG, a manifest or a file name could otherwise move the cursor, change colours and titles, or forge
     lines (ESC, CR, the C1 controls of ECMA-48). Line feeds and tabs stay; joiners, which scripts and emoji need, too.
     """
-    return _UNSAFE.sub(_escaped, text)
+    return UNSAFE.sub(_escaped, text)
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -74,7 +74,7 @@ def _escaped(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-_UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+UNSAFE: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def plain(text: str) -> str:

@@ -471,14 +471,28 @@ def test_interactive_reads_prompts_and_settings_and_survives_a_bad_line(fake, st
     made = [
         [(image["prompt"], image["seed"], image["size"][0], image["steps"]) for image in found["images"]]
         for found in documents
+        if "images" in found
     ]
     assert made == [
         [("a", 5, 32, 4)],
         [("b", 5, 32, 4), ("b", 6, 32, 4)],
+        [("c", 5, 32, 4), ("c", 6, 32, 4)],  # a size that does not fit is refused when it is set
         [("d", 5, 64, 2), ("d", 6, 64, 2)],
     ]
     assert status == 1
     assert err.count("error:") == 3
+    assert [found["error"]["type"] for found in documents if "error" in found] == ["UsageError"] * 3
+
+
+def test_interactive_understands_what_people_type(fake, student, capsys, monkeypatch) -> None:
+    import io
+
+    typed = f"help\n--seed 7\n:seed {'9' * 5000}\n:seed {10**22}\n:images {10**22}\n--size=32\na\nexit\nnever\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed.encode()), encoding="utf-8"))
+    status, out, err = run(capsys, "--interactive", "--model", student)
+    assert (status, out.splitlines()) == (1, ["images/a-7.png"])
+    assert err.count("error:") == 3
+    assert max(len(line) for line in err.splitlines() if line.startswith("error:")) < 200
 
 
 def test_interactive_survives_bytes_that_are_no_utf8(fake, student, capsys, monkeypatch) -> None:

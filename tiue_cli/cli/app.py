@@ -5,19 +5,24 @@ Importing this module loads nothing heavy: ``tiue --help`` must answer at once.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperArgument, TyperCommand
 
 from tiue_cli import __version__
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes
+from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError
+from tiue_cli.files.atomic import terminated_as_interrupt
+from tiue_cli.text import excerpt, visible
 
 app = typer.Typer(
     name="tiue",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,6 +39,22 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+class _Command(TyperCommand):
+    """Without Python's types in its help: ``--grid`` is not ``<bool>``, and ``PROMPT`` is not ``<list[str]>``."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument) or getattr(parameter, "is_flag", False):
+                vars(parameter)["display_type_rich"] = lambda ctx: None
+
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        if option is not None:
+            vars(option)["display_type_rich"] = lambda ctx: None
+        return option
+
+
 @app.callback(
     epilog=_examples(
         'tiue generate "a yellow star above a green tree"',
@@ -43,7 +64,7 @@ def _show_version(wanted: bool) -> None:
 )
 def tiue(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """One-pass text-to-image: distilled Stable Diffusion that draws without a loop."""
@@ -57,25 +78,86 @@ for _module, _command in (
     (distill, distill.distill),
     (bench, bench.bench),
 ):
-    app.command(epilog=_examples(*_module.EXAMPLES))(_command)
+    app.command(epilog=_examples(*_module.EXAMPLES), cls=_Command)(_command)
 app.add_typer(recipes.app, name="recipes")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Failures that a user can understand take two lines on stderr."""
+    """Run the command line; returns the exit status. Failures that a user can understand take two lines on stderr.
+
+    Without ``arguments`` this is the whole process: its streams are made safe, and SIGTERM unwinds as Ctrl-C does.
+    """
+    if arguments is not None:
+        return _run(list(arguments))
+    prepare_streams()
+    with terminated_as_interrupt():
+        return _run(sys.argv[1:])
+
+
+def _run(words: Sequence[str]) -> int:
+    format_ = _format_of(words)
     try:
-        app(args=None if arguments is None else list(arguments), prog_name="tiue")
+        return app(args=list(words), prog_name="tiue", standalone_mode=False) or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+    except _ClickException as error:
+        return _show_usage_error(error, words, format_)
     except TiueError as error:
         if console.debugging():
             raise
-        console.show_error(error)
+        console.show_error(error, format_=format_)
         return error.exit_code
     except Exception as error:
         if console.debugging():
             raise
         hint = "this is a fault of tiue itself; to see where: run it again with TIUE_DEBUG=1 set"
-        console.show_error(TiueError(f"{type(error).__name__}: {error}", hint=hint))
+        console.show_error(TiueError(f"{type(error).__name__}: {error}", hint=hint), format_=format_)
         return 1
-    return 0
+
+
+# typer brings its own copy of click in some versions, so the class is taken from typer's.
+_ClickException: type[Any] = typer.BadParameter.__mro__[2]
+
+
+def _show_usage_error(error: Any, words: Sequence[str], format_: console.Format) -> int:
+    from typer.rich_utils import rich_format_error
+
+    known = _ELSEWHERE.get(getattr(error, "option_name", None) or "")
+    device = next((value for option, value in itertools.pairwise(words) if option == "--device"), "")
+    if getattr(getattr(error, "param", None), "name", None) == "device":
+        number = device.removeprefix("cuda:")
+        error.message = (
+            f"one GPU is used, the first that is visible; for another one: CUDA_VISIBLE_DEVICES={number} tiue …"
+            if device.startswith("cuda:") and number.isdigit()
+            else f"{excerpt(visible(device))!r} is not supported: choose auto, cpu, or cuda (an NVIDIA GPU)"
+        )
+    elif known is not None:
+        error.message, error.possibilities = f"No such option: {error.option_name}. {known}", None
+    elif isinstance(error.message, str):
+        error.message = visible(excerpt(error.message, 300))
+    rich_format_error(error)
+    console.Console(format_).failure("UsageError", error.format_message())
+    return int(error.exit_code)
+
+
+# Options of other programs, and what they are here.
+_ELSEWHERE = {
+    "--negative-prompt": "There are no negative prompts: say in the prompt what to draw.",
+    "--negative_prompt": "There are no negative prompts: say in the prompt what to draw.",
+    "--width": "Use --size HEIGHTxWIDTH, e.g. --size 512x768.",
+    "--height": "Use --size HEIGHTxWIDTH, e.g. --size 512x768.",
+    "--num-images": "Use --images N.",
+    "--num_images": "Use --images N.",
+    "--num-inference-steps": "Use --steps K of a student, or --teacher-steps N.",
+    "--guidance-scale": "Use --guidance G of a teacher; a student has none.",
+    "--cfg-scale": "Use --guidance G of a teacher; a student has none.",
+    "--output": "Use --out DIR|FILE.png.",
+}
+
+
+def _format_of(words: Sequence[str]) -> console.Format:
+    """What ``--format`` asks for, before anything is parsed: a failure to parse is told in that format as well."""
+    options = list(words[: words.index("--")] if "--" in words else words)
+    asked = [word.removeprefix("--format=") for word in options if word.startswith("--format=")]
+    asked += [value for option, value in itertools.pairwise(options) if option == "--format"]
+    return "json" if asked[-1:] == ["json"] else "human"

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+from tiue_cli.cli.streams import terminal
 from tiue_cli.errors import TiueError
+from tiue_cli.text import UNSAFE, visible
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole
@@ -31,6 +33,8 @@ class Console:
     def __init__(self, format_: Format = "human") -> None:
         """``format_`` is what ``--format`` says."""
         self.format = format_
+        self._bar: RichConsole | None = None
+        """That of the progress on stderr, while there is one: lines go above it."""
         self._holding = False
         self._held_lines: list[str] = []
 
@@ -39,7 +43,7 @@ class Console:
     def note(self, text: str) -> None:
         """A sentence that the user should know; human format only, as the others carry it as data or not at all."""
         if self.format == "human":
-            _say("note", "cyan", text)
+            self.say("note", "cyan", text)
 
     def summary(self, text: str) -> None:
         """The last line of a run; human format only."""
@@ -47,14 +51,19 @@ class Console:
             _line(sys.stderr, text)
 
     def error(self, error: TiueError) -> None:
-        """One line of what went wrong and where, one of what to do next; in every format."""
-        _say("error", "bold red", error.message)
+        """One line of what went wrong and where, one of what to do next; in every format, in JSON also as data."""
+        self.say("error", "bold red", error.message)
         if error.hint is not None:
-            _say("hint", "yellow", error.hint)
+            self.say("hint", "yellow", error.hint)
+        self.failure(type(error).__name__, error.message, error.hint)
+
+    def failure(self, type_: str, message: str, hint: str | None = None) -> None:
+        """The JSON document of a command that failed; json format only."""
+        self.document({"error": {"type": type_, "message": message, "hint": hint}}, one_line=True)
 
     def stopped(self, text: str) -> None:
         """What an interrupted run left behind; in every format."""
-        _say("stopped", "yellow", text)
+        self.say("stopped", "yellow", text)
 
     @contextlib.contextmanager
     def progress(self, total: int) -> Iterator[Callable[[float], None]]:
@@ -77,14 +86,14 @@ class Console:
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
-            console=_rich(sys.stderr),
+            console=terminal(sys.stderr),
             redirect_stdout=False,
             redirect_stderr=False,
             transient=True,
         )
         self._holding = sys.stdout.isatty()
         try:
-            with bar:
+            with bar, self._above(bar.console):
                 task = bar.add_task("images", total=total, rate="")
 
                 def update(done: float) -> None:
@@ -123,7 +132,7 @@ class Console:
         figures_line = Text()  # below the bars: in a narrow terminal a column of it would push out the others
         display = Live(
             Group(bars, figures_line),
-            console=_rich(sys.stderr),
+            console=terminal(sys.stderr),
             auto_refresh=live,
             redirect_stdout=False,
             redirect_stderr=False,
@@ -132,7 +141,7 @@ class Console:
         drawn_s = 0.0
         self._holding = sys.stdout.isatty()
         try:
-            with display:
+            with display, self._above(display.console):
 
                 def update(stage: str, done: int, total: int, figures: str) -> None:
                     nonlocal drawn_s
@@ -169,11 +178,11 @@ class Console:
             SpinnerColumn(finished_text="✓"),
             TextColumn("{task.description}"),
             TimeElapsedColumn(),
-            console=_rich(sys.stderr),
+            console=terminal(sys.stderr),
             redirect_stdout=False,
             redirect_stderr=False,
         )
-        with bar:
+        with bar, self._above(bar.console):
 
             def begin(what: str, number: int, total: int) -> None:
                 for task in bar.tasks:
@@ -201,7 +210,9 @@ class Console:
             # Escapes where the terminal is not UTF-8: JSON has them, and they read the same.
             ascii_only = (getattr(sys.stdout, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8")
             indent = None if one_line else 2
-            _line(sys.stdout, json.dumps(data, indent=indent, ensure_ascii=ascii_only, allow_nan=False))
+            text = json.dumps(data, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+            # JSON need not escape DEL, the C1 controls and bidirectional marks; a terminal obeys them.
+            _line(sys.stdout, UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
 
     def prompt(self, text: str) -> None:
         """Ask for a line on stderr, where someone is there to answer."""
@@ -210,16 +221,28 @@ class Console:
             sys.stderr.flush()
 
     def line(self, text: str) -> None:
-        """One line on stdout, as it is."""
+        """Text on stdout as it is, but for controls."""
         _line(sys.stdout, text)
 
     def rich(self) -> RichConsole:
         """A rich console on stdout, for tables."""
-        return _rich(sys.stdout)
+        return terminal(sys.stdout)
 
     def say(self, label: str, style: str, text: str) -> None:
         """A labelled sentence on stderr, in every format."""
-        _say(label, style, text)
+        from rich.text import Text
+
+        out = terminal(sys.stderr) if self._bar is None else self._bar
+        one_line = " ".join(text.split())
+        out.print(Text.assemble((f"{label}:", style), f" {visible(one_line)}"), soft_wrap=True)
+
+    @contextlib.contextmanager
+    def _above(self, bar: RichConsole) -> Iterator[None]:
+        self._bar = bar
+        try:
+            yield
+        finally:
+            self._bar = None
 
     def text(self, text: str) -> None:
         """A document of several lines, as it is."""
@@ -229,16 +252,19 @@ class Console:
     def table(self, title: str, rows: Sequence[tuple[str, object]]) -> None:
         from rich.text import Text
 
-        out = _rich(sys.stdout)
+        out = terminal(sys.stdout)
         out.print(Text(title, style="bold"), soft_wrap=True)
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
-            out.print(Text.assemble((f"  {name:<{width}}  ", "cyan"), str(value)), soft_wrap=True)
+            lines = visible(str(value)).split("\n")
+            for number, line in enumerate(lines):
+                label = name if number == 0 else ""
+                out.print(Text.assemble((f"  {label:<{width}}  ", "cyan"), line), soft_wrap=True)
 
 
-def show_error(error: TiueError) -> None:
+def show_error(error: TiueError, *, format_: Format = "human") -> None:
     """``Console.error`` for whoever has no console yet."""
-    Console().error(error)
+    Console(format_).error(error)
 
 
 def show_version(version: str) -> None:
@@ -251,24 +277,10 @@ def debugging() -> bool:
     return os.environ.get("TIUE_DEBUG", "") not in ("", "0")
 
 
-def _say(label: str, style: str, text: str) -> None:
-    from rich.text import Text
-
-    one_line = " ".join(text.split())
-    _rich(sys.stderr).print(Text.assemble((f"{label}:", style), f" {one_line}"), soft_wrap=True)
-
-
-def _rich(file: Any) -> RichConsole:
-    from rich.console import Console as RichConsole
-
-    # Made anew each time: whoever has replaced sys.stdout meanwhile (tests do) gets what belongs there.
-    return RichConsole(file=file, highlight=False, emoji=False, markup=False)
-
-
 def _line(file: Any, text: str) -> None:
-    """Write one line as it is: no wrapping, no markup, and no failure for what the terminal's encoding lacks."""
+    """Write a line as it is but for controls: no wrapping, no markup, no failure for what the encoding lacks."""
     encoding = getattr(file, "encoding", None) or "utf-8"
-    file.write(text.encode(encoding, errors="backslashreplace").decode(encoding) + "\n")
+    file.write(visible(text).encode(encoding, errors="backslashreplace").decode(encoding) + "\n")
     file.flush()
 
 

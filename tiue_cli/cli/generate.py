@@ -15,13 +15,14 @@ import typer
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import TiueError, UsageError
+from tiue_cli.files.atomic import Terminated
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
-from tiue_cli.generate.plan import Plan
+from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
 from tiue_cli.model.hub import TEACHER_STEPS
 from tiue_cli.model.noise import MAX_SEED
-from tiue_cli.text import parse_size
+from tiue_cli.text import excerpt, parse_size
 
 if TYPE_CHECKING:
     pass
@@ -48,7 +49,7 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help='More prompts: .txt with one a line, or .jsonl with {"prompt", "seed", "size", "steps"} a line.',
+            help='More: .txt, one a line; .jsonl, {"prompt", "seed", "size", "steps"} a line; - is stdin.',
         ),
     ] = None,
     interactive: Annotated[
@@ -56,11 +57,11 @@ def generate(
     ] = False,
     seed: Annotated[
         int | None,
-        typer.Option(
-            metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i. Without it: random, shown and stored."
-        ),
+        typer.Option(metavar="N", min=0, help="Image number i uses seed + i. Without it: random, shown and stored."),
     ] = _DEFAULTS.seed,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="Images for each prompt.")] = _DEFAULTS.images,
+    images: Annotated[
+        int, typer.Option("--images", "-n", metavar="N", min=1, help="Images for each prompt.")
+    ] = _DEFAULTS.images,
     size: Annotated[
         str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
     ] = None,
@@ -95,7 +96,11 @@ def generate(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="DIR|FILE.png", help="Where images go; a file for one image or grid.", rich_help_panel=OUTPUT
+            "--out",
+            "-o",
+            metavar="DIR|FILE.png",
+            help="Where images go; a file for one image or grid.",
+            rich_help_panel=OUTPUT,
         ),
     ] = _DEFAULTS.out,
     grid: Annotated[
@@ -129,7 +134,8 @@ def generate(
     ] = _DEFAULTS.provider,
     device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _DEFAULTS.device,
     dtype: Annotated[
-        DtypeName, typer.Option(help="Precision; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE)
+        DtypeName,
+        typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
     ] = _DEFAULTS.dtype,
 ) -> None:
     """Draw prompts.
@@ -174,23 +180,26 @@ HELP = ":seed N|random  :images N  :size N|HxW  :steps N  :help  :quit   anythin
 
 def run_once(config: GenerateConfig, rows: Sequence[PromptRow], console: Console) -> None:
     """Make all images of ``rows`` and show them; on Ctrl-C say what is there and how to go on."""
-    with _saying_what_is_there(console), Session(config, note=console.note) as session:
+    session = Session(config, note=console.note)
+    with _saying_what_is_there(console, session), session:
         make_and_show(session, session.plan(rows), console)
 
 
 def make_and_show(session: Session, plan: Plan, console: Console, *, one_line: bool = False) -> None:
     """Run ``plan`` with a progress bar, the paths as they are ready, and a summary or a JSON document at the end."""
-    if plan.seed_drawn:
+    if plan.seed_drawn and not one_line:  # the summary of each line names the seed as well
         console.note(f"no --seed was given; a random one: --seed {plan.seed}")
     made: list[Made] = []
+    session.left_behind = ""
     try:
         with console.progress(len(plan.todo)) as progress:
             for image in session.run(plan, progress=progress):
                 made.append(image)
                 if image.path is not None:
                     console.path(str(image.path))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(plan, made)) from None
+    except (KeyboardInterrupt, Terminated) as interrupt:
+        session.left_behind = _how_to_go_on(plan, made)
+        raise interrupt from None
     if plan.sheet is not None:
         console.path(str(plan.sheet))
     console.document(report(session, plan, made), one_line=one_line)
@@ -206,13 +215,14 @@ def run_interactive(config: GenerateConfig, console: Console, *, lines: Iterable
     if isinstance(sys.stdin, io.TextIOWrapper):
         # Bytes that are no UTF-8 spoil their own line, not the session.
         sys.stdin.reconfigure(errors="surrogateescape")
-    with _saying_what_is_there(console), Session(config, note=console.note) as session:
+    session = Session(config, note=console.note)
+    with _saying_what_is_there(console, session), session:
         session.open()
         console.note(HELP)
         console.prompt("tiue> ")
         for line in sys.stdin if lines is None else lines:
-            text = line.strip()
-            if text in (":quit", ":q"):
+            text = _command(line.strip())
+            if text in (":quit", ":q", ":exit"):
                 break
             try:
                 config = _answer(text, config, session, console)
@@ -221,6 +231,13 @@ def run_interactive(config: GenerateConfig, console: Console, *, lines: Iterable
                 console.error(error)
             console.prompt("tiue> ")
     return all_worked
+
+
+def _command(text: str) -> str:
+    """A line as the session understands it: ``help``, ``exit``, ``quit`` and ``--seed 7`` are commands, too."""
+    if text.lower() in ("help", "exit", "quit"):
+        return f":{text.lower()}"
+    return f":{text.removeprefix('--').replace('=', ' ', 1)}" if text.startswith("--") else text
 
 
 def _answer(text: str, config: GenerateConfig, session: Session, console: Console) -> GenerateConfig:
@@ -232,6 +249,7 @@ def _answer(text: str, config: GenerateConfig, session: Session, console: Consol
         return config
     if text.startswith(":"):
         changed = _changed(text, config, kind=session.target.info.kind)
+        check_settings(changed, session.target)
         console.note(text.removeprefix(":"))
         return changed
     make_and_show(session, session.plan(rows_from_arguments([text]), config), console, one_line=True)
@@ -245,18 +263,22 @@ def _changed(text: str, config: GenerateConfig, *, kind: str) -> GenerateConfig:
     if name == "size":
         return replace(config, size=parse_size(value))
     if name == "seed":
-        return replace(config, seed=None if value == "random" else _whole_number(text, value, at_least=0))
+        return replace(
+            config, seed=None if value == "random" else _whole_number(text, value, at_least=0, at_most=MAX_SEED)
+        )
     if name == "images":
-        return replace(config, images=_whole_number(text, value, at_least=1))
+        return replace(config, images=_whole_number(text, value, at_least=1, at_most=MAX_IMAGES))
     if name == "steps":
-        number = _whole_number(text, value, at_least=1)
+        number = _whole_number(text, value, at_least=1, at_most=1000)
         return replace(config, teacher_steps=number) if kind == "teacher" else replace(config, steps=number)
-    raise UsageError(f"{text!r} is not understood", hint=HELP)
+    raise UsageError(f"{excerpt(text)!r} is not understood", hint=HELP)
 
 
-def _whole_number(text: str, value: str, *, at_least: int) -> int:
-    if not (value.isascii() and value.isdigit()) or int(value) < at_least:
-        raise UsageError(f"{text!r} needs a whole number, at least {at_least}", hint=HELP)
+def _whole_number(text: str, value: str, *, at_least: int, at_most: int) -> int:
+    # The length first: Python refuses to read a number of thousands of digits.
+    digits = value.isascii() and value.isdigit() and len(value) <= len(str(at_most))
+    if not digits or not at_least <= int(value) <= at_most:
+        raise UsageError(f"{excerpt(text)!r} needs a whole number from {at_least} to {at_most}", hint=HELP)
     return int(value)
 
 
@@ -297,10 +319,13 @@ def _images(count: int) -> str:
 
 
 @contextlib.contextmanager
-def _saying_what_is_there(console: Console) -> Iterator[None]:
+def _saying_what_is_there(console: Console, session: Session) -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        # Without words of its own it came before there was a plan.
-        console.stopped(str(interrupt) or "nothing was written")
+    except (KeyboardInterrupt, Terminated):
+        left = session.left_behind
+        if not left:  # it came between two plans, or before the first
+            left = f"{_images(session.generated)} made" if session.generated else "nothing was written"
+        console.stopped(left)
+        console.failure("Interrupted", left)
         raise

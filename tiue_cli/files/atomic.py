@@ -109,6 +109,10 @@ def _apply_umask(folder: Path) -> None:
                 file.chmod(mode)
 
 
+class Terminated(SystemExit):
+    """SIGTERM came: everything unwinds, and the process ends with status 143."""
+
+
 @contextlib.contextmanager
 def terminated_as_interrupt() -> Iterator[None]:
     """Inside, SIGTERM unwinds like Ctrl-C does (exit status 143), so that no temporary folder of gigabytes stays."""
@@ -117,7 +121,7 @@ def terminated_as_interrupt() -> Iterator[None]:
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        raise Terminated(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
@@ -20,6 +20,8 @@ from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.generate.target import ExportInfo, ModelTarget
 from tiue_cli.model.noise import check_seed
 
+MAX_IMAGES = 100_000
+"""Of one call: each is planned before the first is made."""
 RANDOM_SEEDS = 2**32
 """Seeds that are drawn stay below this: short enough to be typed again."""
 _OTHER_IMAGES = frozenset({".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff", ".bmp"})
@@ -72,6 +74,11 @@ def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[Prom
     """
     if not rows:
         raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
+    if len(rows) * config.images > MAX_IMAGES:
+        raise UsageError(
+            f"{len(rows) * config.images:,} images are more than the {MAX_IMAGES:,} of one call",
+            hint="call it several times, each with another --seed",
+        )
     seed = secrets.randbelow(RANDOM_SEEDS) if config.seed is None else check_seed(config.seed)
     specs: list[ImageSpec] = []
     for row in rows:
@@ -91,6 +98,11 @@ def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[Prom
         sheet=layout.sheet,
         sheet_done=layout.sheet is not None and not config.overwrite and _sheet_is_done(layout.sheet, specs),
     )
+
+
+def check_settings(config: GenerateConfig, target: ModelTarget) -> None:
+    """Raise UsageError where no prompt could be drawn with the size and steps of ``config``."""
+    row_specs(replace(config, images=1), target, PromptRow("any", "any"), first_seed=0)
 
 
 def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, first_seed: int) -> list[ImageSpec]:

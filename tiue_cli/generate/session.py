@@ -60,6 +60,8 @@ class Session:
         self.load_s = 0.0
         self.generate_s = 0.0
         self.generated = 0
+        self.left_behind = ""
+        """What the last plan left on the disk, in words, where it was interrupted."""
         self._note = note
         self._stack = ExitStack()
 
