@@ -156,7 +156,7 @@ def test_importing_the_package_loads_nothing_of_it() -> None:
 def test_only_the_console_prints() -> None:
     # ruff's T20 finds print(); this finds the other ways to a standard stream.
     for name, tree in MODULES.items():
-        if name == "cli.console":
+        if name in ("cli.console", "cli.streams"):
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.stdout", "sys.stderr"):

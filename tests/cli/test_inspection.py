@@ -214,3 +214,38 @@ def test_fingerprint_of_large_weights_sees_any_training(tmp_path: Path) -> None:
     trained[::20] = np.nextafter(trained[::20], np.float32(9))
     file.write_bytes(trained.tobytes())
     assert fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a star\nSteps: 20, Seed: 5", ("a star", "", "Steps: 20, Seed: 5")),
+        (
+            "a castle,\non a hill\nNegative prompt: fog,\nrain\nSteps: 20, Sampler: Euler a",
+            ("a castle,\non a hill", "fog,\nrain", "Steps: 20, Sampler: Euler a"),
+        ),
+        ("Steps: of stone\nSteps: 4", ("Steps: of stone", "", "Steps: 4")),
+        ("only a prompt", ("only a prompt", "", "")),
+        ("", ("", "", "")),
+    ],
+)
+def test_parameters_of_other_programs_are_taken_apart(text: str, parts: tuple[str, str, str]) -> None:
+    from tiue_cli.files.png import Parameters, split_parameters
+
+    assert split_parameters(text) == Parameters(*parts)
+
+
+def test_utf8_in_a_latin1_chunk_is_read_as_utf8(tmp_path: Path) -> None:
+    """As several web interfaces write it, against the standard."""
+    import struct
+    import zlib
+
+    from PIL import Image
+
+    from tiue_cli.files.png import read_text_chunks
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+    raw, chunk = (tmp_path / "p.png").read_bytes(), b"tEXtparameters\0" + "猫\nSteps: 20".encode()
+    written = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "p.png").write_bytes(raw[:33] + written + raw[33:])
+    assert read_text_chunks(tmp_path / "p.png")["parameters"] == "猫\nSteps: 20"

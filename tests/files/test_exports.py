@@ -127,3 +127,26 @@ def test_the_parity_table_shows_the_worst_skip() -> None:
     rows = parity.rows()
     assert [row.output for row in rows] == ["mid", "skip_00 … skip_02"]
     assert (rows[1].max_error, rows[1].relative_error) == (5.0, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("latent_factor", 0),
+        ("latent_factor", -4),
+        ("default_size", [2**31, 2**31]),
+        ("text_tokens", 2**40),
+        ("latent_channels", 0),
+        ("opset", -1),
+    ],
+)
+def test_numbers_out_of_bounds_are_refused(folder: Path, field: str, value: object) -> None:
+    change(folder, lambda data: data.update({field: value}))
+    with pytest.raises(ManifestError, match=field):
+        read_export_manifest(folder)
+
+
+def test_numbers_that_are_none_are_refused(folder: Path) -> None:
+    change(folder, lambda data: data["combines"][0].update(weights=[float("nan"), float("inf")]))
+    with pytest.raises(ManifestError, match="is not JSON: NaN"):
+        read_export_manifest(folder)

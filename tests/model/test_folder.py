@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,3 +336,61 @@ def test_an_autoencoder_folder_is_found_with_or_without_its_model(tiny_teacher_f
     for wrong in (tmp_path, tmp_path / "missing", tiny_teacher_folder / "unet"):
         with pytest.raises(TiueError):
             check_vae_folder(wrong)
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("vae/config.json", {"layers_per_block": 2**63}),
+        ("vae/config.json", {"layers_per_block": 400}),
+        ("vae/config.json", {"layers_per_block": -1}),
+        ("vae/config.json", {"scaling_factor": "0.18"}),
+        ("vae/config.json", {"scaling_factor": 0}),
+        ("unet/config.json", {"down_block_types": 5}),
+        ("unet/config.json", {"down_block_types": [["DownBlock2D"]]}),
+        ("unet/config.json", {"only_cross_attention": 2}),
+        ("unet/config.json", {"norm_eps": "1e-5"}),
+        ("unet/config.json", {"freq_shift": None}),
+        ("unet/config.json", {"layers_per_block": [2**40]}),
+        ("unet/config.json", {"in_channels": 4.5}),
+        ("text_encoder/config.json", {"layer_norm_eps": []}),
+        ("text_encoder/config.json", {"num_hidden_layers": 300}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**15}),
+        ("model_index.json", {"unet": 5}),
+        ("model_index.json", {"tokenizer": []}),
+        ("model_index.json", {"text_encoder": {"a": 1}}),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_before_anything_is_built(
+    tiny_teacher_folder: Path, tmp_path: Path, file: str, change: dict[str, object]
+) -> None:
+    shutil.copytree(tiny_teacher_folder, tmp_path / "m")
+    path = tmp_path / "m" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelFolderError) as caught:
+        check_model_folder(tmp_path / "m")
+    assert caught.value.hint
+    assert next(iter(change)) in caught.value.message or "blocks" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        {"dtype": "F32", "shape": [1], "data_offsets": [0, float("inf")]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [[0], 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]},
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "X9", "shape": ["1"], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [True], "data_offsets": [0, 4]},
+        [],
+        None,
+    ],
+)
+def test_a_header_of_other_types_is_damaged(tiny_teacher_folder: Path, tmp_path: Path, tensor: object) -> None:
+    shutil.copytree(tiny_teacher_folder, tmp_path / "m")
+    header = json.dumps({"w": tensor}).encode()
+    weights = tmp_path / "m" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 4)
+    with pytest.raises(ModelFolderError, match="header is damaged"):
+        check_model_folder(tmp_path / "m")

@@ -115,7 +115,7 @@ def session_errors(what: str) -> Iterator[None]:
     kinds = tuple(getattr(state, name) for name in (*names, "RuntimeException") if hasattr(state, name))
     try:
         yield
-    except (*kinds, MemoryError) as error:
+    except (*kinds, MemoryError, UnicodeDecodeError) as error:  # the last: of names in a damaged graph
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or any(word in text.lower() for word in ("alloc", "out of memory")):
             raise OutOfMemoryError(

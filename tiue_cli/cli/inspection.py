@@ -19,6 +19,7 @@ from tiue_cli.files.png import (
     ImageSpec,
     read_record,
     read_text_chunks,
+    split_parameters,
 )
 from tiue_cli.generate.target import ExportInfo, find_export
 from tiue_cli.model.folder import ModelInfo, check_model_folder
@@ -185,9 +186,14 @@ def _inspect_png(path: Path) -> ImageReport | GridReport:
         raise UsageError(
             f"{path} does not say how it was made", hint="tiue generate writes that, unless told --no-metadata"
         )
-    prompt, _, rest = parameters.partition("\n")
-    settings = {"settings": rest, "written by": "another program: there is no tiue command for it"}
-    return ImageReport(path, prompt, settings, None, None, parameters)
+    found = split_parameters(parameters)
+    rows = {
+        "negative prompt": found.negative_prompt,
+        "settings": found.settings,
+        "written by": "another program: there is no tiue command for it",
+    }
+    settings = {name: value for name, value in rows.items() if value}
+    return ImageReport(path, found.prompt, settings, None, None, parameters)
 
 
 def _settings(record: ImageRecord) -> dict[str, str]:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-import yaml
 
 from tiue_cli.distill.config import DistillConfig, _Section, flatten
 from tiue_cli.distill.data.prompts import PAPERCUT
 from tiue_cli.distill.run_folder import stored_config
 from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.files import structured
 from tiue_cli.files.access import kind_of, read_bytes, user_path
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
+from tiue_cli.text import excerpt
 
 _CONFIG_BYTES = 2**20
 
@@ -68,14 +69,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     """A YAML document that must be a mapping; UsageError with ``where`` otherwise."""
     try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"{where} is not YAML: {' '.join(str(error).split())}", hint="see one: tiue recipes ls"
-        ) from None
+        data = structured.parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{where} is not YAML: {error}", hint="see one: tiue recipes ls") from None
     if data is None:
         return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise UsageError(f"{where} must hold keys and values", hint="a line looks like  batch_size: 8")
     return data
 
@@ -86,22 +85,25 @@ def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--set {pair} is not understood", hint="write --set key=value, e.g. --set kl.weight=0.05")
+            raise UsageError(
+                f"--set {excerpt(pair)} is not understood", hint="write --set key=value, e.g. --set kl.weight=0.05"
+            )
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {pair}: {' '.join(str(error).split())}", hint="values are YAML") from None
+            value = structured.parse_yaml(text)
+        except ValueError as error:
+            raise UsageError(f"--set {excerpt(pair)}: {error}", hint="values are YAML") from None
         _put(values, key.strip(), value, Layer("--set", {}))
     return values
 
 
 def _put(target: dict[str, Any], dotted: str, value: Any, layer: Layer) -> None:
-    *parents, last = dotted.split(".")
+    *parents, last = dotted.split(".", 8)  # no setting lies deeper
     for parent in parents:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UsageError(
-                f"{layer.name}: {dotted}: {parent} is no section", hint="see the keys: tiue recipes show papercut"
+                f"{layer.name}: {excerpt(dotted)}: {excerpt(parent)} is no section",
+                hint=f"the settings are {', '.join(known_keys())}",
             )
     target[last] = value
 
@@ -114,12 +116,12 @@ def _usage_error(error: pydantic.ValidationError, origins: Mapping[str, str]) ->
     where = f"{origin}: " if origin is not None else ""
     if first["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "see all keys: tiue recipes show papercut"
-        return UsageError(f"{where}there is no setting {key!r}{more}", hint=hint)
+        hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known_keys())}"
+        return UsageError(f"{where}there is no setting {excerpt(key)!r}{more}", hint=hint)
     if first["type"] == "missing":
         return UsageError(f"{key} is not set{more}", hint=f"give --{key.replace('_', '-')}, or set it in the config")
     message = first["msg"].removeprefix("Value error, ")
-    return UsageError(f"{where}{key}: {message}{more}", hint=f"it is {first['input']!r} now")
+    return UsageError(f"{where}{excerpt(key)}: {message}{more}", hint=f"it is {excerpt(repr(first['input']))} now")
 
 
 def known_keys() -> list[str]:

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field
 from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.files.access import access_error, exists, has_file, open_file
 from tiue_cli.files.manifests import read_manifest
+from tiue_cli.text import MAX_SIDE_PX
 
 EXPORT_MANIFEST: Final = "manifest.json"
 ENGINE_MANIFEST: Final = "engine.json"
@@ -30,7 +31,10 @@ GRAPHS: Final = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
 GraphName = Literal["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"]
 Precision = Literal["fp16", "fp32"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Size = tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+_Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
+Size = tuple[_Side, _Side]
+_Count = Annotated[int, Field(ge=1, le=2**20)]
+_Timestep = Annotated[int, Field(ge=0, le=2**20)]
 # No path may lead out of the folder that the manifest lies in.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
@@ -38,7 +42,7 @@ _EXPORT_AGAIN = "export the student again: tiue export STUDENT --out FOLDER"
 
 
 class _Model(pydantic.BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 # --- export folder: manifest.json ----------------------------------------------------------------------------------
@@ -57,7 +61,7 @@ class FileSpec(_Model):
 
     file: FileName
     sha256: Sha256
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, le=2**60)
 
 
 class GraphSpec(_Model):
@@ -87,7 +91,7 @@ class GraphSpec(_Model):
 class CombineSpec(_Model):
     """How K decoder timesteps make an image: what to feed as ``timesteps`` (K) and ``weights`` (K + 1)."""
 
-    timesteps: tuple[int, ...] = Field(min_length=1)
+    timesteps: tuple[_Timestep, ...] = Field(min_length=1, max_length=1000)
     weights: tuple[float, ...]
 
     @pydantic.model_validator(mode="after")
@@ -109,7 +113,7 @@ class StudentSource(_Model):
     sha256: Sha256
     teacher: str
     license: str
-    training_steps: int
+    training_steps: int = Field(ge=0, le=2**60)
     vae_source: str | None = None
     """Folder of another autoencoder (``--vae``); None: the student's own."""
     vae_sha256: Sha256 | None = None
@@ -142,7 +146,7 @@ class ExportParity(_Model):
     """What was compared when the folder was written; PSNR is that of the worst of the fixed prompts' images."""
 
     provider: str
-    outputs: tuple[OutputParity, ...]
+    outputs: tuple[OutputParity, ...] = Field(min_length=1)
     prompts: tuple[str, ...]
     image_psnr_db: float
     required_psnr_db: float
@@ -173,19 +177,19 @@ class ExportManifest(_Model):
     name: str
     student: StudentSource
     versions: Versions
-    opset: int
+    opset: int = Field(ge=1, le=1000)
     precision: Precision
-    encoder_timestep: int
+    encoder_timestep: _Timestep
     spacing: Literal["leading", "trailing", "explicit"]
     prediction_type: Literal["epsilon", "v_prediction"]
     combines: tuple[CombineSpec, ...] = Field(min_length=1)
     """One for each K that the student can run with, ascending; the last is the one it was trained with."""
-    text_tokens: int
+    text_tokens: int = Field(ge=3, le=2**14)
     """Length of ``input_ids``, start and end token included."""
-    text_width: int
-    pad_token_id: int
-    latent_channels: int
-    latent_factor: int
+    text_width: _Count
+    pad_token_id: int = Field(ge=0, le=2**30)
+    latent_channels: int = Field(ge=1, le=2**10)
+    latent_factor: int = Field(ge=1, le=2**10)
     """Pixels per latent, along each side."""
     default_size: Size
     sizes: tuple[Size, ...] = ()
@@ -252,7 +256,7 @@ class ExportManifest(_Model):
 
 # --- engine folder: engine.json ------------------------------------------------------------------------------------
 
-Range = tuple[int, int, int]
+Range = tuple[_Count, _Count, _Count]
 """Minimum, optimum and maximum."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +19,8 @@ from pydantic import ConfigDict, Field
 from tiue_cli.errors import ManifestError, TakenError, TiueError, UsageError
 from tiue_cli.files.access import open_file
 from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.structured import parse_json
+from tiue_cli.text import excerpt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,13 +182,23 @@ def read_text_chunks(path: Path, *, whole: bool = True) -> dict[str, str]:
         with open_file(path, error=UsageError) as file, Image.open(file, formats=["PNG"]) as image:
             if whole:
                 image.load()
-            return {str(name): text for name, text in image.info.items() if isinstance(text, str)}
+            found = {str(name): text for name, text in image.info.items() if isinstance(text, str)}
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", hint="check the path") from None
     except UnidentifiedImageError:
         raise UsageError(f"{path} is not a PNG", hint="give an image that tiue generate wrote") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} cannot be read: {error}", hint="the file may be damaged; make it again") from error
+    # Ours are as the standard has them.
+    return found if CHUNK in found else {name: _text_of(text) for name, text in found.items()}
+
+
+def _text_of(chunk: str) -> str:
+    """A ``tEXt`` chunk is Latin-1 by the standard, and UTF-8 from many programs: bytes that are UTF-8 are taken so."""
+    try:
+        return chunk.encode("latin-1").decode("utf-8")
+    except UnicodeError:  # beyond Latin-1 it came from an international chunk, which is UTF-8 already
+        return chunk
 
 
 def read_record(path: Path) -> Record | None:
@@ -194,14 +207,45 @@ def read_record(path: Path) -> Record | None:
     if text is None:
         return None
     try:
-        return _RECORD.validate_json(text)
+        return _RECORD.validate_json(json.dumps(parse_json(text)))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"]) or "record"
         raise ManifestError(
-            f"{path}: its tiue record cannot be read ({place}: {first['msg']})",
-            hint="it was written by another version of tiue, or edited",
+            f"{path}: its tiue record cannot be read ({excerpt(place)}: {excerpt(first['msg'])})",
+            hint=_RECORD_HINT,
         ) from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: its tiue record is not JSON: {error}", hint=_RECORD_HINT) from None
+
+
+_RECORD_HINT = "it was written by another version of tiue, or edited"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The ``parameters`` text of a web interface, taken apart; "" where a part is missing."""
+
+    prompt: str
+    negative_prompt: str
+    settings: str
+
+
+def split_parameters(text: str) -> Parameters:
+    """Prompt, ``Negative prompt:`` and the line of settings, as the AUTOMATIC1111 interface and its readers write them.
+
+    Both prompts may have several lines; the settings are the last line that begins with ``Steps:``.
+    """
+    lines = text.replace("\r\n", "\n").split("\n")
+    last = next((number for number in reversed(range(len(lines))) if lines[number].startswith("Steps:")), len(lines))
+    settings = "\n".join(lines[last:])
+    before = lines[:last]
+    first = next((number for number, line in enumerate(before) if line.startswith(_NEGATIVE)), len(before))
+    negative = "\n".join(before[first:]).removeprefix(_NEGATIVE)
+    return Parameters("\n".join(before[:first]).strip(), negative.strip(), settings.strip())
+
+
+_NEGATIVE = "Negative prompt:"
 
 
 def read_pixels(path: Path) -> np.ndarray:

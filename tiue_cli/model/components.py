@@ -15,14 +15,14 @@ from typing import Any, TypeVar
 import torch
 from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from tiue_cli.errors import DeviceError, ModelFolderError
+from tiue_cli.errors import DeviceError, ModelFolderError, TiueError
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.weights import IGNORABLE_TENSORS, inspect_weights, read_json, some_of
+from tiue_cli.text import excerpt
 
 _Part = TypeVar("_Part")
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
@@ -162,10 +162,12 @@ def _check_vae_fits(components: Components, source: str | Path | None) -> None:
 def _as_folder_error(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (TiueError, MemoryError):
+        raise
+    except Exception as error:  # only library calls are inside: their assertions and plain Exceptions are the folder's
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ModelFolderError(
-            f"{folder} cannot be loaded: {lines[0] if lines else type(error).__name__}", hint=_FIT_HINT
+            f"{folder} cannot be loaded: {excerpt(lines[0], 300) if lines else type(error).__name__}", hint=_FIT_HINT
         ) from error
 
 

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pydantic
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, computed_field
+from pydantic import BaseModel, ConfigDict, computed_field
 
 from tiue_cli.errors import AccessError, ManifestError, ModelFolderError
 from tiue_cli.files.access import has_file, is_folder, kind_of, list_folder, read_bytes
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
+from tiue_cli.model.component_configs import (
+    SchedulerConfig,
+    TextConfig,
+    TokenizerConfig,
+    UNetConfig,
+    VaeConfig,
+    class_in_index,
+)
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import DOWNLOAD_AGAIN, ComponentInfo, inspect_weights, read_json
+from tiue_cli.text import excerpt
 
 Kind = Literal["student", "teacher"]
 
@@ -98,53 +107,6 @@ class ModelInfo(BaseModel):
         raise KeyError(name)
 
 
-class _UNetConfig(BaseModel):
-    """The fields of unet/config.json that say its sizes; defaults are diffusers' own."""
-
-    class_name: str = Field(default="UNet2DConditionModel", validation_alias="_class_name")
-    sample_size: int | tuple[int, int]
-    in_channels: int = 4
-    block_out_channels: tuple[int, ...] = Field(default=(320, 640, 1280, 1280), min_length=1)
-    cross_attention_dim: int | tuple[int, ...] = 1280
-
-
-class _VaeConfig(BaseModel):
-    class_name: str = Field(validation_alias="_class_name")
-    latent_channels: int = 4
-    block_out_channels: tuple[int, ...] = Field(default=(64,), min_length=1)
-    decoder_block_out_channels: tuple[int, ...] = Field(default=(64, 64, 64, 64), min_length=1)
-    upsampling_scaling_factor: int = 2
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent: each level but the last doubles the size (AutoencoderTiny may scale otherwise)."""
-        if self.class_name == "AutoencoderTiny":
-            return int(self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1))
-        return int(2 ** (len(self.block_out_channels) - 1))
-
-
-class _TextConfig(BaseModel):
-    model_type: str = "clip_text_model"
-    architectures: tuple[str, ...] | None = None
-    hidden_size: int = 512
-    max_position_embeddings: int = 77
-    vocab_size: int = 49408
-
-
-class _SchedulerConfig(BaseModel):
-    class_name: str = Field(validation_alias="_class_name")
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    num_train_timesteps: int = Field(default=1000, ge=1)
-
-
-class _TokenizerConfig(BaseModel):
-    tokenizer_class: str = "CLIPTokenizer"
-    # transformers writes 1e30 for "unlimited".
-    model_max_length: float | None = Field(
-        default=None, validation_alias=AliasChoices("model_max_length", "max_len"), gt=2
-    )
-
-
 # --- the check -----------------------------------------------------------------------------------------------------
 
 
@@ -157,10 +119,10 @@ def check_model_folder(path: Path | str) -> ModelInfo:
     _refuse_missing_parts(path)
 
     check_unet_config(read_json(path / "unet" / "config.json"), where=str(path / "unet" / "config.json"))
-    unet = _read_config(path / "unet" / "config.json", _UNetConfig)
-    vae = _read_config(path / "vae" / "config.json", _VaeConfig)
-    text = _read_config(path / "text_encoder" / "config.json", _TextConfig)
-    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", _SchedulerConfig)
+    unet = _read_config(path / "unet" / "config.json", UNetConfig)
+    vae = _read_config(path / "vae" / "config.json", VaeConfig)
+    text = _read_config(path / "text_encoder" / "config.json", TextConfig)
+    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", SchedulerConfig)
     tokens = _check_tokenizer(path / "tokenizer", positions=text.max_position_embeddings)
     _check_text_class(path / "text_encoder" / "config.json", text)
     _check_vae_class(path / "vae" / "config.json", vae)
@@ -168,6 +130,9 @@ def check_model_folder(path: Path | str) -> ModelInfo:
 
     classes = {"text_encoder": "CLIPTextModel", "unet": unet.class_name, "vae": vae.class_name}
     components = tuple(inspect_weights(path / name, name=name, class_name=classes[name]) for name in classes)
+    configs: tuple[TextConfig | UNetConfig | VaeConfig, ...] = (text, unet, vae)
+    for component, config in zip(components, configs, strict=True):
+        _refuse_more_blocks_than_tensors(path / component.name / "config.json", component, config.blocks)
     manifest = _read_student_manifest(path, scheduler=scheduler)
     released = manifest is None and _looks_released(path)
     return ModelInfo(
@@ -201,9 +166,10 @@ def check_vae_folder(path: Path | str) -> Path:
     if kind != "folder":
         raise ModelFolderError(f"autoencoder folder {path} does not exist", hint="check the path")
     folder = path if _has(path / "config.json") else path / "vae"
-    config = _read_config(folder / "config.json", _VaeConfig)
+    config = _read_config(folder / "config.json", VaeConfig)
     _check_vae_class(folder / "config.json", config)
-    inspect_weights(folder, name="vae", class_name=config.class_name)
+    component = inspect_weights(folder, name="vae", class_name=config.class_name)
+    _refuse_more_blocks_than_tensors(folder / "config.json", component, config.blocks)
     return folder
 
 
@@ -257,16 +223,16 @@ def _refuse_other_things(path: Path) -> None:
 
 def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
     """Refuse, by model_index.json alone, families that are built otherwise. Raises ModelFolderError."""
-    name = str(index.get("_class_name", ""))
+    name = excerpt(str(index.get("_class_name", "")))
     if "transformer" in index or any(part in name for part in ("StableDiffusion3", "Flux", "PixArt", "Sana", "DiT")):
         raise ModelFolderError(
             f"{where} holds a diffusion transformer ({name or 'transformer/'}), and tiue needs a UNet with an encoder"
             " and a decoder",
             hint=_SUPPORTED,
         )
-    if "StableDiffusionXL" in name or index.get("text_encoder_2", [None])[0] is not None:
+    if "StableDiffusionXL" in name or class_in_index(index, "text_encoder_2") is not None:
         raise ModelFolderError(f"{where} holds an SDXL model ({name}) with two text encoders", hint=_SUPPORTED)
-    missing = [part for part in COMPONENTS if not index.get(part, [None])[0]]
+    missing = [part for part in COMPONENTS if class_in_index(index, part) is None]
     if missing:
         raise ModelFolderError(
             f"{Path(where) / 'model_index.json'} names no {' and no '.join(missing)} ({name or 'no _class_name'})",
@@ -296,16 +262,16 @@ def _check_tokenizer(folder: Path, *, positions: int) -> int:
     config_path = folder / "tokenizer_config.json"
     if not _has(config_path):
         return positions
-    config = _read_config(config_path, _TokenizerConfig)
+    config = _read_config(config_path, TokenizerConfig)
     if config.tokenizer_class not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise ModelFolderError(
-            f"{config_path}: tokenizer_class is {config.tokenizer_class}, not CLIPTokenizer", hint=_SUPPORTED
+            f"{config_path}: tokenizer_class is {excerpt(config.tokenizer_class)}, not CLIPTokenizer", hint=_SUPPORTED
         )
     length = positions if config.model_max_length is None else config.model_max_length
     return int(min(length, positions))
 
 
-def _check_text_class(path: Path, config: _TextConfig) -> None:
+def _check_text_class(path: Path, config: TextConfig) -> None:
     classes = config.architectures or ("CLIPTextModel",)
     if "clip" not in config.model_type or not any(name.startswith("CLIPTextModel") for name in classes):
         raise ModelFolderError(
@@ -313,7 +279,7 @@ def _check_text_class(path: Path, config: _TextConfig) -> None:
         )
 
 
-def _check_vae_class(path: Path, config: _VaeConfig) -> None:
+def _check_vae_class(path: Path, config: VaeConfig) -> None:
     if config.class_name not in _VAE_CLASSES:
         raise ModelFolderError(
             f"{path}: _class_name is {config.class_name}, not one of {', '.join(_VAE_CLASSES)}",
@@ -321,7 +287,7 @@ def _check_vae_class(path: Path, config: _VaeConfig) -> None:
         )
 
 
-def _check_fit(path: Path, *, unet: _UNetConfig, vae: _VaeConfig, text: _TextConfig) -> int:
+def _check_fit(path: Path, *, unet: UNetConfig, vae: VaeConfig, text: TextConfig) -> int:
     """The text width that all parts agree on. Raises ModelFolderError for parts of different models."""
     widths = {unet.cross_attention_dim} if isinstance(unet.cross_attention_dim, int) else set(unet.cross_attention_dim)
     if widths != {text.hidden_size}:
@@ -339,7 +305,7 @@ def _check_fit(path: Path, *, unet: _UNetConfig, vae: _VaeConfig, text: _TextCon
     return text.hidden_size
 
 
-def _read_student_manifest(path: Path, *, scheduler: _SchedulerConfig) -> StudentManifest | None:
+def _read_student_manifest(path: Path, *, scheduler: SchedulerConfig) -> StudentManifest | None:
     if not has_file(path / STUDENT_MANIFEST, error=ManifestError):
         return None
     manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
@@ -372,6 +338,15 @@ def _has(path: Path) -> bool:
     return has_file(path, error=ModelFolderError)
 
 
+def _refuse_more_blocks_than_tensors(path: Path, component: ComponentInfo, blocks: int) -> None:
+    """Before anything is built: a config of other weights may ask for more than memory and patience hold."""
+    if blocks > component.tensors:
+        raise ModelFolderError(
+            f"{path} asks for {blocks:,} blocks, and the weights beside it are {component.tensors:,} tensors",
+            hint="restore the config that belongs to these weights",
+        )
+
+
 def _read_config(path: Path, type_: type[_Config]) -> _Config:
     try:
         return type_.model_validate(read_json(path))
@@ -379,7 +354,8 @@ def _read_config(path: Path, type_: type[_Config]) -> _Config:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"][:1])
         raise ModelFolderError(
-            f"{path}: field {field!r}: {first['msg']}", hint="restore the config that belongs to these weights"
+            f"{path}: field {excerpt(field)!r}: {excerpt(first['msg'])}",
+            hint="restore the config that belongs to these weights",
         ) from error
 
 

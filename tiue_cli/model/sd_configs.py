@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.text import excerpt
 
 SD15_UNET: Final[dict[str, Any]] = {
     "sample_size": 64,
@@ -147,13 +148,15 @@ def check_unet_config(config: Mapping[str, Any], *, where: str = "the UNet's con
         if value != required:
             raise _refusal(where, field, value, meaning)
     for field, allowed in (("down_block_types", _DOWN_BLOCKS), ("up_block_types", _UP_BLOCKS)):
-        for value in config.get(field, SD15_UNET[field]):
-            if value not in allowed:
+        names = config.get(field, SD15_UNET[field])
+        for value in names if isinstance(names, list | tuple) else [names]:
+            if not isinstance(value, str) or value not in allowed:
                 raise _refusal(where, field, value, f"a block that is none of {', '.join(sorted(allowed))}")
-    if config.get("mid_block_type", SD15_UNET["mid_block_type"]) not in _MID_BLOCKS:
+    mid_block = config.get("mid_block_type", SD15_UNET["mid_block_type"])
+    if not (mid_block is None or isinstance(mid_block, str)) or mid_block not in _MID_BLOCKS:
         raise _refusal(where, "mid_block_type", config["mid_block_type"], "another mid block than Stable Diffusion's")
     only_cross_attention = config.get("only_cross_attention", False)
-    if only_cross_attention is True or (only_cross_attention and any(only_cross_attention)):
+    if only_cross_attention and (not isinstance(only_cross_attention, list | tuple) or any(only_cross_attention)):
         raise _refusal(where, "only_cross_attention", only_cross_attention, "a UNet without self-attention")
     in_channels, out_channels = config.get("in_channels", 4), config.get("out_channels", 4)
     if in_channels != out_channels:
@@ -164,6 +167,6 @@ def check_unet_config(config: Mapping[str, Any], *, where: str = "the UNet's con
 
 def _refusal(where: str, field: str, value: object, meaning: str) -> ModelFolderError:
     return ModelFolderError(
-        f"{where}: {field} is {value!r}: {meaning}; one pass does not cover it",
+        f"{where}: {field} is {excerpt(repr(value))}: {meaning}; one pass does not cover it",
         hint="use a text-to-image model of the Stable Diffusion 1.x or 2.x family",
     )

@@ -47,6 +47,7 @@ class ComponentInfo(BaseModel):
     parameters: int
     size_bytes: int
     dtypes: tuple[str, ...]
+    tensors: int
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInf
         parameters=sum(math.prod(tensor["shape"]) for tensor in tensors if tensor["dtype"] not in _BUFFER_DTYPES),
         size_bytes=sum(tensor["data_offsets"][1] - tensor["data_offsets"][0] for tensor in tensors),
         dtypes=tuple(sorted({tensor["dtype"] for tensor in tensors})),
+        tensors=len(tensors),
     )
 
 
@@ -219,8 +221,8 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
         raise ModelFolderError(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=DOWNLOAD_AGAIN)
     try:
         header = parse_json(raw)
-        tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
-        end = max((int(tensor["data_offsets"][1]) for tensor in tensors.values()), default=0)
+        tensors = {name: _checked_tensor(tensor) for name, tensor in header.items() if name != "__metadata__"}
+        end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
         sizes = sum(_tensor_bytes(tensor) for tensor in tensors.values())
     except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise ModelFolderError(f"{path}: its header is damaged", hint=DOWNLOAD_AGAIN) from error
@@ -232,6 +234,17 @@ def _safetensors_header(path: Path) -> dict[str, Any]:
             hint=DOWNLOAD_AGAIN,
         )
     return tensors
+
+
+def _checked_tensor(tensor: Any) -> dict[str, Any]:
+    """An entry of the table with the types that the format prescribes. Raises ValueError."""
+    dtype, shape, offsets = tensor["dtype"], tensor["shape"], tensor["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    # type(), as True is an int as well; the bound keeps a product of sizes printable.
+    fits = all(type(number) is int and 0 <= number < 2**48 for number in numbers)
+    if not isinstance(dtype, str) or not fits or len(offsets) != 2 or offsets[0] > offsets[1] or len(shape) > 16:
+        raise ValueError("an entry of another type")
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
 def _tensor_bytes(tensor: Mapping[str, Any]) -> int:

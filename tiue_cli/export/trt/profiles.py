@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from pydantic import ConfigDict, Field
 from tiue_cli.errors import ProfileError, UsageError
 from tiue_cli.files.access import read_bytes
 from tiue_cli.files.exports import ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
-from tiue_cli.text import parse_size
+from tiue_cli.files.structured import parse_toml
+from tiue_cli.text import excerpt, parse_size
 
 DEFAULT_BATCHES: Final = ((1, 1, 1), (1, 4, 16))
 """Without --profile and --batch: one image exactly, and up to sixteen."""
@@ -99,10 +99,10 @@ def load_profiles(name_or_path: str) -> ProfileSet:
             )
         path = shipped[name_or_path]
     try:
-        data = tomllib.loads(read_bytes(path, error=ProfileError, limit_bytes=_PROFILE_BYTES).decode("utf-8"))
+        data = parse_toml(read_bytes(path, error=ProfileError, limit_bytes=_PROFILE_BYTES).decode("utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist", hint="check the path of --profile") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise ProfileError(f"{path} cannot be read: {error}", hint="compare it with engines/profiles/*.toml") from error
     return _profile_set(path, data)
 
@@ -122,7 +122,7 @@ def _profile_set(path: Path, data: Mapping[str, Any]) -> ProfileSet:
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ProfileError(f"{path}: {where}: {first['msg']}", hint=hint) from error
+        raise ProfileError(f"{path}: {excerpt(where)}: {excerpt(first['msg'])}", hint=hint) from error
     names = [table.name for table in file.profile]
     if len(set(names)) != len(names):
         raise ProfileError(f"{path}: two profiles have the same name", hint=hint)
@@ -142,11 +142,11 @@ def parse_range(text: str, *, what: str = "batch") -> Range:
     parts = text.split(":")
     hint = f"write one number, or minimum, optimum and maximum: --{what} 1:4:16"
     if len(parts) not in (1, 3) or not all(re.fullmatch(r"\s*[0-9]{1,9}\s*", part, flags=re.ASCII) for part in parts):
-        raise UsageError(f"{what} {text!r} is not understood", hint=hint)
+        raise UsageError(f"{what} {excerpt(text)!r} is not understood", hint=hint)
     low, opt, high = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     if not 1 <= low <= opt <= high <= MAX_BATCH:
         raise UsageError(
-            f"{what} {text!r}: 1 ≤ minimum ≤ optimum ≤ maximum ≤ {MAX_BATCH} does not hold",
+            f"{what} {excerpt(text)!r}: 1 ≤ minimum ≤ optimum ≤ maximum ≤ {MAX_BATCH} does not hold",
             hint=hint,
         )
     return low, opt, high
@@ -156,10 +156,10 @@ def parse_sizes(text: str) -> tuple[Range, Range]:
     """ "512", "512x768", or three of them with colons: the ranges of height and width in pixels. Raises UsageError."""
     parts = [parse_size(part) for part in text.split(":")]
     if len(parts) not in (1, 3):
-        raise UsageError(f"size {text!r} is not understood", hint="write one size, or minimum:optimum:maximum")
+        raise UsageError(f"size {excerpt(text)!r} is not understood", hint="write one size, or minimum:optimum:maximum")
     low, opt, high = parts * 3 if len(parts) == 1 else parts
     if not all(low[side] <= opt[side] <= high[side] for side in (0, 1)):
-        raise UsageError(f"size {text!r}: minimum ≤ optimum ≤ maximum does not hold")
+        raise UsageError(f"size {excerpt(text)!r}: minimum ≤ optimum ≤ maximum does not hold")
     return (low[0], opt[0], high[0]), (low[1], opt[1], high[1])
 
 

@@ -1,0 +1,149 @@
+"""Standard streams that are closed, full, narrow or told to stop: in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from tiue_cli.cli import app as cli
+
+ROOT = Path(cli.__file__).resolve().parents[2]
+TIUE = f"{sys.executable} -m tiue_cli"
+
+
+def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "-c", command.replace("tiue ", f"{TIUE} ", 1)],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("tiue recipes show sd15 >&-", 0),
+        ("tiue recipes show sd15 2>&-", 0),
+        ("tiue nonsense 2>&-", 2),
+        ("tiue generate --prompts - <&-", 1),
+        ("tiue --version >&- 2>&- <&-", 0),
+    ],
+)
+def test_closed_streams_are_no_fault(command: str, status: int) -> None:
+    done = shell(command)
+    assert done.returncode == status
+    assert "fault of tiue" not in done.stderr + done.stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["tiue recipes show sd15", "tiue --version", "tiue --help"])
+def test_full_stdout_is_one_error(command: str) -> None:
+    done = shell(f"{command} > /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0] == "error: cannot write to standard output: the disk is full"
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_full_stderr_does_not_end_the_work() -> None:
+    assert shell("tiue nonsense 2> /dev/full").returncode == 2
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A picture of another program, with escapes for the terminal and letters that few encodings have."""
+    info = PngInfo()
+    info.add_itxt("parameters", "猫 \x1b]0;title\x07 \x9b31m\rmake it again: rm \u202e\nSteps: 20")
+    Image.new("RGB", (8, 8)).save(tmp_path / "猫\x1b.png", pnginfo=info)
+    return tmp_path / "猫\x1b.png"
+
+
+def controls(text: str) -> set[str]:
+    return {char for char in text if (ord(char) < 32 and char != "\n") or 127 <= ord(char) < 160 or char == "\u202e"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
+@pytest.mark.parametrize("format_", ["human", "json", "quiet"])
+def test_nothing_from_outside_controls_the_terminal(hostile: Path, encoding: str, format_: str) -> None:
+    done = shell(f"tiue inspect '{hostile}' --format {format_}", PYTHONIOENCODING=encoding)
+    assert done.returncode == 0
+    assert controls(done.stdout + done.stderr) == set()
+    assert ("猫" in done.stdout) == (encoding == "utf-8")
+    if format_ == "json":
+        assert "\x1b]0;title\x07 \x9b31m\rmake" in json.loads(done.stdout)["parameters"]
+
+
+def test_messages_show_no_controls_of_file_names(tmp_path: Path) -> None:
+    done = shell(f"tiue inspect '{tmp_path}/\x1b[31mred.png'")
+    assert done.returncode == 2
+    assert controls(done.stderr) == set()
+    assert "\\x1b[31mred.png" in done.stderr
+
+
+def test_failures_are_documents_too(tmp_path: Path) -> None:
+    for command, type_, status in (
+        ("tiue inspect nothing.png --format json", "UsageError", 2),
+        ("tiue generate --nonsense --format=json", "UsageError", 2),
+        (f"tiue generate --prompts {tmp_path}/none.txt --format json", "PromptError", 1),
+    ):
+        done = shell(command)
+        assert done.returncode == status
+        error = json.loads(done.stdout)["error"]
+        assert (error["type"], sorted(error)) == (type_, ["hint", "message", "type"])
+
+
+def test_sigterm_unwinds_with_status_143(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiue_cli", "generate", "--interactive", "--out", str(tmp_path / "o")],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        encoding="utf-8",
+    )
+    assert process.stderr is not None
+    line = ""
+    while ":quit" not in line:  # the session is open and waits
+        line = process.stderr.readline()
+        assert line, "the session ended by itself"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "stopped: nothing was written" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--negative-prompt fog", "no negative prompts"),
+        ("--width 512", "--size HEIGHTxWIDTH"),
+        ("--num-images 3", "--images N"),
+        ("--device mps", "'mps' is not supported"),
+        ("--device cuda:1", "CUDA_VISIBLE_DEVICES=1"),
+        ("--sead 3", "--seed"),
+    ],
+)
+def test_options_of_other_programs_get_their_name_here(words: str, said: str) -> None:
+    done = shell(f"tiue generate a {words} --format json")
+    assert done.returncode == 2
+    assert said in json.loads(done.stdout)["error"]["message"]
+
+
+def test_help_speaks_no_python(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(["generate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "list[str]" not in shown and "<bool>" not in shown and "92233" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
