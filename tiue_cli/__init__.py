@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.errors import TiueError
     from tiue_cli.generate.drawing import Picture, Pipeline, Request
+    from tiue_cli.model.diffusers_pipeline import TiuePipeline
 
 _WHERE = {
     "BenchConfig": "tiue_cli.bench.config",
@@ -28,6 +29,7 @@ _WHERE = {
     "Pipeline": "tiue_cli.generate.drawing",
     "Request": "tiue_cli.generate.drawing",
     "TiueError": "tiue_cli.errors",
+    "TiuePipeline": "tiue_cli.model.diffusers_pipeline",
     "build_engine": "tiue_cli.api",
     "load": "tiue_cli.api",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "Pipeline",
     "Request",
     "TiueError",
+    "TiuePipeline",
     "__version__",
     "bench",
     "build_engine",
@@ -65,10 +68,13 @@ class _Package(ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         if name in _FOLDERS:
-            return importlib.import_module(f"{__name__}.{name}")
+            return importlib.import_module(f"{__name__}.{name}")  # light: what it needs is loaded by the call
         if name not in _WHERE:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(_WHERE[name]), name)
+        from tiue_cli.errors import full_installation
+
+        with full_installation(name):
+            value = getattr(importlib.import_module(_WHERE[name]), name)
         setattr(self, name, value)
         return value
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiue_cli.errors import TiueError, UsageError
+from tiue_cli.errors import TiueError, UsageError, full_installation
 from tiue_cli.export.config import EngineConfig, ExportConfig
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
 from tiue_cli.generate.drawing import Pipeline
@@ -107,7 +107,8 @@ def export(
         overwrite=overwrite,
     )
     config.validate()
-    from tiue_cli.export.onnx.export import export_student
+    with full_installation("exporting"):
+        from tiue_cli.export.onnx.export import export_student
 
     return export_student(config, stage=on_stage)
 
@@ -176,8 +177,10 @@ def distill(
     >>> type(events[0]).__name__
     'Note'
     """
-    from tiue_cli.distill.resolve import DistillRequest
     from tiue_cli.events import Finished
+
+    with full_installation("distilling"):
+        from tiue_cli.distill.resolve import DistillRequest
 
     values = config if config is None or isinstance(config, (str, Path, Mapping)) else config.model_dump(mode="json")
     resolved = DistillRequest(
@@ -189,7 +192,8 @@ def distill(
         max_steps=max_steps,
         resume=resume,
     ).resolve()
-    from tiue_cli.distill.loop import Distillation
+    with full_installation("distilling"):
+        from tiue_cli.distill.loop import Distillation
 
     finished = None
     for event in Distillation(resolved.config, Path(out), resume=resume).events():
@@ -229,7 +233,8 @@ def bench(
     if out is not None:
         config = replace(config, out=Path(out))
     config.validate()
-    from tiue_cli.bench.run import run_bench
+    with full_installation("measuring"):
+        from tiue_cli.bench.run import run_bench
 
     report = run_bench(config, emit=on_event or (lambda event: None))
     if report is None:

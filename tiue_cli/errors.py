@@ -21,6 +21,8 @@ Every error says what is wrong and where (``message``) and what to do next (``hi
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -102,3 +104,37 @@ class ParityError(TiueError):
 
 class QualityError(TiueError):
     """Images, references or features that quality cannot be measured on."""
+
+
+# --- a runtime installation ----------------------------------------------------------------------------------------
+
+FULL_INSTALLATION = frozenset(
+    {
+        "accelerate",
+        "diffusers",
+        "matplotlib",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "peft",
+        "torch",
+        "torchmetrics",
+        "transformers",
+    }
+)
+"""Libraries that running an export does not need; a server may be without them (``requirements/runtime.txt``)."""
+
+
+@contextlib.contextmanager
+def full_installation(what: str) -> Iterator[None]:
+    """Turn the absence of such a library inside the block into MissingDependencyError: ``what`` needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in FULL_INSTALLATION:
+            raise
+        raise MissingDependencyError(
+            f"{what} needs {library}, and this is a runtime installation: it draws from exports",
+            hint="install the rest: python -m pip install tiue",
+        ) from error

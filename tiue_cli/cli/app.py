@@ -16,7 +16,7 @@ from typer.core import TyperArgument, TyperCommand
 from tiue_cli import __version__
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes
 from tiue_cli.cli.streams import prepare_streams
-from tiue_cli.errors import TiueError
+from tiue_cli.errors import TiueError, full_installation
 from tiue_cli.files.atomic import terminated_as_interrupt
 from tiue_cli.text import excerpt, visible
 
@@ -97,7 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     format_ = _format_of(words)
     try:
-        return app(args=list(words), prog_name="tiue", standalone_mode=False) or 0
+        with full_installation("this command"):
+            return app(args=list(words), prog_name="tiue", standalone_mode=False) or 0
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
     except _ClickException as error:

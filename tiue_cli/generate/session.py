@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
+from tiue_cli.errors import full_installation
 from tiue_cli.files.atomic import check_writable
 from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, read_pixels, write_picture
 from tiue_cli.files.sheet import ContactSheet
@@ -191,7 +192,8 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
     info = target.info
     if isinstance(info, ExportInfo):
         return _open_export(info, target)
-    from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
+    with full_installation(f"{target.source}, a model folder,"):
+        from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 
     if info.kind == "student":
         return StudentTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype)

@@ -76,7 +76,11 @@ def load_student(
     ([751, 501, 251, 1] for Stable Diffusion's schedule) and a note that says so; a teacher loaded that way makes poor
     pictures. Raises ModelFolderError, ManifestError, SchedulerError or DeviceError.
     """
-    components = load_components(source, device=device, dtype=dtype, vae=vae)
+    return student_of(load_components(source, device=device, dtype=dtype, vae=vae), source=str(source))
+
+
+def student_of(components: Components, *, source: str) -> StudentModel:
+    """``load_student`` once the parts are there; ``source`` is what notes call them."""
     manifest, notes = components.info.manifest, list(components.info.notes)
     if manifest is None:
         manifest = _default_manifest(components)
@@ -84,7 +88,7 @@ def load_student(
             f"no {STUDENT_MANIFEST} in {source}: taken as trained with the timesteps"
             f" {list(manifest.decoder_timesteps)}; a model that is no one-pass student makes noise that way"
         )
-    return _student(components, manifest, source=str(source), notes=notes)
+    return _student(components, manifest, source=source, notes=notes)
 
 
 def student_from_teacher(
