@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_reports import PLAIN, STUDENT, TEACHER, make_report
-from readme_numbers import MarkerError, faults, find_markers
+from readme_numbers import MarkerError, faults, find_markers, json_faults
 
 from tiue_cli.bench.report.files import as_json, read_report
 from tiue_cli.bench.report.markdown import render_markdown
@@ -33,7 +33,7 @@ def committed_reports() -> list[Path]:
 def documents() -> list[Path]:
     """What people write; pages made from a report say what it says by construction."""
     pages = sorted(path for path in BENCHMARKS.rglob("*.md") if not path.with_suffix(".json").exists())
-    return [ROOT / "README.md", *pages]
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *pages]
 
 
 # --- the documentation
@@ -41,7 +41,9 @@ def documents() -> list[Path]:
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_marked_figures_are_those_of_the_reports(document: Path) -> None:
-    assert faults(document.read_text(encoding="utf-8"), BENCHMARKS) == []
+    text = document.read_text(encoding="utf-8")
+    assert faults(text, BENCHMARKS) == []
+    assert json_faults(text, BENCHMARKS) == []
 
 
 def test_committed_reports_are_compact_and_their_markdown_is_what_they_render_to() -> None:
@@ -151,6 +153,17 @@ def test_a_marker_that_is_not_understood_fails(text: str, folder: Path) -> None:
 def test_a_marker_to_what_is_not_there_fails(words: str, fault: str, folder: Path) -> None:
     (found,) = faults(f"<!-- bench: {words} -->1", folder)
     assert fault in found
+
+
+def test_a_figure_of_a_json_file_is_held(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"rows": [{"name": "x", "mean": 0.5}, {"name": "y-1", "mean": 2.25}]}')
+    marker = "<!-- json: a.json#rows/y-1/mean -->"
+    assert json_faults(f"| {marker}2.25 | {marker}**2.2** |", tmp_path) == []
+    assert len(json_faults(f"{marker}2.26 and {marker}2.3", tmp_path)) == 2
+    for wrong in ("b.json#rows/x/mean", "a.json#rows/z/mean", "a.json#rows/x", "a.json#row/x/mean"):
+        assert json_faults(f"<!-- json: {wrong} -->0.5", tmp_path) == [f"line 1: {wrong.split('#')[1]} is not there"]
+    assert json_faults("<!-- json:a.json#rows/x/mean -->0.5", tmp_path) != []
+    assert json_faults(f"{marker} about 2.25", tmp_path) == ["line 1: no number"]
 
 
 def test_several_markers_of_a_line_are_all_held(folder: Path) -> None:

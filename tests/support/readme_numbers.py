@@ -17,12 +17,17 @@ that is: the report's path below ``benchmarks/``, ``#``, the subject's key, sett
     load, build                          in s
     fid, recall, checker_all, …          the mean of a quality metric (no batch; unit=% for a share)
 
+A figure of any other JSON file is named by the keys that lead to it; of a list, the entry that is named so::
+
+    <!-- json: papercut/results/comparison.json#rows/last-k4/mean/recall -->0.998
+
 ``batch=N`` is needed where the figure has one, ``size=HxW`` where the report has several sizes. The figure in the text
 is the first number after the marker; it must be what the report gives when rounded to as many decimals.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +43,7 @@ from tiue_cli.errors import TiueError
 
 _ANY = re.compile(r"<!--\s*bench\b")
 _MARKER = re.compile(r"<!--\s*bench:\s*(?P<file>[^#\s]+\.json)#(?P<subject>\S+)(?P<words>(?:\s+\S+)*?)\s*-->")
+_JSON = re.compile(r"<!-- json: (?P<file>[^#\s]+\.json)#(?P<keys>\S+) -->")
 _NUMBER = re.compile(r"[ *_≈~+]*(?P<number>-?\d[\d,]*(?:\.\d+)?)")
 _UNITS = {"ms": 1.0, "s": 1e-3, "MiB": 2.0**-20, "GiB": 2.0**-30, "%": 100.0}
 _PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
@@ -78,6 +84,36 @@ def find_markers(text: str) -> list[Marker]:
                 raise MarkerError(f"line {line}: no number follows the marker")
             found.append(Marker(line, match["file"], match["subject"], figures[0], settings, number["number"]))
     return found
+
+
+def json_faults(text: str, folder: Path) -> list[str]:
+    """What is wrong with the figures of a document that are marked as those of a JSON file in ``folder``."""
+    found = []
+    for line, content in enumerate(text.splitlines(), 1):
+        matches = list(_JSON.finditer(content))
+        if len(matches) != content.count("<!-- json"):
+            found.append(f"line {line}: a marker is not of the form FILE.json#KEY/KEY")
+        for match in matches:
+            printed = _NUMBER.match(content, match.end())
+            value = json_value(folder / match["file"], match["keys"].split("/"))
+            if printed is None or value is None:
+                found.append(f"line {line}: {'no number' if printed is None else match['keys'] + ' is not there'}")
+            elif as_printed(value, printed["number"]) != printed["number"].replace(",", ""):
+                found.append(f"line {line}: {printed['number']} is {value} in {match['file']}")
+    return found
+
+
+def json_value(path: Path, keys: list[str]) -> float | None:
+    """The number that ``keys`` lead to; an entry of a list is found by its ``name``. None where there is none."""
+    if not path.is_file():
+        return None
+    value = json.loads(path.read_text(encoding="utf-8"))
+    for key in keys:
+        if isinstance(value, list):
+            value = next((entry for entry in value if entry.get("name") == key), None)
+        else:
+            value = value.get(key) if isinstance(value, dict) else None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def faults(text: str, folder: Path) -> list[str]:
