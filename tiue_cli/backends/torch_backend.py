@@ -13,10 +13,12 @@ import numpy as np
 import torch
 
 from tiue_cli.backends.base import ProgressFn
+from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.errors import DeviceError, OutOfMemoryError
 from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.folder import ModelInfo
-from tiue_cli.model.schedule import LinearCombine, combine_for_run
+from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_steps
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.student import StudentModel, load_student
 from tiue_cli.model.teacher import Teacher, load_teacher
@@ -148,20 +150,84 @@ class _TorchBackend(ABC, Generic[_Model]):
 
 
 class StudentTorchBackend(_TorchBackend[StudentModel]):
-    """One pass: text encoder, UNet encoder once, shared UNet decoder over all timesteps at once, weighted sum, VAE."""
+    """One pass: text encoder, UNet encoder once, shared UNet decoder over all timesteps at once, weighted sum, VAE.
+
+    On CUDA by prepared networks and CUDA graphs (see ``torch_cuda``), on a CPU by diffusers' modules.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        vae: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        compiled: bool = False,
+    ) -> None:
+        """As the base; ``compiled``: through ``torch.compile``, on CUDA only. Raises DeviceError."""
+        super().__init__(info, vae=vae, device=device, dtype=dtype)
+        if compiled and self.device != "cuda":
+            raise DeviceError("--compile is for CUDA, and the device is the CPU", hint="leave --compile out")
+        self._compiled = compiled
+        self._pass: StudentPass | None = None
+        self._fast_notes: list[str] = []
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the loaded student."""
-        return (*super().notes, *self._entered.notes)
+        """What the user should know about the loaded student, and about how it was run so far."""
+        return (*super().notes, *self._entered.notes, *self._fast_notes)
 
     def _load(self, dtype: torch.dtype) -> StudentModel:
         student = load_student(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
         self._unet_encoder = UNetEncoder(student.unet)
         self._unet_decoder = SharedUNetDecoder(student.unet)
+        if self.device == "cuda":
+            self._pass = self._fast_pass(student)
         return student
 
+<<<<<<< HEAD
     def _latents(
+=======
+    def _fast_pass(self, student: StudentModel) -> StudentPass | None:
+        """The captured pass; None, with a note, for a network that has what Stable Diffusion's has not."""
+        for module in (student.unet, student.vae):
+            torch.nn.Module.to(module, memory_format=torch.channels_last)  # so that prepared weights are no copies
+        options = FastOptions(kernels=not self._compiled, compiled=self._compiled)
+        try:
+            model = FastModel(
+                text_encoder=student.text_encoder, unet=student.unet, vae=student.vae, options=options
+            )
+        except NotFusable as error:
+            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
+            return None
+        self._fast_notes = model.notes
+        return StudentPass(model, student.tokenizer, encoder_timestep=student.manifest.encoder_timestep)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pass = None
+        super().__exit__(kind, error, trace)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        *,
+        steps: int | None = None,
+        progress: ProgressFn | None = None,
+    ) -> np.ndarray:
+        """See ``Backend.generate``."""
+        if self._pass is None:
+            return super().generate(prompts, noise, steps=steps, progress=progress)
+        with _memory_errors(self.device), torch.inference_mode():
+            images = self._pass(prompts, noise, self._combine(steps))
+        if progress is not None:
+            progress(1.0)
+        return images
+
+    def _images(
+>>>>>>> 87d7fb1 (A student's pass and a teacher's steps on CUDA: prepared networks, static memory, CUDA graphs a shape, one wait)
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
     ) -> torch.Tensor:
         student = self._entered
@@ -197,8 +263,59 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         super().__init__(info, vae=vae, device=device, dtype=dtype)
         self._guidance = guidance
 
+        self._steps: TeacherSteps | None = None
+        self._fast_notes: list[str] = []
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the loaded teacher, and about how it was run so far."""
+        return (*super().notes, *self._fast_notes)
+
     def _load(self, dtype: torch.dtype) -> Teacher:
-        return load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        teacher = load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        if self.device == "cuda":
+            self._steps = self._fast_steps(teacher)
+        return teacher
+
+    def _fast_steps(self, teacher: Teacher) -> TeacherSteps | None:
+        for module in (teacher.unet, teacher.vae):
+            torch.nn.Module.to(module, memory_format=torch.channels_last)
+        try:
+            model = FastModel(
+                text_encoder=teacher.text_encoder, unet=teacher.unet, vae=teacher.vae, options=FastOptions()
+            )
+        except NotFusable as error:
+            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
+            return None
+        self._fast_notes = model.notes
+        return TeacherSteps(model, teacher.tokenizer)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._steps = None
+        super().__exit__(kind, error, trace)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        noise: np.ndarray,
+        *,
+        steps: int | None = None,
+        progress: ProgressFn | None = None,
+    ) -> np.ndarray:
+        """See ``Backend.generate``."""
+        if self._steps is None:
+            return super().generate(prompts, noise, steps=steps, progress=progress)
+        assert steps is not None, "a teacher has no number of steps of its own"
+        with _memory_errors(self.device), torch.inference_mode():
+            return self._steps(
+                prompts,
+                noise,
+                ddim_steps(self._entered.scheduler_config, steps),
+                guidance=self._guidance,
+                progress=None if progress is None else lambda done: progress(done / steps),
+            )
 
     def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None

@@ -42,9 +42,13 @@ class ImageDecoder:
         Both classes answer in [-1, 1]: AutoencoderTiny works in [0, 1] inside and converts.
         """
         # Scaled before the cast: half precision would round the latents twice.
-        scaled = latents.float() / self._scale + self._shift
+        scaled = self.scaled(latents)
         images: torch.Tensor = self.vae.decode(scaled.to(self.vae.device, self.vae.dtype), return_dict=False)[0]
         return images.float()
+
+    def scaled(self, latents: torch.Tensor) -> torch.Tensor:
+        """The autoencoder's latents, float32, from the UNet's."""
+        return latents.float() / self._scale + self._shift
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:

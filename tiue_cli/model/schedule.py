@@ -283,6 +283,31 @@ def combine_for_run(
     return LinearCombine.from_scheduler_config(scheduler_config, timesteps)
 
 
+def ddim_steps(scheduler_config: Mapping[str, Any], steps: int) -> tuple[tuple[int, float, float], ...]:
+    """``steps`` deterministic DDIM steps as (timestep, a, b): x_next = a·x + b·prediction (eq. 12 with eta = 0).
+
+    Spaced as the config says; what diffusers' ``DDIMScheduler`` does one by one. Raises SchedulerError, UsageError.
+    """
+    config = ddim_config(scheduler_config)
+    spacing, count = config["timestep_spacing"], int(config["num_train_timesteps"])
+    if steps == 1 and spacing == "leading":
+        timesteps: tuple[int, ...] = (int(config["steps_offset"]),)  # DDIMScheduler's, where decoder_timesteps differs
+    else:
+        timesteps = decoder_timesteps(config, steps)
+    alphas_bar = alphas_cumprod(config)
+    final = 1.0 if config["set_alpha_to_one"] else float(alphas_bar[0])
+    found = []
+    for timestep in timesteps:
+        target = timestep - count // steps
+        bar, next_bar = float(alphas_bar[timestep]), final if target < 0 else float(alphas_bar[target])
+        x_t, prediction = np.eye(2)
+        kind = str(config["prediction_type"])
+        x_0, noise = _clean_and_noise(x_t, prediction, bar, timestep=timestep, prediction_type=kind)
+        a, b = math.sqrt(next_bar) * x_0 + math.sqrt(1.0 - next_bar) * noise
+        found.append((timestep, float(a), float(b)))
+    return tuple(found)
+
+
 def _step_targets(config: Mapping[str, Any], timesteps: tuple[int, ...]) -> tuple[int, ...]:
     """Where each step ends; negative means the final abar.
 

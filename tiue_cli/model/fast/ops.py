@@ -46,6 +46,9 @@ class Ops(Protocol):
     def geglu(self, projected: Tensor) -> Tensor:
         """(…, 2D) → (…, D): the first half times the GELU of the second."""
 
+    def quick_gelu(self, values: Tensor) -> Tensor:
+        """x · sigmoid(1.702 x): CLIP's activation."""
+
     def add_layer_norm(
         self, tokens: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -96,6 +99,10 @@ class TorchOps:
         value, gate = projected.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
+    def quick_gelu(self, values: Tensor) -> Tensor:
+        """See ``Ops``."""
+        return values * torch.sigmoid(1.702 * values)
+
     def add_layer_norm(
         self, tokens: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -144,6 +151,10 @@ class TritonOps:
     def geglu(self, projected: Tensor) -> Tensor:
         """See ``Ops``."""
         return self._kernels.geglu(projected)
+
+    def quick_gelu(self, values: Tensor) -> Tensor:
+        """See ``Ops``."""
+        return self._kernels.quick_gelu(values)
 
     def add_layer_norm(
         self, tokens: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float

@@ -114,6 +114,14 @@ def geglu(projected: Tensor) -> Tensor:
     return out
 
 
+def quick_gelu(values: Tensor) -> Tensor:
+    """See ``Ops.quick_gelu``."""
+    assert values.is_contiguous(), "values are dense"
+    out = torch.empty_like(values)
+    _quick_gelu[(triton.cdiv(out.numel(), 1024),)](values, out, out.numel(), BLOCK=1024)
+    return out
+
+
 def add_layer_norm(
     tokens: Tensor, addend: Tensor | None, weight: Tensor, bias: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -333,6 +341,15 @@ def _geglu(projected, out, width, BLOCK: tl.constexpr):
     gate = tl.load(projected + (row * 2 + 1) * width + index, mask=mask).to(tl.float32)
     activated = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     tl.store(out + row * width + index, (value * activated).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _quick_gelu(values, out, count, BLOCK: tl.constexpr):
+    """x · sigmoid(1.702 x)."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    value = tl.load(values + index, mask=index < count).to(tl.float32)
+    result = value / (1.0 + tl.exp(-1.702 * value))
+    tl.store(out + index, result.to(out.dtype.element_ty), mask=index < count)
 
 
 @triton.jit

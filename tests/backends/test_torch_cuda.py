@@ -1,0 +1,93 @@
+"""The pass that a GPU runs, against diffusers' modules; uncaptured on a CPU, in torch's own arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
+from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
+from tiue_cli.backends.torch_graphs import FewEntries
+from tiue_cli.errors import DeviceError
+from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.schedule import combine_for_run, ddim_steps
+from tiue_cli.model.student import load_student
+from tiue_cli.model.teacher import load_teacher
+from tiue_cli.noise import draw_noise
+
+PROMPTS = ("a red heart above a blue house", "a yellow star at night")
+
+
+def fast(parts: object, **options: bool) -> FastModel:
+    return FastModel(
+        text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=FastOptions(**options)
+    )
+
+
+@pytest.mark.parametrize("vae", [None, "embedded"])
+def test_prepared_pass_draws_what_the_plain_backend_draws(tiny_student_folder: Path, vae: str | None) -> None:
+    folder = tiny_student_folder if vae is None else Path(__file__)
+    if vae is not None:
+        from tiue_cli.model.hub import EMBEDDED_STUDENT, resolve_model
+
+        folder = resolve_model(EMBEDDED_STUDENT)
+    student = load_student(folder)
+    manifest = student.manifest
+    with StudentTorchBackend(check_model_folder(folder), device="cpu") as backend:
+        noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
+        run = StudentPass(fast(student), student.tokenizer, encoder_timestep=manifest.encoder_timestep)
+        for steps in (None, 1, 2, None):
+            combine = combine_for_run(
+                student.scheduler_config, manifest.decoder_timesteps, spacing=manifest.spacing, steps=steps
+            )
+            with torch.inference_mode():
+                ours = run(PROMPTS, noise, combine)
+            theirs = backend.generate(PROMPTS, noise, steps=steps)
+            assert np.abs(ours.astype(int) - theirs).max() <= 1, steps
+
+
+def test_captured_steps_sample_what_the_pipeline_samples(tiny_teacher_folder: Path) -> None:
+    teacher = load_teacher(tiny_teacher_folder)
+    with TeacherTorchBackend(check_model_folder(tiny_teacher_folder), guidance=4.0, device="cpu") as backend:
+        noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
+        run = TeacherSteps(fast(teacher), teacher.tokenizer)
+        done: list[int] = []
+        for steps in (1, 3, 4):
+            with torch.inference_mode():
+                sampled = ddim_steps(teacher.scheduler_config, steps)
+                ours = run(PROMPTS, noise, sampled, guidance=4.0, progress=done.append)
+            theirs = backend.generate(PROMPTS, noise, steps=steps)
+            assert np.abs(ours.astype(int) - theirs).max() <= 1, steps
+        assert done == [1, 1, 2, 3, 1, 2, 3, 4]
+
+
+def test_a_picture_that_is_not_finite_is_refused(tiny_student_folder: Path) -> None:
+    student = load_student(tiny_student_folder)
+    with torch.no_grad():
+        student.vae.decoder.conv_out.bias.fill_(float("nan"))
+    run = StudentPass(fast(student), student.tokenizer, encoder_timestep=student.manifest.encoder_timestep)
+    noise = draw_noise([0], (4, 8, 8))
+    with torch.inference_mode(), pytest.raises(DeviceError, match="NaN or Inf"):
+        run(PROMPTS[:1], noise, student.linear_combine())
+
+
+def test_compile_is_refused_on_a_cpu(tiny_student_folder: Path) -> None:
+    with pytest.raises(DeviceError, match="--compile is for CUDA"):
+        StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu", compiled=True)
+
+
+def test_the_least_recently_used_entry_makes_way() -> None:
+    entries: FewEntries[str] = FewEntries(2)
+    made: list[str] = []
+
+    def make(key: str) -> str:
+        made.append(key)
+        return key.upper()
+
+    for key in ("a", "b", "a", "c", "a", "b"):
+        assert entries.get(key, lambda key=key: make(key)) == key.upper()
+    assert made == ["a", "b", "c", "b"]
+    assert entries.keys == ("a", "b")
