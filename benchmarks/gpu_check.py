@@ -1,324 +1,743 @@
-"""Build, compare and time an export on an NVIDIA GPU, and write a report: see gpu_check.sh.
+"""What an NVIDIA GPU makes of tiue, within a budget of minutes; needs nothing but torch and the package on PYTHONPATH.
 
-Every step is recorded, failed ones with their reason; the rest goes on. Exit status 1 where one failed.
+    bash benchmarks/gpu_check.sh [--minutes 10] [--stages ceilings,right,pass,…] [--cpu]
 
-What is timed: ``Backend.generate`` from prompts to pixels in main memory (tokenizer, text encoder, UNet, VAE, and both
-copies), warm, each run waited for. What is not: loading, and the first runs of a shape.
+Stages run in order of worth, Stable Diffusion 1.5's shapes with random weights, 512 x 512. Each figure is written as soon
+as it is there (gpu_check.json and gpu_check.md in --out); a stage that fails or dies is recorded, and the next one runs.
+The floor of a stage: its multiplications and additions over the matrix rate measured in the same run. ``--cpu`` rehearses
+all of it on papercut's shapes.
+
+What is timed: medians, each run waited for; ``wall_ms`` from prompts and noise in main memory to pixels there, stages by
+CUDA events between their launches.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import gc
 import json
+import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+import traceback
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from tiue_cli import __version__
-from tiue_cli.backends.base import Backend
-from tiue_cli.backends.trt_device import require_tensorrt
-from tiue_cli.errors import TiueError
-from tiue_cli.export.tolerance import psnr_db
-from tiue_cli.files.manifests import write_json
-from tiue_cli.machine import machine_info, package_version
-from tiue_cli.model.noise import draw_noise
-
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ("a red heart above a blue house", "a yellow star at night")
-BATCHES = (1, 4, 16)
-REQUIRED_DB = 35.0
-WARM_UP, RUNS, MIN_SECONDS = 3, 20, 2.0
-LIBRARIES = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "tensorrt-cu12", "polygraphy", "onnx")
+STEPS = 4
+TEACHER_STEPS = 25
 
-OpenBackend = Callable[[], AbstractContextManager[Backend]]
+Figures = dict[str, Any]
 
 
-@dataclass
-class Step:
-    """One thing that was tried: ``status`` is ok, failed or skipped."""
+class Check:
+    """What a stage needs to know, and where its figures go."""
 
-    name: str
-    status: str
-    seconds: float
-    detail: Any
+    def __init__(self, options: argparse.Namespace) -> None:
+        import torch
+
+        self.cpu: bool = options.cpu
+        self.device = "cpu" if options.cpu else "cuda"
+        self.dtype = torch.float32 if options.cpu else torch.float16
+        self.precision = "fp32" if options.cpu else "fp16"
+        self.shape = "papercut" if options.cpu else "sd15"
+        self.batches = (1, 2) if options.cpu else (1, 4, 16)
+        self.ends = float(options.ends)
+        self.out: Path = options.out
+        self.file: Path = options.out / "gpu_check.json"
+        self.figures: Figures = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.peak: float | None = self.figures.get("ceilings", {}).get("matmul_flops_per_s")
+
+    def put(self, *keys: str, value: Any) -> None:
+        """Write one figure at once, and show it."""
+        place = self.figures
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = value
+        self.file.write_text(json.dumps(self.figures, indent=1) + "\n", encoding="utf-8")
+        (self.out / "gpu_check.md").write_text(markdown(self.figures), encoding="utf-8")
+        print(f"   {' / '.join(keys)}: {json.dumps(value)[:400]}", flush=True)
+
+    def has(self, seconds: float) -> bool:
+        """Whether so much time is left."""
+        return time.time() + seconds < self.ends
+
+    def components(self, *, vae: str | None = None, dtype: Any = None) -> Any:
+        """Random weights of the shape on the device, equal from call to call."""
+        from tiue_cli.bench.random_weights import random_components
+
+        return random_components(self.shape, device=self.device, dtype=dtype or self.dtype, vae=vae)
+
+    def model(self, parts: Any) -> Any:
+        """The parts as the bench's model: a student and its own teacher."""
+        from tiue_cli.bench.models import LoadedModel
+
+        return LoadedModel(self.shape, self.shape, parts, None, 0.0, True)
 
 
-@dataclass
-class Report:
-    """What was found out, in order."""
+# --- stages --------------------------------------------------------------------------------------------------------
 
-    model: str
-    machine: dict[str, Any]
-    tiue: str = __version__
-    day: str = field(default_factory=lambda: date.today().isoformat())
-    steps: list[Step] = field(default_factory=list)
 
-    def run(self, name: str, work: Callable[[], Any]) -> Any:
-        """Do one step and keep what it returns, or why it failed; returns None where it failed."""
-        print(f"== {name}", flush=True)
-        started = time.perf_counter()
+def machine(check: Check) -> None:
+    """The machine, and what ``tiue doctor`` says of it."""
+    import torch
+
+    found: Figures = {
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cores": os.cpu_count(),
+    }
+    if not check.cpu:
+        properties = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
+        }
+        with contextlib.suppress(ImportError):
+            import triton
+
+            found["triton"] = triton.__version__
+    from tiue_cli import __version__
+
+    check.put("machine", value={**found, "tiue": __version__})
+
+
+def ceilings(check: Check) -> None:
+    """The rates that shares refer to: the largest of several matrix products, and a copy within the device's memory."""
+    import torch
+
+    side = 512 if check.cpu else 8192
+    for dtype in (check.dtype,) if check.cpu else (torch.float16, torch.bfloat16):
+        rates = []
+        for one in (side // 2, side):
+            left, right = (torch.randn(one, one, device=check.device).to(dtype) for _ in range(2))
+            rates.append(2 * one**3 / device_ms(check, functools.partial(torch.mm, left, right)) * 1000)
+        check.put("ceilings", f"matmul {str(dtype)[6:]} TFLOP/s", value=[round(rate / 1e12, 2) for rate in rates])
+        if dtype is check.dtype:
+            check.peak = max(rates)
+            check.put("ceilings", "matmul_flops_per_s", value=check.peak)
+    source = torch.empty(2**24 if check.cpu else 2**30, device=check.device, dtype=torch.uint8).random_()
+    target = torch.empty_like(source)
+    seconds = device_ms(check, lambda: target.copy_(source)) / 1000
+    check.put("ceilings", "copy TB/s", value=round(2 * source.numel() / seconds / 1e12, 3))
+
+
+def right(check: Check) -> None:
+    """Every way to run a pass against plain modules in float32: relative errors of the parts, PSNR of the pictures."""
+    import torch
+
+    from tiue_cli.backends.torch_cuda import FastModel
+    from tiue_cli.model.autoencoder import ImageDecoder
+    from tiue_cli.model.unet import UNetDecoder, UNetEncoder
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    for vae in (None, "taesd"):
+        exact = check.components(vae=vae, dtype=torch.float32)
+        generator = torch.Generator("cpu").manual_seed(1)
+        side = exact.info.sample_size[0]
+        noise = torch.randn(2, exact.info.latent_channels, side, side, generator=generator).to(check.device)
+        states = torch.randn(2, exact.info.text_tokens, exact.info.text_width, generator=generator).to(check.device)
+        last = int(exact.scheduler_config["num_train_timesteps"]) - 1
+        steps = torch.tensor([last - number * (last // STEPS) for number in range(STEPS)], device=check.device)
+        with torch.inference_mode():
+            features = UNetEncoder(exact.unet)(noise, states, steps[:1])
+            predicted = UNetDecoder(exact.unet)(features, steps, states)
+            image = ImageDecoder(exact.vae).decode_float(noise)
+        del exact
+        for dtype in (torch.float32,) if check.cpu else (torch.float16, torch.bfloat16):
+            for name, options in variants(check, compiled=False).items():
+                if name != "default" and (vae is not None or dtype is torch.bfloat16):
+                    continue  # the others differ in the UNet, and were compared in float16
+                parts = check.components(vae=vae, dtype=torch.float32)
+                for module in (parts.unet, parts.vae, parts.text_encoder):
+                    torch.nn.Module.to(module, dtype)
+                fast = FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=options)
+                with torch.inference_mode():
+                    texts = fast.unet.texts(states.to(dtype))
+                    times = fast.unet.times(steps)
+                    ours = fast.encode(noise.to(dtype), times[:1], texts)
+                    found = {
+                        "encoder": error(ours.mid, features.mid),
+                        "decoder": error(fast.decode(ours, times, texts), predicted),
+                        "vae": error(fast._decode(fast.images.scaled(noise).to(dtype)), image),
+                    }
+                check.put("right", f"{vae or 'kl'} {str(dtype)[6:]} {name}", value=found)
+                del parts, fast
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+
+def passes(check: Check) -> None:
+    """Prompts to pixels: the authors' plain scheme, and every way to run ours, captured."""
+    import torch
+
+    for vae in (None, "taesd"):
+        parts = check.components(vae=vae)
+        plain_pass(check, parts, vae or "kl")
+        for module in (parts.unet, parts.vae):
+            torch.nn.Module.to(module, memory_format=torch.channels_last)
+        for name, options in variants(check, compiled=False).items():
+            for batch in check.batches:
+                if check.has(8):
+                    timed_pass(check, parts, options, vae=vae or "kl", name=name, batch=batch, steps=STEPS)
+            free(check)
+        for steps in range(1, STEPS):
+            if check.has(6):
+                timed_pass(
+                    check, parts, default_options(), vae=vae or "kl", name=f"default K={steps}", batch=1, steps=steps
+                )
+        del parts
+        free(check)
+
+
+def compiled(check: Check) -> None:
+    """The same through ``torch.compile`` and then captured; the first call's seconds are the compiler's."""
+    import torch
+
+    for vae, batch in ((None, 1), ("taesd", 1), (None, 16), ("taesd", 16)) if not check.cpu else ():
+        parts = check.components(vae=vae)
+        for module in (parts.unet, parts.vae):
+            torch.nn.Module.to(module, memory_format=torch.channels_last)
+        for name, options in variants(check, compiled=True).items():
+            if check.has(100):
+                timed_pass(check, parts, options, vae=vae or "kl", name=name, batch=batch, steps=STEPS)
+        del parts
+        torch._dynamo.reset()
+        free(check)
+
+
+def teacher(check: Check) -> None:
+    """25 guided steps: diffusers' pipeline as it is, and our captured step."""
+    import numpy as np
+    import torch
+
+    from tiue_cli.backends.torch_cuda import FastModel, TeacherSteps
+    from tiue_cli.model.schedule import ddim_steps
+
+    parts = check.components()
+    model = check.model(parts)
+    sampled = ddim_steps(parts.scheduler_config, TEACHER_STEPS if not check.cpu else 3)
+    noise = np.random.default_rng(0).standard_normal((1, *latent(parts)), dtype=np.float32)
+    plain = model.teacher
+    placed = torch.from_numpy(noise).to(check.device)
+
+    def run_plain() -> Any:
+        with torch.inference_mode():
+            return plain.sample(PROMPTS[:1], placed, steps=len(sampled))
+
+    check.put("teacher", "eager, diffusers", value={"wall_ms": wall_ms(run_plain, least=3), "steps": len(sampled)})
+    for module in (parts.unet, parts.vae):
+        torch.nn.Module.to(module, memory_format=torch.channels_last)
+    fast = FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=default_options())
+    steps = TeacherSteps(fast, parts.tokenizer)
+
+    def run() -> Any:
+        with torch.inference_mode():
+            return steps(PROMPTS[:1], noise, sampled, guidance=7.5)
+
+    started = time.perf_counter()
+    run()
+    first = round(time.perf_counter() - started, 2)
+    check.put(
+        "teacher", "captured", value={"wall_ms": wall_ms(run, least=4), "first_s": first, "notes": list(fast.notes)}
+    )
+
+
+def tests(check: Check) -> None:
+    """The tests that need a GPU."""
+    environment = {**os.environ} | ({"TRITON_INTERPRET": "1"} if check.cpu else {})
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "-rfE"]
+    limit = max(20.0, min(150.0, check.ends - time.time()))
+    done = subprocess.run(
+        [*command, "--durations=5", "tests"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit, env=environment,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or ["nothing was said"]
+    check.put("tests", value={"status": done.returncode, "last": lines[-1], "failed": failures(done.stdout)})
+    (check.out / "gpu_tests.log").write_text(done.stdout[-60000:] + done.stderr[-5000:], encoding="utf-8")
+
+
+def distill(check: Check) -> None:
+    """Seconds a step and peak memory: the recipe for 24 GB, larger batches, fp16; and a plainly written step."""
+    import torch
+
+    folder = teacher_folder(check)
+    grid: dict[str, Figures] = {
+        "sd15-24gb (batch 4, recomputing, bf16)": {"batch_size": 4, "precision": "bf16", "gradient_checkpointing": True},
+        "plain (batch 4, bf16)": {"batch_size": 4, "precision": "bf16", "plain": True},
+        "batch 4, bf16": {"batch_size": 4, "precision": "bf16"},
+        "batch 4, bf16, compiled": {"batch_size": 4, "precision": "bf16", "compile": True},
+        "batch 4, recomputing, fp16": {"batch_size": 4, "precision": "fp16", "gradient_checkpointing": True},
+        "batch 8, bf16": {"batch_size": 8, "precision": "bf16"},
+    }
+    if check.cpu:
+        grid = {"fp32": {"batch_size": 2, "precision": "fp32"}, "plain": {"batch_size": 2, "precision": "fp32", "plain": True}}
+    for name, values in grid.items():
+        if not check.has(45 if values.get("compile") else 12):
+            check.put("distill", name, value="no time left")
+            continue
         try:
-            status, detail = "ok", work()
-        except (TiueError, subprocess.SubprocessError, OSError, RuntimeError, ValueError, AssertionError) as error:
-            status, detail = "failed", f"{type(error).__name__}: {error}"
-        self.steps.append(Step(name, status, round(time.perf_counter() - started, 2), detail))
-        print(f"   {status}: {json.dumps(detail)[:300]}", flush=True)
-        return detail if status == "ok" else None
+            check.put("distill", name, value=distilled(check, folder, **values))
+        except Exception as failure:
+            traceback.print_exc(limit=-3)
+            check.put("distill", name, value=f"{type(failure).__name__}: {str(failure)[:300]}")
+        from accelerate.state import AcceleratorState
 
-    def skip(self, name: str, reason: str) -> None:
-        """Say why a step was not tried."""
-        print(f"== {name}\n   skipped: {reason}", flush=True)
-        self.steps.append(Step(name, "skipped", 0.0, reason))
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the steps that failed."""
-        return [step.name for step in self.steps if step.status == "failed"]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch._dynamo.reset()
+        free(check)
 
 
-# --- steps ---------------------------------------------------------------------------------------------------------
+def profile(check: Check) -> None:
+    """Which kernels the time of a pass goes to, by stage; what a change would have to shrink."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from tiue_cli.backends.torch_cuda import FastModel
+
+    for vae in (None, "taesd"):
+        parts = check.components(vae=vae)
+        for module in (parts.unet, parts.vae):
+            torch.nn.Module.to(module, memory_format=torch.channels_last)
+        fast = FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=default_options())
+        times = fast.unet.times(torch.arange(STEPS, device=check.device))
+        for batch in check.batches[::2]:
+            with torch.inference_mode():
+                noise = torch.randn(batch, *latent(parts), device=check.device, dtype=check.dtype)
+                ids = torch.randint(0, 40, (batch, parts.info.text_tokens), device=check.device)
+                texts = fast.unet.texts(fast.text(ids))
+                features = fast.encode(noise, times[:1], texts)
+                stages = {
+                    "text": lambda: fast.unet.texts(fast.text(ids)),
+                    "unet_encoder": lambda: fast.encode(noise, times[:1], texts),
+                    "unet_decoder": lambda: fast.decode(features, times, texts),
+                    "vae": lambda: fast.pixels(noise),
+                }
+                for name, run in stages.items():
+                    if vae is not None and name != "vae":
+                        continue
+                    run()
+                    kind = ProfilerActivity.CPU if check.cpu else ProfilerActivity.CUDA
+                    with profiler(activities=[kind], acc_events=True) as found:
+                        run()
+                        wait(check)
+                    rows = [
+                        (row.key[:110], row.count, (row.self_cpu_time_total if check.cpu else row.self_device_time_total))
+                        for row in found.key_averages()
+                    ]
+                    rows.sort(key=lambda row: -row[2])
+                    total = round(sum(row[2] for row in rows) / 1000, 3)
+                    top = [[key, count, round(spent / 1000, 3)] for key, count, spent in rows[:16]]
+                    launches = sum(row[1] for row in rows)
+                    key = f"{vae or 'kl'} batch {batch} {name}"
+                    check.put("profile", key, value={"ms": total, "launches": launches, "top": top})
+        del parts, fast
+        free(check)
 
 
-def gpu_tests() -> str:
-    """Run the tests that need a GPU; the last line of pytest. Raises RuntimeError where one fails."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    last = (done.stdout.strip().splitlines() or ["nothing was said"])[-1]
-    if done.returncode not in (0, 5):  # 5: no test has the marker
-        raise RuntimeError(f"{last}\n{done.stdout[-1500:]}")
-    return last
+def tensorrt(check: Check) -> None:
+    """Export, build, compare and time with TensorRT and ONNX Runtime: tensorrt_check.py, where it is installed."""
+    import importlib.util
+
+    if importlib.util.find_spec("tensorrt") is None:
+        check.put("tensorrt", value="skipped: TensorRT is not installed (pip install tiue[trt])")
+        return
+    limit = max(30.0, check.ends - time.time())
+    command = [sys.executable, str(ROOT / "benchmarks" / "tensorrt_check.py"), "--no-tests", "--out", str(check.out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit)
+    check.put("tensorrt", value={"status": done.returncode, "said": done.stdout[-2000:]})
 
 
-def tiue(*arguments: str) -> dict[str, Any]:
-    """A tiue command's JSON document. Raises RuntimeError with its error."""
-    command = [sys.executable, "-m", "tiue_cli", *arguments, "--format", "json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(" ".join(done.stderr.split())[-800:])
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
+STAGES: dict[str, Callable[[Check], None]] = {
+    "machine": machine,
+    "ceilings": ceilings,
+    "right": right,
+    "pass": passes,
+    "teacher": teacher,
+    "tests": tests,
+    "profile": profile,
+    "compile": compiled,
+    "distill": distill,
+    "tensorrt": tensorrt,
+}
 
 
-def random_sd15(work: Path) -> str:
-    """A student of Stable Diffusion 1.5's shapes with random weights."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from helpers import build_full_size_folder
-
-    from tiue_cli.model.student import save_student, student_from_teacher
-
-    folder = work / "sd15-student"
-    if not folder.exists():
-        build_full_size_folder(work / "sd15-teacher")
-        save_student(student_from_teacher(work / "sd15-teacher", steps=4), folder)
-    return str(folder)
+# --- what the stages share -----------------------------------------------------------------------------------------
 
 
-def build(source: str, folder: Path, *, profile: str | None) -> dict[str, Any]:
-    """Export (unless the folder is there) and build; the figures of both."""
-    options = [] if profile is None else ["--profile", profile]
-    if (folder / "manifest.json").is_file():
-        document = tiue("export", str(folder), "--trt", *options)
-    else:
-        document = tiue("export", source, "--out", str(folder), "--trt", *options)
-    engine, manifest = document["engine"], document["engine"]["manifest"]
+def default_options() -> Any:
+    """What ``tiue generate`` runs."""
+    from tiue_cli.backends.torch_cuda import FastOptions
+
+    return FastOptions()
+
+
+def variants(check: Check, *, compiled: bool) -> dict[str, Any]:
+    """Ways to run a pass, the default first."""
+    from tiue_cli.backends.torch_cuda import FastOptions
+
+    if compiled:
+        return {
+            "compiled": FastOptions(kernels=False, compiled=True),
+            "compiled, kernels": FastOptions(compiled=True),
+            "compiled, kernels, autotuned": FastOptions(compiled=True, compile_mode="max-autotune-no-cudagraphs"),
+        }
     return {
-        "folder": engine["folder"],
-        "reused": engine["reused"],
-        "seconds": engine["seconds"],
-        "device": manifest["device"],
-        "profiles": [profile["name"] for profile in manifest["profiles"]],
-        "plans": [
-            {key: plan[key] for key in ("graph", "layers", "build_s", "device_memory_bytes")}
-            | {"size_bytes": plan["plan"]["size_bytes"]}
-            for plan in manifest["plans"]
-        ],
-        "parity": manifest["parity"],
-        "notes": engine["notes"],
-        "export_parity_psnr_db": ((document.get("manifest") or {}).get("parity") or {}).get("image_psnr_db"),
+        "default": default_options(),
+        "K-fold decoder": FastOptions(shared=False),
+        "merged upsamplers": FastOptions(merged=True),
+        "torch's norms": FastOptions(kernels=False),
     }
 
 
-def backends(folder: Path, student: str | None) -> dict[str, OpenBackend]:
-    """What is compared, by name; the first one is the reference."""
-    from tiue_cli.backends.onnx_backend import OnnxBackend
-    from tiue_cli.backends.trt_backend import TrtBackend
+def timed_pass(check: Check, parts: Any, options: Any, *, vae: str, name: str, batch: int, steps: int) -> None:
+    """Wall time, stages by events, first call and share of the peak of one way to run a pass."""
+    import numpy as np
+    import torch
 
-    found: dict[str, OpenBackend] = {}
-    if student is not None:
+    from tiue_cli.backends.torch_cuda import FastModel, StudentPass
+    from tiue_cli.bench.clock import clock_for
+    from tiue_cli.bench.flops import StageFlops
+    from tiue_cli.bench.models import combine_for
 
-        def torch_backend(device: str, dtype: str) -> OpenBackend:
-            from tiue_cli.backends.torch_backend import StudentTorchBackend
-            from tiue_cli.model.folder import check_model_folder
-            from tiue_cli.model.hub import resolve_model
-
-            return lambda: StudentTorchBackend(check_model_folder(resolve_model(student)), device=device, dtype=dtype)
-
-        found["torch cuda fp32"] = torch_backend("cuda", "fp32")
-        found["torch cuda fp16"] = torch_backend("cuda", "fp16")
-    found["onnx cpu"] = lambda: OnnxBackend(folder, provider="cpu")
-    found["onnx cuda"] = lambda: OnnxBackend(folder, provider="cuda")
-    found["trt"] = lambda: TrtBackend(folder)
-    found["trt without CUDA graphs"] = lambda: TrtBackend(folder, graphs=False)
-    return found
-
-
-def draw(opener: OpenBackend) -> np.ndarray:
-    """The images of the fixed prompts with seeds 0, 1, …"""
-    with opener() as backend:
-        noise = draw_noise(range(len(PROMPTS)), backend.latent_shape(backend.default_size))
-        backend.generate(PROMPTS, noise)
-        # The second run of a shape is the one that a CUDA graph does.
-        return backend.generate(PROMPTS, noise)
-
-
-def compare(images: dict[str, np.ndarray]) -> dict[str, float]:
-    """PSNR in dB of every backend's images against the first one's. Raises AssertionError below 35 dB."""
-    reference = next(iter(images.values()))
-    figures = {name: round(psnr_db(value, reference), 2) for name, value in images.items()}
-    worst = min(figures, key=lambda name: figures[name])
-    assert figures[worst] >= REQUIRED_DB, f"{worst}: {figures[worst]} dB ({figures})"
-    return figures
-
-
-def latency(opener: OpenBackend, batches: Sequence[int]) -> dict[str, Any]:
-    """Milliseconds a batch, warm: median, 10th and 90th percentile, for each batch size that the backend takes."""
-    figures: dict[str, Any] = {}
-    with opener() as backend:
-        size = backend.default_size
-        for batch in batches:
-            limit = backend.largest_batch(size)
-            if limit is not None and batch > limit:
-                continue
-            noise = draw_noise(range(batch), backend.latent_shape(size))
-            prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
-            for _ in range(WARM_UP):
-                backend.generate(prompts, noise)
-            times: list[float] = []
-            while len(times) < RUNS or sum(times) < MIN_SECONDS:
-                started = time.perf_counter()
-                backend.generate(prompts, noise)
-                times.append(time.perf_counter() - started)
-            cuts = statistics.quantiles(times, n=10)
-            figures[str(batch)] = {
-                "median_ms": round(1000 * statistics.median(times), 3),
-                "p10_ms": round(1000 * cuts[0], 3),
-                "p90_ms": round(1000 * cuts[-1], 3),
-                "runs": len(times),
-            }
-    return figures
-
-
-def whole_process(model: str, *options: str) -> float:
-    """Seconds of one `tiue generate`, start-up included: the best of three."""
-    seconds = []
-    with tempfile.TemporaryDirectory() as out:
-        for number in range(3):
+    student = check.model(parts).student
+    combine = combine_for(student, steps)
+    counted = StageFlops(parts, parts.info.sample_size)
+    noise = np.random.default_rng(0).standard_normal((batch, *latent(parts)), dtype=np.float32)
+    prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
+    try:
+        fast = FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=options)
+        run = StudentPass(fast, parts.tokenizer, encoder_timestep=student.manifest.encoder_timestep)
+        with torch.inference_mode():
             started = time.perf_counter()
-            tiue("generate", PROMPTS[0], "--seed", str(number), "--model", model, "--out", out, *options)
-            seconds.append(time.perf_counter() - started)
-    return round(min(seconds), 2)
+            run(prompts, noise, combine)
+            first_s = time.perf_counter() - started
+            wall = wall_ms(lambda: run(prompts, noise, combine), least=10)
+            clock = clock_for(check.device)
+            taken: dict[str, list[float]] = {}
+            for _ in range(7):
+                run(prompts, noise, combine, clock=clock)
+                for stage, spent in clock.take_ms().items():
+                    taken.setdefault(stage, []).append(spent)
+        stage_ms = {stage: round(statistics.median(values), 3) for stage, values in taken.items()}
+        kind = "merged" if options.merged else "shared" if options.shared else "plain"
+        flops = {
+            "text": counted.text(batch),
+            "unet_encoder": counted.unet_encoder(batch),
+            "unet_decoder": counted.unet_decoder(batch, steps, kind),
+            "vae": counted.vae(batch),
+        }
+        row: Figures = {"wall_ms": wall, "first_s": round(first_s, 2), "stage_ms": stage_ms}
+        if check.peak is not None:
+            total = sum(stage_ms.values())
+            row["floor_ms"] = {stage: round(1000 * count / check.peak, 3) for stage, count in flops.items()}
+            row["share_of_peak"] = round(sum(flops.values()) / (wall / 1000) / check.peak, 3)
+            row["device_share_of_peak"] = round(sum(flops.values()) / (total / 1000) / check.peak, 3)
+        if not check.cpu:
+            row["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        check.put("pass", f"{vae} batch {batch} {name}", value={**row, "notes": list(fast.notes)})
+    except Exception as failure:
+        if "CUDA error" in str(failure):
+            raise
+        traceback.print_exc(limit=-3)
+        check.put("pass", f"{vae} batch {batch} {name}", value=f"{type(failure).__name__}: {str(failure)[:300]}")
+
+
+def plain_pass(check: Check, parts: Any, vae: str) -> None:
+    """The authors' scheme as they wrote it: a K-fold batch through diffusers' modules, launched one by one."""
+    import numpy as np
+    import torch
+
+    from tiue_cli.bench.models import combine_for
+    from tiue_cli.model.autoencoder import ImageDecoder
+    from tiue_cli.model.text import encode_prompts
+    from tiue_cli.model.unet import UNetDecoder, UNetEncoder
+
+    student = check.model(parts).student
+    combine = combine_for(student, STEPS)
+    encoder, decoder, images = UNetEncoder(parts.unet), UNetDecoder(parts.unet), ImageDecoder(parts.vae)
+    for batch in check.batches:
+        noise = np.random.default_rng(0).standard_normal((batch, *latent(parts)), dtype=np.float32)
+        prompts = [PROMPTS[row % len(PROMPTS)] for row in range(batch)]
+
+        def run(noise: Any = noise, prompts: list[str] = prompts) -> Any:
+            with torch.inference_mode():
+                placed = torch.from_numpy(noise).to(check.device)
+                states = encode_prompts(parts.tokenizer, parts.text_encoder, prompts).to(parts.unet.dtype)
+                features = encoder(placed.to(parts.unet.dtype), states, student.manifest.encoder_timestep)
+                timesteps = torch.tensor(combine.timesteps, device=check.device)
+                return images.decode(combine(placed, decoder(features, timesteps, states)))
+
+        check.put("pass", f"{vae} batch {batch} authors' scheme, eager", value={"wall_ms": wall_ms(run, least=5)})
+    free(check)
+
+
+def distilled(check: Check, folder: str, *, plain: bool = False, **values: Any) -> Figures:
+    """A few steps of one setting."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from tiue_cli.distill.config import Layer, resolve_config
+    from tiue_cli.distill.loop import Distillation
+
+    with tempfile.TemporaryDirectory() as name:
+        prompts = Path(name) / "prompts.txt"
+        prompts.write_text("\n".join(f"a {color} {thing}" for color in ("red", "blue") for thing in ("star", "fish")))
+        settings = {
+            "teacher": folder, "prompts": str(prompts), "cache": f"{name}/cache", "warm_start": {"steps": 0},
+            "student": {"steps": STEPS, "spacing": "leading"}, "validation": {"every": 0}, "max_steps": 10,
+            "ema": 0.9999, **values,
+        }  # fmt: skip
+        with plainly_written() if plain else contextlib.nullcontext():
+            if plain:
+                settings |= {"text_cache": False, "student": {"steps": STEPS, "spacing": "leading", "decoder": "plain"}}
+            run = Distillation(resolve_config([Layer("gpu_check", settings)]).config, Path(name) / "run")
+            trainer = run.prepare()
+            if plain:
+                for unet in (trainer.networks.student, trainer.networks.score.unet):
+                    unet.to(memory_format=torch.contiguous_format)
+            if not check.cpu:
+                torch.cuda.reset_peak_memory_stats()
+            walls = []
+            for _ in range(3 if check.cpu else 7):
+                wait(check)
+                started = time.perf_counter()
+                if plain:
+                    run._texts.empty = run._texts._encode([""]).to(trainer.accelerator.device)
+                figures = trainer.step()
+                wait(check)
+                walls.append(time.perf_counter() - started)
+        return {
+            "s_per_step": round(statistics.median(walls[2:]), 4),
+            "first_s": round(walls[0], 2),
+            "peak_GiB": None if check.cpu else round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "vsd": figures.get("vsd"),
+            "skipped_steps": trainer.state.skipped_steps,
+        }
+
+
+@contextlib.contextmanager
+def plainly_written() -> Iterator[None]:
+    """Within the block a distillation step is what distill_speed.py calls plain."""
+    from distill_speed import separate_calls
+
+    from tiue_cli.distill import loop, trainer
+    from tiue_cli.distill.networks import ScoreModel
+
+    before: Any = (loop.ScoreModel, trainer.guided_prediction)
+    loop.ScoreModel = functools.partial(ScoreModel, merged=False, merged_upsampler=False)  # type: ignore[assignment, misc]
+    trainer.guided_prediction = separate_calls  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        loop.ScoreModel, trainer.guided_prediction = before
+
+
+def teacher_folder(check: Check) -> str:
+    """A teacher of the shape on the disk: papercut's, or Stable Diffusion 1.5's with random weights."""
+    if check.cpu:
+        return "papercut"
+    folder = Path(os.environ.get("TEACHER", "/tmp/tiue-gpu-check-teacher"))
+    if not folder.exists():
+        sys.path.insert(0, str(ROOT / "tests"))
+        from helpers import build_full_size_folder
+
+        build_full_size_folder(folder.with_suffix(".part"))
+        folder.with_suffix(".part").rename(folder)
+    return str(folder)
+
+
+def latent(parts: Any) -> tuple[int, ...]:
+    """(C, h, w)."""
+    return (parts.info.latent_channels, *parts.info.sample_size)
+
+
+def error(actual: Any, expected: Any) -> float:
+    """Relative, of the whole tensor."""
+    return float(f"{float((actual.double() - expected.double()).norm() / expected.double().norm()):.3g}")
+
+
+def wait(check: Check) -> None:
+    """Until the device has finished."""
+    import torch
+
+    if not check.cpu:
+        torch.cuda.synchronize()
+
+
+def free(check: Check) -> None:
+    """Give back what nothing holds."""
+    import torch
+
+    gc.collect()
+    if not check.cpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def wall_ms(run: Callable[[], Any], *, least: int, seconds: float = 0.6) -> float:
+    """Median of runs that end with their result in main memory."""
+    run()
+    samples: list[float] = []
+    while len(samples) < least or (sum(samples) < seconds * 1000 and len(samples) < 100):
+        started = time.perf_counter()
+        run()
+        samples.append((time.perf_counter() - started) * 1000)
+    return round(statistics.median(samples), 3)
+
+
+def device_ms(check: Check, run: Callable[[], Any]) -> float:
+    """Median time on the device."""
+    import torch
+
+    for _ in range(3):
+        run()
+    samples = []
+    for _ in range(12):
+        if check.cpu:
+            started = time.perf_counter()
+            run()
+            samples.append((time.perf_counter() - started) * 1000)
+            continue
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        samples.append(start.elapsed_time(end))
+    return statistics.median(samples)
+
+
+def failures(text: str) -> list[str]:
+    """Of pytest's summary."""
+    return [line[:200] for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))][:20]
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
 
 
-def markdown(report: Report) -> str:
+def markdown(figures: Figures) -> str:
     """The report for people."""
-    gpus = ", ".join(f"{gpu['name']} (driver {gpu['driver']})" for gpu in report.machine["gpus"]) or "no GPU"
-    versions = ", ".join(f"{name} {value}" for name, value in report.machine["packages"].items() if value)
+    found = figures.get("machine", {})
     lines = [
-        f"# {report.model} on {gpus}",
+        f"# tiue {found.get('tiue', '')} on {found.get('gpu', 'a CPU (a rehearsal)')}",
         "",
-        f"{report.day}, tiue {report.tiue}, {report.machine['system']}, Python {report.machine['python']}; {versions}.",
-        "Written by `benchmarks/gpu_check.sh`; what is timed stands at the top of `gpu_check.py`.",
-        "",
-        "| step | status | seconds | |",
-        "|---|---|---|---|",
+        f"{found.get('date', '')}, driver {found.get('driver', '-')}, torch {found.get('torch', '')}, cuDNN"
+        f" {found.get('cudnn', '-')}. Stable Diffusion 1.5's shapes, random weights, 512 x 512, fp16, K = 4 unless said."
+        " Written by `benchmarks/gpu_check.sh`; what is timed stands at the top of `gpu_check.py`.",
     ]
-    for step in report.steps:
-        text = step.detail if isinstance(step.detail, str) else ""
-        lines.append(f"| {step.name} | {step.status} | {step.seconds} | {' '.join(text.split())[:200]} |")
-    timed = [step for step in report.steps if step.name.startswith("time ") and step.status == "ok"]
-    if timed:
+    if ceiling := figures.get("ceilings"):
+        lines += ["", "Ceilings: " + "; ".join(f"{key} {value}" for key, value in ceiling.items() if "flops" not in key)]
+    if rows := figures.get("pass"):
         lines += [
             "",
-            "| ms a batch, median | " + " | ".join(map(str, BATCHES)) + " |",
-            "|---" * (len(BATCHES) + 1) + "|",
+            "| prompts to pixels | ms | text | UNet encoder | UNet decoder | autoencoder | share of peak | first call, s |",
+            "|---|---|---|---|---|---|---|---|",
         ]
-        for step in timed:
-            cells = [str(step.detail.get(str(batch), {}).get("median_ms", "")) for batch in BATCHES]
-            lines.append(f"| {step.name.removeprefix('time ')} | {' | '.join(cells)} |")
-    for step in report.steps:
-        if step.name == "compare" and step.status == "ok":
-            lines += ["", "| images against the first | PSNR, dB |", "|---|---|"]
-            lines += [f"| {name} | {value} |" for name, value in step.detail.items()]
+        for name, row in rows.items():
+            if isinstance(row, str):
+                lines.append(f"| {name} | {row[:120]} |")
+                continue
+            stages, floors = row.get("stage_ms", {}), row.get("floor_ms", {})
+            cells = [
+                f"{stages[key]} (floor {floors[key]})" if key in floors else str(stages.get(key, ""))
+                for key in ("text", "unet_encoder", "unet_decoder", "vae")
+            ]
+            share = "" if "share_of_peak" not in row else f"{100 * row['share_of_peak']:.0f} %"
+            lines.append(f"| {name} | {row['wall_ms']} | {' | '.join(cells)} | {share} | {row.get('first_s', '')} |")
+    for title in ("teacher", "distill", "right"):
+        if rows := figures.get(title):
+            lines += ["", f"| {title} | |", "|---|---|"]
+            lines += [f"| {name} | {json.dumps(value)} |" for name, value in rows.items()]
+    for title in ("tests", "tensorrt", "failed"):
+        if title in figures:
+            lines += ["", f"{title}: {json.dumps(figures[title])[:1500]}"]
+    for name, row in figures.get("profile", {}).items():
+        lines += ["", f"Kernels, {name}: {row['ms']} ms in {row['launches']} launches", ""]
+        lines += [f"- {spent} ms, {count} x `{key}`" for key, count, spent in row["top"][:8]]
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Do everything; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="papercut", help="papercut, sd15 (random weights), or a student folder")
-    parser.add_argument("--export", type=Path, help="an export folder that is there already: nothing of torch is used")
-    parser.add_argument("--profile", help="default: sd15-512 for sd15, else one image and 1:4:16 at the model's size")
-    parser.add_argument("--work", type=Path, default=ROOT / "engines" / "gpu-check", help="where exports are built")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where the report goes")
-    parser.add_argument("--no-tests", action="store_true", help="leave the GPU tests out")
-    options = parser.parse_args(arguments)
-    try:
-        require_tensorrt()
-    except TiueError as error:
-        print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
-        return error.exit_code
+def main() -> int:
+    """Run the stages, each group of them in a process that may die; returns the exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--stages", default=",".join(STAGES), help="in this order")
+    parser.add_argument("--cpu", action="store_true", help="rehearse on papercut's shapes, without a GPU")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "gpu")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--ends", type=float, default=None, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = [name.strip() for name in options.stages.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in STAGES]:
+        parser.error(f"unknown stage {unknown[0]}: choose among {', '.join(STAGES)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.worker:
+        return work(options, names)
+    import importlib.util
 
-    machine = asdict(machine_info())
-    machine["packages"] |= {name: package_version(name) for name in LIBRARIES}
-    machine["disks"] = []
-    name = options.export.resolve().name if options.export is not None else Path(options.model).name
-    report = Report(name, machine)
-    if options.no_tests:
-        report.skip("GPU tests", "--no-tests")
-    else:
-        report.run("GPU tests", gpu_tests)
-    student, profile = options.model, options.profile
-    if options.export is None and options.model == "sd15":
-        student = report.run("random weights", lambda: random_sd15(options.work))
-        profile = profile or "sd15-512"
-    folder = options.export or options.work / name
-    if report.run("build", lambda: build(student, folder, profile=profile)) is not None:
-        openers = backends(folder, None if options.export is not None else student)
-        images: dict[str, np.ndarray] = {}
-        for backend, opener in openers.items():
-            report.run(f"draw {backend}", lambda b=backend, o=opener: f"{images.setdefault(b, draw(o)).shape}")
-        report.run("compare", lambda: compare(images))
-        for backend, opener in openers.items():
-            if backend != "onnx cpu":
-                report.run(f"time {backend}", lambda opener=opener: latency(opener, BATCHES))
-        for backend in ("onnx", "trt"):
-            report.run(f"whole process {backend}", lambda b=backend: whole_process(str(folder), "--backend", b))
-        if options.export is None:
-            report.run("whole process torch", lambda: whole_process(student))
+    if not options.cpu:
+        import torch
 
-    slug = re.sub(r"[^a-z0-9]+", "-", (machine["gpus"][0]["name"] if machine["gpus"] else platform.node()).lower())
-    path = options.out / f"{name}_{slug.strip('-')}_{report.day}"
-    write_json(path.with_name(f"{path.name}.json"), asdict(report))
-    path.with_name(f"{path.name}.md").write_text(markdown(report), encoding="utf-8")
-    print(f"\nreport: {path}.md and .json")
-    if report.failed:
-        print(f"failed: {', '.join(report.failed)}")
-    return 1 if report.failed else 0
+        if not torch.cuda.is_available():
+            print("error: torch finds no usable GPU\nhint: tiue doctor says why; --cpu rehearses without one")
+            return 1
+    assert importlib.util.find_spec("tiue_cli") is not None
+    ends = time.time() + 60 * options.minutes
+    state = options.out / "gpu_check.json"
+    state.unlink(missing_ok=True)
+    while names and time.time() < ends:
+        command = [sys.executable, __file__, "--worker", "--stages", ",".join(names), "--out", str(options.out)]
+        command += ["--ends", str(ends), *(["--cpu"] if options.cpu else [])]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, check=False, timeout=max(10.0, ends + 15 - time.time()))
+        figures = json.loads(state.read_text()) if state.exists() else {}
+        finished = figures.get("finished", [])
+        begun = [name for name in names if name not in finished]
+        if begun:  # the first of them took the process with it
+            figures.setdefault("failed", []).append(f"{begun[0]}: its process ended")
+            figures["finished"] = [*finished, begun[0]]
+            state.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        names = begun[1:]
+    figures = json.loads(state.read_text()) if state.exists() else {}
+    (options.out / "gpu_check.md").write_text(markdown(figures), encoding="utf-8")
+    print(f"report: {options.out / 'gpu_check.md'} and .json; not run: {', '.join(names) or 'none'}")
+    return 1 if figures.get("failed") else 0
+
+
+def work(options: argparse.Namespace, names: list[str]) -> int:
+    """The stages in this process."""
+    check = Check(options)
+    for name in names:
+        if not check.has(5):
+            break
+        print(f"== {name}, {check.ends - time.time():.0f} s left", flush=True)
+        started = time.perf_counter()
+        try:
+            STAGES[name](check)
+        except Exception as failure:  # the next stages go on
+            traceback.print_exc(limit=-4)
+            check.figures.setdefault("failed", []).append(f"{name}: {type(failure).__name__}: {str(failure)[:300]}")
+            if "CUDA error" in str(failure):
+                return 1  # this process cannot use the device any more
+        check.figures.setdefault("finished", []).append(name)
+        check.put("seconds", name, value=round(time.perf_counter() - started, 1))
+        free(check)
+    return 0
 
 
 if __name__ == "__main__":

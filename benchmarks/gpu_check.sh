@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
-# One command for the owner of an NVIDIA GPU: the GPU tests, then export, TensorRT build, comparison and timing, and a
-# report in benchmarks/.
+# One command for a machine with an NVIDIA GPU: what it makes of tiue, within a budget of minutes.
 #
-#     benchmarks/gpu_check.sh                     papercut
-#     benchmarks/gpu_check.sh --install           installs tiue with TensorRT into the current environment first
-#     benchmarks/gpu_check.sh --model sd15        Stable Diffusion 1.5's shapes with random weights: speed only
+#     bash benchmarks/gpu_check.sh                       ten minutes; the report lies in benchmarks/gpu/
+#     bash benchmarks/gpu_check.sh --minutes 5 --stages machine,ceilings,pass
+#     bash benchmarks/gpu_check.sh --cpu --minutes 3     a rehearsal without a GPU
+#     bash benchmarks/gpu_check.sh --install             installs tiue into the current environment first
 #
+# On a machine without a network, wheels that lie in .whl/ are used from a folder of their own: nothing is installed.
 # Other options go to gpu_check.py; PYTHON names the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "${1:-}" = --install ]; then
     shift
-    "$python" -m pip install -e ".[dev,trt]"
+    "$python" -m pip install -e ".[dev]"
 fi
-if ! "$python" -c 'from tiue_cli.cli.app import main; import tokenizers, pytest' 2>/dev/null; then
-    echo "tiue is not installed for $python: run benchmarks/gpu_check.sh --install" >&2
+if compgen -G ".whl/*.whl" >/dev/null; then
+    site=${TMPDIR:-/tmp}/tiue-gpu-check-site
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+    export PYTHONPATH="$site:$PYTHONPATH"
+fi
+if ! "$python" -c 'from tiue_cli.cli import main; import diffusers, tokenizers' 2>/dev/null; then
+    echo "tiue is not installed for $python: run benchmarks/gpu_check.sh --install, or put its wheels into .whl/" >&2
     exit 1
 fi
 exec "$python" benchmarks/gpu_check.py "$@"

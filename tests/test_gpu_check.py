@@ -36,7 +36,7 @@ def load(monkeypatch: pytest.MonkeyPatch, name: str) -> ModuleType:
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    module = load(monkeypatch, "gpu_check")
+    module = load(monkeypatch, "tensorrt_check")
 
     def in_process(*arguments: str) -> dict[str, Any]:
         out = io.StringIO()

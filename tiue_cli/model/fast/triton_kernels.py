@@ -20,6 +20,8 @@ _TILE = 4096
 _WHOLE = 16384
 """A group of at most this many elements, padding included, is one block's."""
 _MOST_CHUNKS = 256
+_ANY = ("repeats", "shift_rows", "shift_row")
+"""Numbers that no kernel is worth compiling anew for."""
 
 
 def group_norm(
@@ -65,7 +67,8 @@ def group_norm(
     tall = triton.cdiv(groups, together)
     blocks = triton.cdiv(pixels, block)
     chunks = min(blocks, _MOST_CHUNKS, max(1, triton.cdiv(_PROGRAMS, rows * tall)))
-    turns = triton.cdiv(blocks, chunks)
+    # Powers of two, as each number of turns is a kernel of its own that must be compiled.
+    turns = triton.next_power_of_2(triton.cdiv(blocks, chunks))
     chunks = triton.cdiv(blocks, turns)
     sums = torch.empty((rows, chunks, 2, groups), dtype=torch.float32, device=inputs.device)
     shape = {"GROUP": group, "PADDED": padded, "TOGETHER": together, "BLOCK": block, **flags}
@@ -165,7 +168,7 @@ def _load(
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _norm_whole(
     inputs, skip, shift, weight, bias, out,
     pixels, own, channels, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, eps,
@@ -217,7 +220,7 @@ def _by_group(columns, TOGETHER: tl.constexpr, PADDED: tl.constexpr):
     return sums, tl.reshape(tl.broadcast_to(sums[:, None], (TOGETHER, PADDED)), (TOGETHER * PADDED,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _norm_sums(
     inputs, skip, shift, weight, bias, out,
     pixels, own, channels, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, eps,
@@ -257,7 +260,7 @@ def _norm_sums(
     tl.store(place + groups, group_squares, mask=group < groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_ANY)
 def _norm_apply(
     inputs, skip, shift, weight, bias, out,
     pixels, own, channels, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, eps,
