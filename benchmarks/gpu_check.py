@@ -1,14 +1,14 @@
-"""What an NVIDIA GPU makes of tiue, within a budget of minutes; needs nothing but torch and the package on PYTHONPATH.
+"""What an NVIDIA GPU makes of tiue, within a budget of minutes; needs torch and the package on PYTHONPATH alone.
 
     bash benchmarks/gpu_check.sh [--minutes 10] [--stages ceilings,right,pass,…] [--cpu]
 
-Stages run in order of worth, Stable Diffusion 1.5's shapes with random weights, 512 x 512. Each figure is written as soon
-as it is there (gpu_check.json and gpu_check.md in --out); a stage that fails or dies is recorded, and the next one runs.
-The floor of a stage: its multiplications and additions over the matrix rate measured in the same run. ``--cpu`` rehearses
-all of it on papercut's shapes.
+Stages run in order of worth, on Stable Diffusion 1.5's shapes with random weights, 512 x 512. Each figure is written
+when it is there (gpu_check.json and gpu_check.md in --out); a stage that fails or dies is recorded, and the next one
+runs. The floor of a stage: its multiplications and additions over the matrix rate measured in the same run. ``--cpu``
+rehearses all of it on papercut's shapes.
 
-What is timed: medians, each run waited for; ``wall_ms`` from prompts and noise in main memory to pixels there, stages by
-CUDA events between their launches.
+What is timed: medians, each run waited for; ``wall_ms`` from prompts and noise in main memory to pixels there, stages
+by CUDA events between their launches.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def right(check: Check) -> None:
     from tiue_cli.model.autoencoder import ImageDecoder
     from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    cudnn_before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     for vae in (None, "taesd"):
         exact = check.components(vae=vae, dtype=torch.float32)
         generator = torch.Generator("cpu").manual_seed(1)
@@ -177,7 +178,7 @@ def right(check: Check) -> None:
                     }
                 check.put("right", f"{vae or 'kl'} {str(dtype)[6:]} {name}", value=found)
                 del parts, fast
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = cudnn_before
 
 
 def passes(check: Check) -> None:
@@ -190,7 +191,9 @@ def passes(check: Check) -> None:
         for module in (parts.unet, parts.vae):
             torch.nn.Module.to(module, memory_format=torch.channels_last)
         for name, options in variants(check, compiled=False).items():
-            for batch in check.batches:
+            if vae is not None and name != "default":
+                continue  # the UNet is the same
+            for batch in check.batches if name == "default" else check.batches[::2]:
                 if check.has(8):
                     timed_pass(check, parts, options, vae=vae or "kl", name=name, batch=batch, steps=STEPS)
             free(check)
@@ -258,12 +261,13 @@ def teacher(check: Check) -> None:
 
 def tests(check: Check) -> None:
     """The tests that need a GPU."""
-    environment = {**os.environ} | ({"TRITON_INTERPRET": "1"} if check.cpu else {})
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--no-header", "-p", "no:cacheprovider", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-rfE", "--durations=5"]
+    # By their places: collecting the whole suite takes longer than running these.
+    places = ["tests/gpu", "tests/model/test_triton_kernels.py", "tests/backends/test_trt_gpu.py"]
     limit = max(20.0, min(150.0, check.ends - time.time()))
     done = subprocess.run(
-        [*command, "--durations=5", "tests"],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit, env=environment,
+        [*command, "-m", "not slow", *(places[:1] if check.cpu else places)],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines() or ["nothing was said"]
     check.put("tests", value={"status": done.returncode, "last": lines[-1], "failed": failures(done.stdout)})
@@ -276,7 +280,11 @@ def distill(check: Check) -> None:
 
     folder = teacher_folder(check)
     grid: dict[str, Figures] = {
-        "sd15-24gb (batch 4, recomputing, bf16)": {"batch_size": 4, "precision": "bf16", "gradient_checkpointing": True},
+        "sd15-24gb (batch 4, recomputing, bf16)": {
+            "batch_size": 4,
+            "precision": "bf16",
+            "gradient_checkpointing": True,
+        },
         "plain (batch 4, bf16)": {"batch_size": 4, "precision": "bf16", "plain": True},
         "batch 4, bf16": {"batch_size": 4, "precision": "bf16"},
         "batch 4, bf16, compiled": {"batch_size": 4, "precision": "bf16", "compile": True},
@@ -284,14 +292,17 @@ def distill(check: Check) -> None:
         "batch 8, bf16": {"batch_size": 8, "precision": "bf16"},
     }
     if check.cpu:
-        grid = {"fp32": {"batch_size": 2, "precision": "fp32"}, "plain": {"batch_size": 2, "precision": "fp32", "plain": True}}
+        grid = {
+            "fp32": {"batch_size": 2, "precision": "fp32"},
+            "plain": {"batch_size": 2, "precision": "fp32", "plain": True},
+        }
     for name, values in grid.items():
         if not check.has(45 if values.get("compile") else 12):
             check.put("distill", name, value="no time left")
             continue
         try:
             check.put("distill", name, value=distilled(check, folder, **values))
-        except Exception as failure:
+        except Exception as failure:  # noqa: BLE001  # the other settings go on
             traceback.print_exc(limit=-3)
             check.put("distill", name, value=f"{type(failure).__name__}: {str(failure)[:300]}")
         from accelerate.state import AcceleratorState
@@ -304,8 +315,6 @@ def distill(check: Check) -> None:
 def profile(check: Check) -> None:
     """Which kernels the time of a pass goes to, by stage; what a change would have to shrink."""
     import torch
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
 
     from tiue_cli.backends.torch_cuda import FastModel
 
@@ -314,39 +323,51 @@ def profile(check: Check) -> None:
         for module in (parts.unet, parts.vae):
             torch.nn.Module.to(module, memory_format=torch.channels_last)
         fast = FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=default_options())
-        times = fast.unet.times(torch.arange(STEPS, device=check.device))
         for batch in check.batches[::2]:
             with torch.inference_mode():
-                noise = torch.randn(batch, *latent(parts), device=check.device, dtype=check.dtype)
-                ids = torch.randint(0, 40, (batch, parts.info.text_tokens), device=check.device)
-                texts = fast.unet.texts(fast.text(ids))
-                features = fast.encode(noise, times[:1], texts)
-                stages = {
-                    "text": lambda: fast.unet.texts(fast.text(ids)),
-                    "unet_encoder": lambda: fast.encode(noise, times[:1], texts),
-                    "unet_decoder": lambda: fast.decode(features, times, texts),
-                    "vae": lambda: fast.pixels(noise),
-                }
-                for name, run in stages.items():
-                    if vae is not None and name != "vae":
-                        continue
-                    run()
-                    kind = ProfilerActivity.CPU if check.cpu else ProfilerActivity.CUDA
-                    with profiler(activities=[kind], acc_events=True) as found:
-                        run()
-                        wait(check)
-                    rows = [
-                        (row.key[:110], row.count, (row.self_cpu_time_total if check.cpu else row.self_device_time_total))
-                        for row in found.key_averages()
-                    ]
-                    rows.sort(key=lambda row: -row[2])
-                    total = round(sum(row[2] for row in rows) / 1000, 3)
-                    top = [[key, count, round(spent / 1000, 3)] for key, count, spent in rows[:16]]
-                    launches = sum(row[1] for row in rows)
-                    key = f"{vae or 'kl'} batch {batch} {name}"
-                    check.put("profile", key, value={"ms": total, "launches": launches, "top": top})
+                for name, run in launched(check, fast, parts, batch).items():
+                    if vae is None or name == "vae":
+                        check.put("profile", f"{vae or 'kl'} batch {batch} {name}", value=kernels(check, run))
         del parts, fast
         free(check)
+
+
+def launched(check: Check, fast: Any, parts: Any, batch: int) -> dict[str, Callable[[], Any]]:
+    """The stages of a pass, each to be launched by itself."""
+    import torch
+
+    times = fast.unet.times(torch.arange(STEPS, device=check.device))
+    noise = torch.randn(batch, *latent(parts), device=check.device, dtype=check.dtype)
+    ids = torch.randint(0, 40, (batch, parts.info.text_tokens), device=check.device)
+    texts = fast.unet.texts(fast.text(ids))
+    features = fast.encode(noise, times[:1], texts)
+    return {
+        "text": lambda: fast.unet.texts(fast.text(ids)),
+        "unet_encoder": lambda: fast.encode(noise, times[:1], texts),
+        "unet_decoder": lambda: fast.decode(features, times, texts),
+        "vae": lambda: fast.pixels(noise),
+    }
+
+
+def kernels(check: Check, run: Callable[[], Any]) -> Figures:
+    """The kernels of a call that take longest."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    run()
+    with profiler(activities=[ProfilerActivity.CPU if check.cpu else ProfilerActivity.CUDA], acc_events=True) as found:
+        run()
+        wait(check)
+    rows = [
+        (row.key[:110], row.count, row.self_cpu_time_total if check.cpu else row.self_device_time_total)
+        for row in found.key_averages()
+    ]
+    rows.sort(key=lambda row: -row[2])
+    return {
+        "ms": round(sum(row[2] for row in rows) / 1000, 3),
+        "launches": sum(row[1] for row in rows),
+        "top": [[key, count, round(spent / 1000, 3)] for key, count, spent in rows[:16]],
+    }
 
 
 def tensorrt(check: Check) -> None:
@@ -450,7 +471,7 @@ def timed_pass(check: Check, parts: Any, options: Any, *, vae: str, name: str, b
         if not check.cpu:
             row["peak_GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         check.put("pass", f"{vae} batch {batch} {name}", value={**row, "notes": list(fast.notes)})
-    except Exception as failure:
+    except Exception as failure:  # the other ways go on
         if "CUDA error" in str(failure):
             raise
         traceback.print_exc(limit=-3)
@@ -637,15 +658,19 @@ def markdown(figures: Figures) -> str:
         f"# tiue {found.get('tiue', '')} on {found.get('gpu', 'a CPU (a rehearsal)')}",
         "",
         f"{found.get('date', '')}, driver {found.get('driver', '-')}, torch {found.get('torch', '')}, cuDNN"
-        f" {found.get('cudnn', '-')}. Stable Diffusion 1.5's shapes, random weights, 512 x 512, fp16, K = 4 unless said."
+        f" {found.get('cudnn', '-')}. Stable Diffusion 1.5's shapes, random weights, 512 x 512, fp16, K = 4 unless"
+        " said."
         " Written by `benchmarks/gpu_check.sh`; what is timed stands at the top of `gpu_check.py`.",
     ]
     if ceiling := figures.get("ceilings"):
-        lines += ["", "Ceilings: " + "; ".join(f"{key} {value}" for key, value in ceiling.items() if "flops" not in key)]
+        lines += [
+            "",
+            "Ceilings: " + "; ".join(f"{key} {value}" for key, value in ceiling.items() if "flops" not in key),
+        ]
     if rows := figures.get("pass"):
         lines += [
             "",
-            "| prompts to pixels | ms | text | UNet encoder | UNet decoder | autoencoder | share of peak | first call, s |",
+            "| prompts to pixels | ms | text | UNet encoder | UNet decoder | VAE | share of peak | first call, s |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for name, row in rows.items():
@@ -729,7 +754,7 @@ def work(options: argparse.Namespace, names: list[str]) -> int:
         started = time.perf_counter()
         try:
             STAGES[name](check)
-        except Exception as failure:  # the next stages go on
+        except Exception as failure:  # noqa: BLE001  # the next stages go on
             traceback.print_exc(limit=-4)
             check.figures.setdefault("failed", []).append(f"{name}: {type(failure).__name__}: {str(failure)[:300]}")
             if "CUDA error" in str(failure):

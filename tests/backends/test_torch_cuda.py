@@ -22,9 +22,7 @@ PROMPTS = ("a red heart above a blue house", "a yellow star at night")
 
 
 def fast(parts: object, **options: bool) -> FastModel:
-    return FastModel(
-        text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=FastOptions(**options)
-    )
+    return FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=FastOptions(**options))
 
 
 @pytest.mark.parametrize("vae", [None, "embedded"])

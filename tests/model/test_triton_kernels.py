@@ -93,8 +93,9 @@ def test_sums_and_doubling(ops: Ops, dtype: torch.dtype) -> None:
                 total.double(), addend.double(), None if each is None else each.double(), repeats=repeats
             )
             assert error(ops.add_rows(total.clone(), addend, each, repeats=repeats), expected) <= TOLERANCE[dtype]
-    assert error(ops.add_rows(total.clone(), None, bias), total.double() + bias.double()[:, None, None]) <= (
-        TOLERANCE[dtype]
+    assert (
+        error(ops.add_rows(total.clone(), None, bias), total.double() + bias.double()[:, None, None])
+        <= (TOLERANCE[dtype])
     )
     doubled = ops.double(total)
     assert torch.equal(doubled, TorchOps().double(total))

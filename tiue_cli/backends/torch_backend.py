@@ -185,18 +185,13 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
             self._pass = self._fast_pass(student)
         return student
 
-<<<<<<< HEAD
-    def _latents(
-=======
     def _fast_pass(self, student: StudentModel) -> StudentPass | None:
         """The captured pass; None, with a note, for a network that has what Stable Diffusion's has not."""
         for module in (student.unet, student.vae):
             torch.nn.Module.to(module, memory_format=torch.channels_last)  # so that prepared weights are no copies
         options = FastOptions(kernels=not self._compiled, compiled=self._compiled)
         try:
-            model = FastModel(
-                text_encoder=student.text_encoder, unet=student.unet, vae=student.vae, options=options
-            )
+            model = FastModel(text_encoder=student.text_encoder, unet=student.unet, vae=student.vae, options=options)
         except NotFusable as error:
             self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
             return None
@@ -226,8 +221,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
             progress(1.0)
         return images
 
-    def _images(
->>>>>>> 87d7fb1 (A student's pass and a teacher's steps on CUDA: prepared networks, static memory, CUDA graphs a shape, one wait)
+    def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
     ) -> torch.Tensor:
         student = self._entered

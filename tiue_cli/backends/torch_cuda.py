@@ -3,8 +3,8 @@
     prompts ─ tokens ─▶ │ text ▶ UNet encoder ▶ UNet decoder, weighted sum ▶ autoencoder, bytes │ ─▶ pixels
     noise ───────────▶  │            static memory on the device, four graphs a shape           │
 
-Between the two borders nothing is copied from the host and nothing is waited for. On a CPU the same code runs uncaptured,
-for its tests. What a network has that Stable Diffusion's has not keeps its plain module, and a note says so.
+Between the two borders nothing is copied from the host and nothing is waited for. On a CPU the same code runs
+uncaptured, for its tests. What a network has that Stable Diffusion's has not keeps its plain module; a note says so.
 """
 
 from __future__ import annotations
@@ -234,7 +234,9 @@ class TeacherSteps:
     ) -> np.ndarray:
         """Images (B, H, W, 3) uint8; ``steps`` are (timestep, a, b) each, see ``schedule.ddim_steps``."""
         key = (noise.shape, guidance)
-        shape = self._shapes.get(key, lambda: _TeacherShape(self._model, noise.shape, self._tokenizer, guidance, self._pool))
+        shape = self._shapes.get(
+            key, lambda: _TeacherShape(self._model, noise.shape, self._tokenizer, guidance, self._pool)
+        )
         ids = tokens(self._tokenizer, [*prompts, *([""] * len(prompts) if guidance > 1.0 else [])])
         return shape.run(ids, noise, steps, clock=_Untimed() if clock is None else clock, progress=progress)
 

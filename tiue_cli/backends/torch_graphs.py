@@ -45,7 +45,7 @@ class Captured:
 
 
 class FewEntries(Generic[_Entry]):
-    """The entries that were used last, at most ``capacity``; others are dropped, and made again when they are asked for."""
+    """The entries that were used last, at most ``capacity``; others are dropped, and made anew when asked for."""
 
     def __init__(self, capacity: int) -> None:
         assert capacity >= 1, "one entry at least"

@@ -45,7 +45,9 @@ class KLDecoder:
         self._conv_in = Conv(decoder.conv_in, ops)
         mid = decoder.mid_block
         self._mid = [Resnet(resnet, ops) for resnet in mid.resnets]
-        self._attentions = [None if attention is None else _PixelAttention(attention, ops) for attention in mid.attentions]
+        self._attentions = [
+            None if attention is None else _PixelAttention(attention, ops) for attention in mid.attentions
+        ]
         self._up = [
             ([Resnet(resnet, ops) for resnet in block.resnets], _upsampler(block, ops, merged=merged))
             for block in decoder.up_blocks

@@ -158,9 +158,7 @@ class Resnet:
             return self._ops.add_rows(output, inputs, self._bias)
         size = inputs.shape[-2:]
         if skip is None or self._skip_shortcut is None:
-            return self._ops.add_rows(
-                output, as_image(F.linear(as_tokens(inputs), self._shortcut, self._bias), size)
-            )
+            return self._ops.add_rows(output, as_image(F.linear(as_tokens(inputs), self._shortcut, self._bias), size))
         total = as_tokens(output).flatten(0, 1)
         # One product more, added where it is made: no tensor of its own.
         total = total.addmm_(as_tokens(inputs).flatten(0, 1), self._shortcut.T)

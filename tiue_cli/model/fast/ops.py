@@ -35,9 +35,7 @@ class Ops(Protocol):
         row r takes shift r mod S.
         """
 
-    def add_rows(
-        self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1
-    ) -> Tensor:
+    def add_rows(self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1) -> Tensor:
         """``total`` (R, C, h, w) plus ``addend`` (R / repeats, C, h, w), each row ``repeats`` times, plus bias (C,)."""
 
     def double(self, hidden: Tensor) -> Tensor:
@@ -80,9 +78,7 @@ class TorchOps:
         hidden = F.group_norm(inputs, groups, weight, bias, eps)
         return F.silu(hidden) if silu else hidden
 
-    def add_rows(
-        self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1
-    ) -> Tensor:
+    def add_rows(self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1) -> Tensor:
         """See ``Ops``."""
         if addend is not None and repeats == 1:
             total = total + addend
@@ -138,9 +134,7 @@ class TritonOps:
             inputs, skip, shift, weight, bias, groups=groups, eps=eps, silu=silu, repeats=repeats
         )
 
-    def add_rows(
-        self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1
-    ) -> Tensor:
+    def add_rows(self, total: Tensor, addend: Tensor | None, bias: Tensor | None = None, *, repeats: int = 1) -> Tensor:
         """See ``Ops``."""
         return self._kernels.add_rows(total, addend, bias, repeats=repeats)
 

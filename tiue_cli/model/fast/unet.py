@@ -43,7 +43,9 @@ class FastUNet:
         self._down = [self._block(block, ops) for block in down]
         self._downsamplers = [_downsampler(block, ops) for block in down]
         self._mid = None if unet.mid_block is None else self._mid_block(unet.mid_block, ops)
-        own = int(unet.mid_block.resnets[-1].conv2.out_channels if self._mid else down[-1].resnets[-1].conv2.out_channels)
+        own = int(
+            unet.mid_block.resnets[-1].conv2.out_channels if self._mid else down[-1].resnets[-1].conv2.out_channels
+        )
         up: Any = unet.up_blocks
         for block in up:
             self._up.append(self._block(block, ops, own=own))
