@@ -73,13 +73,13 @@ class Check:
 
     def components(self, *, vae: str | None = None, dtype: Any = None) -> Any:
         """Random weights of the shape on the device, equal from call to call."""
-        from tiue_cli.bench.random_weights import random_components
+        from tiue_cli.bench.subjects.random_weights import random_components
 
         return random_components(self.shape, device=self.device, dtype=dtype or self.dtype, vae=vae)
 
     def model(self, parts: Any) -> Any:
         """The parts as the bench's model: a student and its own teacher."""
-        from tiue_cli.bench.models import LoadedModel
+        from tiue_cli.bench.subjects.models import LoadedModel
 
         return LoadedModel(self.shape, self.shape, parts, None, 0.0, True)
 
@@ -431,9 +431,9 @@ def timed_pass(check: Check, parts: Any, options: Any, *, vae: str, name: str, b
     import torch
 
     from tiue_cli.backends.torch_cuda import FastModel, StudentPass
-    from tiue_cli.bench.clock import clock_for
-    from tiue_cli.bench.flops import StageFlops
-    from tiue_cli.bench.models import combine_for
+    from tiue_cli.bench.measure.clock import clock_for
+    from tiue_cli.bench.measure.flops import StageFlops
+    from tiue_cli.bench.subjects.models import combine_for
 
     student = check.model(parts).student
     combine = combine_for(student, steps)
@@ -483,7 +483,7 @@ def plain_pass(check: Check, parts: Any, vae: str) -> None:
     import numpy as np
     import torch
 
-    from tiue_cli.bench.models import combine_for
+    from tiue_cli.bench.subjects.models import combine_for
     from tiue_cli.model.autoencoder import ImageDecoder
     from tiue_cli.model.text import encode_prompts
     from tiue_cli.model.unet import UNetDecoder, UNetEncoder
@@ -512,7 +512,7 @@ def distilled(check: Check, folder: str, *, plain: bool = False, **values: Any) 
     import torch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from tiue_cli.distill.config import Layer, resolve_config
+    from tiue_cli.distill.resolve import Layer, resolve_config
     from tiue_cli.distill.loop import Distillation
 
     with tempfile.TemporaryDirectory() as name:

@@ -23,7 +23,7 @@ if compgen -G ".whl/*.whl" >/dev/null; then
     "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
     export PYTHONPATH="$site:$PYTHONPATH"
 fi
-if ! "$python" -c 'from tiue_cli.cli import main; import diffusers, tokenizers' 2>/dev/null; then
+if ! "$python" -c 'from tiue_cli.cli.app import main; import diffusers, tokenizers' 2>/dev/null; then
     echo "tiue is not installed for $python: run benchmarks/gpu_check.sh --install, or put its wheels into .whl/" >&2
     exit 1
 fi

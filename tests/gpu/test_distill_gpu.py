@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tiue_cli.distill.config import Layer, resolve_config
+from tiue_cli.distill.resolve import Layer, resolve_config
 from tiue_cli.distill.loop import Distillation
 
 pytestmark = [

@@ -11,8 +11,8 @@ import torch
 from tiny_export import write_tiny_export
 
 from tiue_cli.backends.onnx_backend import OnnxBackend
-from tiue_cli.export.compare import psnr_db
-from tiue_cli.noise import draw_noise
+from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.model.noise import draw_noise
 
 pytestmark = [
     pytest.mark.gpu,
