@@ -20,7 +20,7 @@ _TILE = 4096
 _WHOLE = 16384
 """A group of at most this many elements, padding included, is one block's."""
 _MOST_CHUNKS = 256
-_ANY = ("repeats", "shift_rows", "shift_row")
+_ANY = ("repeats", "shift_rows")
 """Numbers that no kernel is worth compiling anew for."""
 
 
@@ -151,21 +151,27 @@ def _silu(value):
 
 
 @triton.jit
+def _shift_of(shift, row, channel, mask, shift_rows, shift_row, HAS_SHIFT: tl.constexpr):
+    """The row's shift of each channel, in float32; zeros where there is none."""
+    if HAS_SHIFT:
+        moved = tl.load(shift + (row % shift_rows) * shift_row + channel, mask=mask, other=0.0).to(tl.float32)
+    else:
+        moved = tl.zeros(channel.shape, dtype=tl.float32)
+    return moved
+
+
+@triton.jit
 def _load(
-    inputs, skip, shift, row, pixel, channel, mask,
-    own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row,
-    HAS_SKIP: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    inputs, skip, moved, row, pixel, channel, mask,
+    own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP: tl.constexpr,
 ):  # fmt: skip
-    """Channels of ``cat([inputs, skip]) + shift`` at pixels of one row, in float32."""
+    """Channels of ``cat([inputs, skip])`` plus ``moved`` at pixels of one row, in float32."""
     own_mask = mask & (channel < own) if HAS_SKIP else mask
     value = tl.load(inputs + row * in_row + pixel * in_pixel + channel, mask=own_mask, other=0.0).to(tl.float32)
     if HAS_SKIP:
         place = skip + (row // repeats) * skip_row + pixel * skip_pixel + (channel - own)
         value += tl.load(place, mask=mask & (channel >= own), other=0.0).to(tl.float32)
-    if HAS_SHIFT:
-        moved = tl.load(shift + (row % shift_rows) * shift_row + channel, mask=mask, other=0.0).to(tl.float32)
-        value += moved
-    return value
+    return value + moved
 
 
 @triton.jit(do_not_specialize=_ANY)
@@ -181,9 +187,10 @@ def _norm_whole(
     member = tl.arange(0, PADDED)[None, :]
     channel = tl.program_id(1) * GROUP + member
     mask = (pixel < pixels) & (member < GROUP)
+    moved = _shift_of(shift, row, channel, member < GROUP, shift_rows, shift_row, HAS_SHIFT)
     value = _load(
-        inputs, skip, shift, row, pixel, channel, mask,
-        own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, HAS_SKIP, HAS_SHIFT,
+        inputs, skip, moved, row, pixel, channel, mask,
+        own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP,
     )  # fmt: skip
     count = pixels * GROUP
     mean = tl.sum(tl.sum(tl.where(mask, value, 0.0), axis=1), axis=0) / count
@@ -234,9 +241,10 @@ def _norm_sums(
     """
     row = tl.program_id(2).to(tl.int64)
     channel, mask = _columns(GROUP, PADDED, TOGETHER, groups)
+    moved = _shift_of(shift, row, channel, mask, shift_rows, shift_row, HAS_SHIFT)
     at_zero = _load(
-        inputs, skip, shift, row, 0, channel, mask,
-        own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, HAS_SKIP, HAS_SHIFT,
+        inputs, skip, moved, row, 0, channel, mask,
+        own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP,
     )  # fmt: skip
     _, pivot = _by_group(at_zero, TOGETHER, PADDED)
     pivot = pivot / GROUP
@@ -246,8 +254,8 @@ def _norm_sums(
         pixel = (tl.program_id(0) * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)[:, None]
         inside = (pixel < pixels) & mask[None, :]
         value = _load(
-            inputs, skip, shift, row, pixel, channel[None, :], inside,
-            own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, HAS_SKIP, HAS_SHIFT,
+            inputs, skip, moved[None, :], row, pixel, channel[None, :], inside,
+            own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP,
         )  # fmt: skip
         centred = tl.where(inside, value - pivot[None, :], 0.0)
         total += centred
@@ -271,9 +279,10 @@ def _norm_apply(
     """Mean and variance from the chunks' sums, then normalise, scale, and activate."""
     row = tl.program_id(2).to(tl.int64)
     channel, mask = _columns(GROUP, PADDED, TOGETHER, groups)
+    moved = _shift_of(shift, row, channel, mask, shift_rows, shift_row, HAS_SHIFT)
     at_zero = _load(
-        inputs, skip, shift, row, 0, channel, mask,
-        own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, HAS_SKIP, HAS_SHIFT,
+        inputs, skip, moved, row, 0, channel, mask,
+        own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP,
     )  # fmt: skip
     pivot, _ = _by_group(at_zero, TOGETHER, PADDED)
     pivot = pivot / GROUP
@@ -293,8 +302,8 @@ def _norm_apply(
         pixel = (tl.program_id(0) * TURNS + turn) * BLOCK + tl.arange(0, BLOCK)[:, None]
         inside = (pixel < pixels) & mask[None, :]
         value = _load(
-            inputs, skip, shift, row, pixel, channel[None, :], inside,
-            own, in_row, in_pixel, skip_row, skip_pixel, repeats, shift_rows, shift_row, HAS_SKIP, HAS_SHIFT,
+            inputs, skip, moved[None, :], row, pixel, channel[None, :], inside,
+            own, in_row, in_pixel, skip_row, skip_pixel, repeats, HAS_SKIP,
         )  # fmt: skip
         result = (value - centre[None, :]) * scale[None, :] + offset[None, :]
         if SILU:
