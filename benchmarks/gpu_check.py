@@ -574,7 +574,7 @@ def teacher_folder(check: Check) -> str:
         return "papercut"
     folder = Path(os.environ.get("TEACHER", "/tmp/tiue-gpu-check-teacher"))
     if not folder.exists():
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT / "tests" / "support"))
         from helpers import build_full_size_folder
 
         build_full_size_folder(folder.with_suffix(".part"))
