@@ -512,8 +512,8 @@ def distilled(check: Check, folder: str, *, plain: bool = False, **values: Any) 
     import torch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from tiue_cli.distill.resolve import Layer, resolve_config
     from tiue_cli.distill.loop import Distillation
+    from tiue_cli.distill.resolve import Layer, resolve_config
 
     with tempfile.TemporaryDirectory() as name:
         prompts = Path(name) / "prompts.txt"

@@ -13,10 +13,10 @@ from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, Te
 from tiue_cli.backends.torch_graphs import FewEntries
 from tiue_cli.errors import DeviceError
 from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.schedule import combine_for_run, ddim_steps
 from tiue_cli.model.student import load_student
 from tiue_cli.model.teacher import load_teacher
-from tiue_cli.model.noise import draw_noise
 
 PROMPTS = ("a red heart above a blue house", "a yellow star at night")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tiue_cli.distill.resolve import Layer, resolve_config
 from tiue_cli.distill.loop import Distillation
+from tiue_cli.distill.resolve import Layer, resolve_config
 
 pytestmark = [
     pytest.mark.gpu,

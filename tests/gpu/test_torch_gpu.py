@@ -15,10 +15,10 @@ from tiue_cli.bench.measure.clock import clock_for
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.schedule import combine_for_run, ddim_steps
 from tiue_cli.model.student import StudentModel, load_student
 from tiue_cli.model.teacher import load_teacher
-from tiue_cli.model.noise import draw_noise
 
 pytestmark = [
     pytest.mark.gpu,

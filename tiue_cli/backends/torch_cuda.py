@@ -103,7 +103,7 @@ class FastModel:
         self._decode = compiled(self._decode)
 
     def pixels(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Bytes (B, H, W, 3) uint8 and whether all is finite, () bool, from latents (B, C, h, w); in groups that fit."""
+        """Bytes (B, H, W, 3) uint8 and whether all is finite, () bool, from latents (B, C, h, w), in groups."""
         size = latents.shape[-2] * latents.shape[-1] * self.images.factor**2
         found = [self._group(group) for group in latents.split(group_size(self.device, size))]
         finite = torch.stack([flag for _, flag in found]).all()
