@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,8 @@ def test_marked_figures_are_those_of_the_reports(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     assert faults(text, BENCHMARKS) == []
     assert json_faults(text, BENCHMARKS) == []
+    # A line that begins with a comment is a block of HTML in Markdown, which ends the paragraph around it.
+    assert re.findall(r"^\s*<!-- (?:bench|json):.*", text, re.MULTILINE) == []
 
 
 def test_committed_reports_are_compact_and_their_markdown_is_what_they_render_to() -> None:
