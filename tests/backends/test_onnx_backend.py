@@ -7,8 +7,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 from exports import build_small_student, exported, torch_images
 from tiny_export import write_tiny_export
@@ -225,6 +227,34 @@ def test_auto_says_why_the_gpu_is_idle(tiny: Path, monkeypatch: pytest.MonkeyPat
     backend = OnnxBackend(tiny)
     assert backend.device == "cpu"
     assert any("libcudnn.so.9" in note for note in backend.notes)
+
+
+@pytest.mark.parametrize("name", ["cuda", "tensorrt"])
+def test_float32_on_a_gpu_is_float32(name: str, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines are built without TF32 and compared with ONNX Runtime: it must not round to TF32 either."""
+    seen: list[Any] = []
+
+    def session(path: Path, options: Any, *, providers: list[Any]) -> None:
+        seen.extend(providers)
+        raise DeviceError("no session", hint="none is needed")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny.parent / "cache"))
+    with pytest.raises(DeviceError, match="no session"):
+        open_session(tiny / "text_encoder.onnx", Provider(name))
+    cuda = [entry[1] for entry in seen if entry[0] == "CUDAExecutionProvider"]
+    assert [options["use_tf32"] for options in cuda] == ["0"]
+
+
+def test_looking_for_cudas_libraries_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime prints what it could not load to standard output, where the JSON document goes."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
+    onnx_session.provider_problem("cuda")
+    assert capsys.readouterr().out == ""
 
 
 # --- the command line ----------------------------------------------------------------------------------------------

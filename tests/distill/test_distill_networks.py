@@ -334,3 +334,22 @@ print(fresh, keep_freed_memory(), faults() and faults())
     if kept == "False":
         pytest.skip("this C library has no mallopt")
     assert int(again) < int(fresh) / 4
+
+
+def test_the_lora_teacher_recomputes_with_the_same_gradients_and_less_memory() -> None:
+    found = {}
+    for recomputing in (False, True):
+        score = ScoreModel(tiny_unet(), LoraSettings(rank=2, alpha=2), seed=0, merged=False)
+        for value in score.adapter_parameters().values():  # half of them begin as zeros, and would hide the others
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(value.numel()))
+        if recomputing:
+            score.recompute()
+        config = score.unet.config
+        noise = seeded_noise((2, config.in_channels, 8, 8), seed=1)
+        states = seeded_noise((2, 5, config.cross_attention_dim), seed=2)
+        call = lambda: score(noise, torch.tensor([900, 100]), states)  # noqa: B023, E731
+        kept = saved_bytes(score, call)
+        gradients = torch.autograd.grad(call().square().mean(), list(score.adapter_parameters().values()))
+        found[recomputing] = kept, gradients
+    assert found[True][0] < found[False][0] / 2
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-9) for a, b in zip(found[True][1], found[False][1], strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,7 @@ def open_session(path: Path, provider: Provider, *, threads: int | None = None) 
     wanted = PROVIDERS[provider.name]
     chain: list[Any] = [(wanted, _options(provider))]
     if provider.name == "tensorrt":
-        chain.append((PROVIDERS["cuda"], {}))
+        chain.append((PROVIDERS["cuda"], _options(Provider("cuda"))))
     if provider.name != "cpu":
         chain.append(PROVIDERS["cpu"])  # shape arithmetic runs there by design
     with session_errors(path.name):
@@ -159,14 +160,19 @@ def provider_problem(name: str) -> str | None:
     if cuda_devices() == 0:
         return "the NVIDIA driver offers no GPU"
     # CUDA and cuDNN from Python packages are found only once they are loaded; torch would do that by being imported.
-    ort.preload_dlls()
+    # What it prints would lie on the stream that --format json is read from.
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
     library = Path(ort.__file__).parent / "capi" / f"libonnxruntime_providers_{name}.so"
     if library.exists():
         try:
             ctypes.CDLL(str(library.with_name("libonnxruntime_providers_shared.so")), mode=ctypes.RTLD_GLOBAL)
             ctypes.CDLL(str(library))
         except OSError as error:
-            return f"{library.name} cannot be loaded: {error}"
+            needs = (
+                "; it needs TensorRT 10 (python -m pip install tensorrt-cu12-libs==10.*)" if name == "tensorrt" else ""
+            )
+            return f"{library.name} cannot be loaded: {error}{needs}"
     return None
 
 
@@ -174,7 +180,12 @@ def _options(provider: Provider) -> dict[str, Any]:
     """What each provider is told."""
     if provider.name == "cuda":
         # Sizes change from call to call: an exhaustive search for each would cost more than it brings.
-        return {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+        # Without TF32 an export in fp32 computes in fp32, as engines do, which are compared with it.
+        return {
+            "cudnn_conv_algo_search": "HEURISTIC",
+            "arena_extend_strategy": "kSameAsRequested",
+            "use_tf32": "0",
+        }
     if provider.name == "tensorrt":
         cache = user_cache() / "onnxruntime-tensorrt"
         cache.mkdir(parents=True, exist_ok=True)

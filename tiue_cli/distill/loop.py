@@ -147,10 +147,13 @@ class Distillation:
             student.unet.enable_gradient_checkpointing()
         for module in (student.text_encoder, student.vae):
             module.requires_grad_(False).to(device)
+        score = ScoreModel(frozen, config.lora, seed=config.seed)
+        if config.gradient_checkpointing:
+            score.recompute()
         combine = student.linear_combine()
         self._networks = Networks(
             student=student.unet,
-            score=ScoreModel(frozen, config.lora, seed=config.seed),
+            score=score,
             schedule=NoiseSchedule.from_config(student.scheduler_config, device),
             combine=combine,
             prefixes=prefixes_of(student.scheduler_config, combine.timesteps),

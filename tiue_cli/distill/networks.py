@@ -101,6 +101,15 @@ class ScoreModel(nn.Module):
         prediction: Tensor = torch.func.functional_call(self.unet, weights, inputs, options)[0]
         return prediction
 
+    def recompute(self) -> None:
+        """Keep no activations of the blocks for the backward pass, but compute them again in it.
+
+        Not where adapters are merged: their weights are in the network during a call alone, and recomputing comes
+        after it. That is float32, which has no need on a GPU.
+        """
+        if self._merged is None:
+            self.unet.enable_gradient_checkpointing()
+
     @contextlib.contextmanager
     def adapters_off(self) -> Iterator[None]:
         """Within the block the module is the frozen teacher. No gradients may be taken in it."""
