@@ -252,7 +252,7 @@ def test_looking_for_cudas_libraries_prints_nothing(
     """ONNX Runtime prints what it could not load to standard output, where the JSON document goes."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))  # noqa: T201
     onnx_session.provider_problem("cuda")
     assert capsys.readouterr().out == ""
 
