@@ -132,8 +132,8 @@ import os, signal, sys
 from pathlib import Path
 import yaml
 import tiue_cli.distill.checkpoint as checkpoint
-from tiue_cli.distill.config import Layer, resolve_config
 from tiue_cli.distill.loop import Distillation
+from tiue_cli.distill.resolve import Layer, resolve_config
 
 real, calls = checkpoint.save_file, []
 def save_file(tensors, path):

@@ -252,3 +252,30 @@ def test_runs_that_the_student_was_not_trained_for_are_refused(spacing: str, ste
 def test_the_schedule_does_not_load_torch() -> None:
     code = "import sys, tiue_cli.model.schedule, tiue_cli.model.sd_configs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- types ---------------------------------------------------------------------------------------------------------
+
+WRONG_TYPES = {
+    "set_alpha_to_one": ["x", "false", 1, None],
+    "rescale_betas_zero_snr": ["x", 0],
+    "clip_sample": ["false", 0],
+    "thresholding": ["no"],
+    "num_train_timesteps": ["1000", 1000.0, True, 0, -5],
+    "steps_offset": ["1", 0.5, False],
+    "beta_start": ["0.1", True, float("nan"), float("inf")],
+    "beta_end": [[0.1]],
+    "beta_schedule": [1, None],
+    "prediction_type": [1],
+    "timestep_spacing": [None],
+    "eta": ["0"],
+    "trained_betas": ["0.1", [0.1, "0.2"], [True], 0.5],
+    "_class_name": [5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG_TYPES.items() for value in values])
+def test_a_field_of_another_type_is_refused_by_name(name: str, value: object) -> None:
+    config = {"_class_name": "DDIMScheduler", "clip_sample": False, name: value}
+    with pytest.raises(SchedulerError, match=name):
+        decoder_timesteps(config, 4)

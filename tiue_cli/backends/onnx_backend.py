@@ -17,6 +17,7 @@ from tiue_cli.backends.onnx_session import Provider, choose_provider, open_sessi
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.errors import DeviceError
 from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphName, GraphSpec, check_files, read_export_manifest
+from tiue_cli.files.external_data import check_external_data
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,6 +141,8 @@ class OnnxBackend:
             checks = [pool.submit(check_files, self.folder, [spec], hint=_MISMATCH) for spec in specs]
             for check in checks:
                 check.result()
+            for graph in self.manifest.graphs:
+                check_external_data(self.folder, graph, hint=_MISMATCH)
             self._tokenizer = PromptTokenizer(self.folder / self.manifest.tokenizer.file)
             for graph, session in zip(self._eager(), pool.map(self._open, self._eager()), strict=True):
                 self._sessions[graph.onnx.file] = session

@@ -17,6 +17,7 @@ from tiue_cli import __version__
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, full_installation
+from tiue_cli.files.access import access_error
 from tiue_cli.files.atomic import terminated_as_interrupt
 from tiue_cli.text import excerpt, visible
 
@@ -108,12 +109,24 @@ def _run(words: Sequence[str]) -> int:
             raise
         console.show_error(error, format_=format_)
         return error.exit_code
+    except OSError as error:
+        # What the system refuses to a library that asks it by itself; our own readers and writers say more.
+        if console.debugging():
+            raise
+        if error.errno is None or not isinstance(error.filename, str):
+            return _fault(error, format_)
+        console.show_error(access_error(error.filename, error), format_=format_)
+        return 1
     except Exception as error:
         if console.debugging():
             raise
-        hint = "this is a fault of tiue itself; to see where: run it again with TIUE_DEBUG=1 set"
-        console.show_error(TiueError(f"{type(error).__name__}: {error}", hint=hint), format_=format_)
-        return 1
+        return _fault(error, format_)
+
+
+def _fault(error: Exception, format_: console.Format) -> int:
+    hint = "this is a fault of tiue itself; to see where: run it again with TIUE_DEBUG=1 set"
+    console.show_error(TiueError(f"{type(error).__name__}: {error}", hint=hint), format_=format_)
+    return 1
 
 
 # typer brings its own copy of click in some versions, so the class is taken from typer's.

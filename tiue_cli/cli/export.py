@@ -13,7 +13,7 @@ import typer
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
-from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig
+from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig, checked_student
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
@@ -169,7 +169,7 @@ def run_engine(
 
 
 def _export(config: ExportConfig, console: Console) -> ExportResult:
-    config.validate()
+    checked_student(config)
     from tiue_cli.export.onnx.export import export_student
 
     with console.steps() as begin:

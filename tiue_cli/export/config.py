@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -9,7 +10,11 @@ from typing import Final
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.trt.profiles import load_profiles
 from tiue_cli.files.access import exists, user_path
-from tiue_cli.files.exports import Precision, Range, Size, is_export_folder
+from tiue_cli.files.atomic import check_replaceable, check_writable
+from tiue_cli.files.exports import EXPORT_MANIFEST, Precision, Range, Size, is_export_folder
+from tiue_cli.files.students import STUDENT_MANIFEST
+from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
+from tiue_cli.model.hub import resolve_model, resolve_vae
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)
@@ -52,6 +57,26 @@ class ExportConfig:
             raise UsageError(
                 f"{self.student} is an export already", hint="give the student folder; tiue inspect says which it was"
             )
+
+
+def checked_student(config: ExportConfig) -> ModelInfo:
+    """The student's folder, if it is one and can be exported to where it is to go; from headers alone, nothing loaded.
+
+    Raises UsageError, OutputError, and what ``check_model_folder`` raises.
+    """
+    config.validate()
+    with contextlib.suppress(FileNotFoundError):  # a working folder that is gone is said when it is written to
+        check_replaceable(config.folder.resolve(), overwrite=config.overwrite, marker=EXPORT_MANIFEST)
+    check_writable(config.folder.parent)
+    info = check_model_folder(resolve_model(config.student))
+    if info.kind == "teacher":
+        raise ModelFolderError(
+            f"{config.student} is a many-step teacher (it has no {STUDENT_MANIFEST}), and only students are exported",
+            hint=f"distil one first: tiue distill --teacher {config.student}",
+        )
+    if config.vae is not None:
+        check_vae_folder(resolve_vae(config.vae))
+    return info
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
     ``clip_sample`` means what the named class does: DDIM and DDPM clip (refused), the others do not; a config without
     ``_class_name`` is taken for DDIM's. Raises ``SchedulerError`` for whatever is not linear or not this schedule.
     """
+    check_types(config)
     class_name = config.get("_class_name") or "DDIMScheduler"
     if class_name not in _SOLVERS:
         raise SchedulerError(
@@ -96,6 +97,62 @@ def ddim_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "clip_sample": False,
         "thresholding": False,
     }
+
+
+_BOOLEAN: Final = "true or false"
+_WHOLE: Final = "a whole number"
+_NUMBER: Final = "a number"
+_TEXT: Final = "text"
+_TYPES: Final[dict[str, str]] = {
+    "_class_name": _TEXT,
+    "num_train_timesteps": _WHOLE,
+    "beta_start": _NUMBER,
+    "beta_end": _NUMBER,
+    "beta_schedule": _TEXT,
+    "set_alpha_to_one": _BOOLEAN,
+    "steps_offset": _WHOLE,
+    "prediction_type": _TEXT,
+    "timestep_spacing": _TEXT,
+    "rescale_betas_zero_snr": _BOOLEAN,
+    "clip_sample": _BOOLEAN,
+    "thresholding": _BOOLEAN,
+    "eta": _NUMBER,
+}
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Refuse fields of another type than diffusers writes: ``"set_alpha_to_one": "false"`` is true to Python.
+
+    Raises ``SchedulerError`` naming the field.
+    """
+    for name, wanted in _TYPES.items():
+        absent = name not in config or (name == "_class_name" and config[name] is None)
+        if not absent and not _is(config[name], wanted):
+            raise SchedulerError(
+                f"{name} in the scheduler config is {config[name]!r:.60}, not {wanted}",
+                hint=f"correct {name} in scheduler_config.json, or restore the file",
+            )
+    betas = config.get("trained_betas")
+    if betas is not None and not (
+        isinstance(betas, (Sequence, np.ndarray)) and all(_is(beta, _NUMBER) for beta in betas)
+    ):
+        raise SchedulerError("trained_betas in the scheduler config is no list of numbers", hint="restore the file")
+    if config.get("num_train_timesteps", 1) < 1:
+        raise SchedulerError(
+            f"num_train_timesteps in the scheduler config is {config['num_train_timesteps']}", hint="restore the file"
+        )
+
+
+def _is(value: object, wanted: str) -> bool:
+    if wanted == _TEXT:
+        return isinstance(value, str)
+    if wanted == _BOOLEAN:
+        return isinstance(value, (bool, np.bool_))
+    if isinstance(value, (bool, np.bool_)):  # to Python it is a number
+        return False
+    if wanted == _WHOLE:
+        return isinstance(value, (int, np.integer))
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
 
 
 def _refuse_nonlinear(config: Mapping[str, Any], class_name: str) -> None:

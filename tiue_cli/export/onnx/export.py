@@ -23,8 +23,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from tiue_cli import __version__
-from tiue_cli.errors import ModelFolderError, SchedulerError
-from tiue_cli.export.config import ExportConfig
+from tiue_cli.errors import SchedulerError
+from tiue_cli.export.config import ExportConfig, checked_student
 from tiue_cli.export.onnx.graphs import (
     folded_time,
     trace_text_encoder,
@@ -66,11 +66,10 @@ from tiue_cli.files.exports import (
     read_engine_manifest,
 )
 from tiue_cli.files.manifests import write_json
-from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
-from tiue_cli.model.folder import ModelInfo, check_model_folder
-from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.folder import ModelInfo
+from tiue_cli.model.hub import resolve_vae
 from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.schedule import combine_for_run
 from tiue_cli.model.student import StudentModel, load_student
@@ -119,7 +118,7 @@ def export_student(config: ExportConfig, *, stage: StageFn | None = None) -> Exp
     Raises what loading the student raises, UsageError for options that do not fit it, OutputError, ParityError.
     """
     started = time.perf_counter()
-    info = _checked(config)
+    info = checked_student(config)
     out = config.folder
     with terminated_as_interrupt(), atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
         student = load_student(config.student, vae=config.vae)
@@ -294,18 +293,6 @@ class _Job:
 
 
 # --- parts ---------------------------------------------------------------------------------------------------------
-
-
-def _checked(config: ExportConfig) -> ModelInfo:
-    """The student's folder, if it is one. Raises UsageError and what ``check_model_folder`` raises."""
-    config.validate()
-    info = check_model_folder(resolve_model(config.student))
-    if info.kind == "teacher":
-        raise ModelFolderError(
-            f"{config.student} is a many-step teacher (it has no {STUDENT_MANIFEST}), and only students are exported",
-            hint=f"distil one first: tiue distill --teacher {config.student}",
-        )
-    return info
 
 
 def write_tokenizer(tokenizer: CLIPTokenizer, path: Path) -> FileSpec:

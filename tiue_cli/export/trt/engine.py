@@ -40,6 +40,7 @@ from tiue_cli.files.exports import (
     read_engine_manifest,
     read_export_manifest,
 )
+from tiue_cli.files.external_data import check_external_data
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.files.lock import release_lock, try_lock
 from tiue_cli.files.manifests import write_json
@@ -49,6 +50,7 @@ PlanStageFn = Callable[[str, float, str], None]
 
 BUILD_FLAGS: Final = ("strongly-typed", "tf32-off", "layer-names-only")
 _WAIT_S: Final = 0.5
+_EXPORT_AGAIN: Final = "export the student again: tiue export STUDENT --out FOLDER"
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,8 @@ def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> E
             return EngineResult(folder, found, time.perf_counter() - started, reused=True, notes=found.notes)
         remove_leftovers(folder)
         check_files(config.export, [file for graph in manifest.graphs for file in (graph.onnx, *graph.data)])
+        for graph in manifest.graphs:
+            check_external_data(config.export, graph, hint=_EXPORT_AGAIN)
         with atomic_folder(folder, overwrite=True, marker=ENGINE_MANIFEST) as temporary:
             engine = _Job(config, manifest, profiles, device, temporary, stage).run()
     return EngineResult(folder, engine, time.perf_counter() - started, reused=False, notes=engine.notes)
