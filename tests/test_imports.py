@@ -31,6 +31,8 @@ LAYERS: dict[str, int] = {
     "export": 5,
     "generate": 6,
     "bench": 7,
+    "serve": 7,
+    "bulk": 7,
     "api": 8,
     "cli": 9,
     "__main__": 10,

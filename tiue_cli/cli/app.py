@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from tiue_cli import __version__
-from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes
+from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, full_installation
 from tiue_cli.files.access import access_error
@@ -73,6 +73,7 @@ def tiue(
 
 for _module, _command in (
     (generate, generate.generate),
+    (serve, serve.serve),
     (inspect, inspect.inspect),
     (doctor, doctor.doctor),
     (export, export.export),

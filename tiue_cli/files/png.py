@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -19,14 +19,18 @@ from pydantic import ConfigDict, Field
 from tiue_cli.errors import ManifestError, TakenError, TiueError, UsageError
 from tiue_cli.files.access import open_file
 from tiue_cli.files.atomic import atomic_file
+from tiue_cli.files.marking import XMP_KEYWORD, XMP_PACKET
 from tiue_cli.files.structured import parse_json
 from tiue_cli.text import excerpt
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL.PngImagePlugin import PngInfo
 
 CHUNK = "tiue"
 PARAMETERS_CHUNK = "parameters"
+_QUALITY: Final = 95
+"""Of JPEG and WebP where none is asked for."""
 
 
 class ImageSpec(pydantic.BaseModel):
@@ -138,17 +142,54 @@ _RECORD: pydantic.TypeAdapter[Record] = pydantic.TypeAdapter(Annotated[Record, F
 
 def save_png(path: Path, image: np.ndarray, record: Record | None) -> None:
     """Write ``image`` (H, W, 3) uint8 to ``path``, with the record's two text chunks unless it is None."""
+    encode_picture(path, image, record)
+
+
+def encode_picture(
+    target: Path | IO[bytes],
+    image: np.ndarray,
+    record: Record | None,
+    *,
+    image_format: Literal["png", "jpeg", "webp"] = "png",
+    quality: int | None = None,
+) -> None:
+    """Encode ``image`` (H, W, 3) uint8 into ``target``, marked as machine-made, with the record unless it is None.
+
+    A PNG carries the record in two text chunks, JPEG and WebP carry ``parameters`` as their EXIF comment, which is
+    where image viewers look for it there. ``quality`` is 0 to 100; None takes 95. PNG has none.
+    """
     from PIL import Image
+
+    picture = Image.fromarray(image)
+    if image_format == "png":
+        picture.save(target, format="PNG", pnginfo=_png_chunks(record))
+        return
+    extra = {} if record is None else {"exif": _exif_comment(record.parameters())}
+    quality = _QUALITY if quality is None else quality
+    picture.save(target, format=image_format.upper(), quality=quality, xmp=XMP_PACKET.encode(), **extra)
+
+
+def _png_chunks(record: Record | None) -> PngInfo:
     from PIL.PngImagePlugin import PngInfo
 
-    info = None
+    info = PngInfo()
+    info.add_itxt(XMP_KEYWORD, XMP_PACKET)
     if record is not None:
-        info = PngInfo()
         # Pillow turns this into an international text chunk where the prompt is not Latin-1.
         info.add_text(PARAMETERS_CHUNK, record.parameters())
         # pydantic's JSON is UTF-8; the JSON chunk too becomes international where that is needed.
         info.add_text(CHUNK, record.model_dump_json())
-    Image.fromarray(image).save(path, format="PNG", pnginfo=info)
+    return info
+
+
+def _exif_comment(text: str) -> bytes:
+    """EXIF whose UserComment is ``text`` (Exif 2.32, 4.6.5: an 8-byte code, then UTF-16 as other tools write it)."""
+    from PIL import Image
+    from PIL.ExifTags import IFD, Base
+
+    exif = Image.Exif()
+    exif.get_ifd(IFD.Exif)[Base.UserComment] = b"UNICODE\0" + text.encode("utf-16-be")
+    return exif.tobytes()
 
 
 def write_picture(path: Path, image: np.ndarray, record: Record | None, *, replace: bool) -> None:

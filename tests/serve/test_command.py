@@ -1,0 +1,80 @@
+"""``tiue serve`` as a process: it says where it listens, drains at SIGTERM, ends with 0, and fails in two lines."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from serving import wait_for
+
+
+@contextmanager
+def command(*words: str) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tiue_cli", "serve", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def is_ready(url: str) -> bool:
+    return httpx.get(f"{url}/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drains_and_the_status_is_zero(tiny_export: Path, stop: signal.Signals) -> None:
+    with command(str(tiny_export), "--port", "0", "--max-batch", "1", "--max-wait-ms", "0") as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url.startswith("http://127.0.0.1:")
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        wait_for(lambda: is_ready(url), "ready")
+        answers: list[int] = []
+
+        def ask() -> None:
+            body = {"prompt": "a", "n": 10, "size": "64x64"}
+            answers.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).status_code)
+
+        clients = [threading.Thread(target=ask) for _ in range(8)]
+        for client in clients:
+            client.start()
+        wait_for(lambda: "tiue_queue_requests 0.0" not in httpx.get(f"{url}/metrics").text or answers, "work waits")
+        process.send_signal(stop)
+        assert process.wait(60) == 0
+        for client in clients:
+            client.join(60)
+        assert len(answers) == 8 and set(answers) <= {200, 503} and 200 in answers
+        _, err = process.communicate()
+        assert "stopping" in err and "Traceback" not in err
+
+
+def test_a_taken_port_and_a_missing_model_take_two_lines(tiny_export: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with command(str(tiny_export), "--port", str(taken.getsockname()[1])) as process:
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 1 and "is in use" in err and "--port" in err
+    with command("nowhere/at/all") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode in (1, 2) and err.startswith("error:") and "Traceback" not in err
+    with command("--host", "0.0.0.0") as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "--api-key-file" in err
