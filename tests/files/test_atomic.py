@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from small_disk import small_disk
 
-from tiue_cli.errors import ManifestError, OutputError, UsageError
+from tiue_cli.errors import ManifestError, OutputError, TakenError, UsageError
+from tiue_cli.files import atomic, rename
 from tiue_cli.files.atomic import atomic_file, atomic_folder
 from tiue_cli.files.hashes import sha256_file, sha256_folder
 from tiue_cli.files.manifests import read_manifest, write_json
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
+from tiue_cli.files.temporary import UNTOUCHED_S, remove_leftovers
 
 FIELDS: dict[str, Any] = {
     "decoder_timesteps": (751, 501, 251, 1),
@@ -267,3 +275,226 @@ def test_only_light_modules_are_needed() -> None:
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# --- names that are taken, and names that are long
+
+
+def test_of_two_writers_to_one_name_the_later_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    with pytest.raises(TakenError, match=r"report\.json exists by now"), atomic_file(path, replace=False) as mine:
+        mine.write_text("mine")
+        path.write_text("theirs")
+    assert path.read_text() == "theirs" and len(list(tmp_path.iterdir())) == 1
+    with atomic_file(tmp_path / "free.json", replace=False) as mine:
+        mine.write_text("mine")
+    assert (tmp_path / "free.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("lacks", ["nothing", "renameat2", "renameat2 and links"])
+def test_of_many_writers_to_one_name_exactly_one_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacks: str
+) -> None:
+    if lacks != "nothing":
+        monkeypatch.setattr(rename, "_renameat2", lambda source, target, flags: False)
+    if lacks == "renameat2 and links":
+
+        def refuse(source: Path, target: Path) -> None:
+            raise PermissionError(errno.EPERM, "no links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+
+    def write(number: int) -> bool:
+        try:
+            with atomic_file(tmp_path / "one", replace=False) as temporary:
+                temporary.write_text(str(number))
+        except TakenError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        wins = list(pool.map(write, range(40)))
+    assert sum(wins) == 1
+    assert (tmp_path / "one").read_text() == str(wins.index(True))
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+
+
+@pytest.mark.parametrize("length", [200, 243, 250, 255])
+@pytest.mark.parametrize("suffix", [".yaml", ".png", "", "." + "x" * 120])
+@pytest.mark.parametrize("letter", ["b", "é", "日"])
+def test_every_legal_name_can_be_written(tmp_path: Path, length: int, suffix: str, letter: str) -> None:
+    stem_bytes = length - len(suffix)
+    letters = letter * (stem_bytes // len(letter.encode()))
+    name = letters + "b" * (stem_bytes - len(letters.encode())) + suffix
+    assert len(name.encode()) == length
+    for path in (tmp_path / name, tmp_path / "folder" / name):
+        with atomic_file(path) as temporary:
+            temporary.write_text("x")
+        assert path.read_text() == "x"
+    with atomic_folder(tmp_path / "deep" / name) as folder:
+        (folder / "x").write_text("x")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [name]
+
+
+def test_a_name_that_is_too_long_says_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="the name is too long"), atomic_file(tmp_path / ("b" * 256)):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- what killed runs leave
+
+
+KILLED = (
+    "import os, signal, sys; from tiue_cli.files.atomic import atomic_file, atomic_folder\n"
+    "with {writer}(sys.argv[1]) as temporary:\n"
+    "    print(temporary, flush=True); {write}; {end}\n"
+)
+WRITERS = {
+    "atomic_file": "temporary.write_text('half')",
+    "atomic_folder": "(temporary / 'gigabytes').write_text('half')",
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path, writer: str) -> None:
+    program = KILLED.format(writer=writer, write=WRITERS[writer], end="os.kill(os.getpid(), signal.SIGKILL)")
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out.png")], check=False, capture_output=True)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_folder(tmp_path / "another") as folder:
+        (folder / "x").write_text("")
+    assert [path.name for path in tmp_path.iterdir()] == ["another"]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_a_living_run_writes_stays(tmp_path: Path, writer: str) -> None:
+    program = KILLED.format(writer=writer, write=WRITERS[writer], end="sys.stdin.readline()")
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "out.png")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        temporary = Path(other.stdout.readline().strip())
+        remove_leftovers(tmp_path)
+        with atomic_folder(tmp_path / "another") as folder:
+            (folder / "x").write_text("")
+        assert temporary.exists()
+        other.communicate("\n")
+    assert (tmp_path / "out.png").exists() and not temporary.exists()
+
+
+@pytest.mark.parametrize("name", [".out.0123abcd.tmp", ".out.ffffff-1.0123abcd.tmp", ".out.ffffff-1.0123abcd.tmp.png"])
+def test_what_another_machine_or_an_older_version_left_goes_after_a_day(tmp_path: Path, name: str) -> None:
+    left = tmp_path / name
+    left.write_text("half")
+    remove_leftovers(tmp_path)
+    assert left.exists()
+    day_ago = time.time() - UNTOUCHED_S - 60
+    os.utime(left, (day_ago, day_ago))
+    remove_leftovers(tmp_path)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    "name", [".bashrc", "out.tmp", ".out.tmp", ".out.zz.tmp", "a.0123abcd.tmp", ".a.0123abcd.tmp.d.e"]
+)
+def test_files_of_others_are_never_leftovers(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("precious")
+    os.utime(path, (0, 0))
+    remove_leftovers(tmp_path)
+    assert path.read_text() == "precious"
+
+
+# --- replacing a folder
+
+
+def test_a_name_always_stands_for_a_whole_folder_while_it_is_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+
+    def write(number: int) -> None:
+        with atomic_folder(folder, overwrite=True) as temporary:
+            for part in ("a", "b"):
+                (temporary / part).write_text(str(number))
+
+    write(0)
+    (tmp_path / "x").mkdir()
+    can_exchange = rename.exchange(folder, tmp_path / "x")
+    if can_exchange:
+        rename.exchange(folder, tmp_path / "x")
+    (tmp_path / "x").rmdir()
+    if not can_exchange:
+        pytest.skip("this file system cannot exchange names")
+    stop = threading.Event()
+
+    def look() -> int:
+        absent = 0
+        while not stop.is_set():
+            absent += not folder.is_dir()
+        return absent
+
+    with ThreadPoolExecutor(1) as pool:
+        looks = pool.submit(look)
+        for number in range(1, 200):
+            write(number)
+        stop.set()
+        absent = looks.result()
+    assert absent == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_without_an_exchange_a_kill_between_the_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "export"
+    with atomic_folder(folder) as temporary:
+        (temporary / "a").write_text("old")
+    monkeypatch.setattr(atomic, "exchange", lambda first, second: False)
+    real = Path.rename
+
+    def killed(self: Path, target: Path) -> Path:
+        if self.name.endswith(".tmp"):
+            raise Stop
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Stop), atomic_folder(folder, overwrite=True) as temporary:
+        (temporary / "a").write_text("new")
+    assert (folder / "a").read_text() == "old"
+    monkeypatch.setattr(Path, "rename", real)
+    folder.rename(tmp_path / ".export.old")
+    with atomic_folder(folder, overwrite=True) as temporary:
+        assert (folder / "a").read_text() == "old"
+        (temporary / "a").write_text("new")
+    assert (folder / "a").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+# --- full disks, in the words of every library
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("3145728 requested and 0 written"),
+        OSError("problem writing element 4 to file"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("writer", [atomic_file, atomic_folder])
+def test_a_full_disk_has_one_name(tmp_path: Path, writer: Any, error: Exception) -> None:
+    with pytest.raises(OutputError, match="out: the disk is full"), writer(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numpys_own_words_for_a_full_disk_are_known(tmp_path: Path) -> None:
+    with small_disk(tmp_path, size_bytes=64 * 1024) as disk:
+        with pytest.raises(OutputError, match="the disk is full"), atomic_file(disk / "out") as temporary:
+            np.zeros(10**6, dtype=np.float32).tofile(temporary)
+        assert list(disk.iterdir()) == []

@@ -24,7 +24,7 @@ UNTOUCHED_S: Final = 24 * 3600.0
 _STEM_BYTES: Final = 100
 _SUFFIX_BYTES: Final = 30
 _NAME: Final = re.compile(
-    r"\..*\.(?:(?P<machine>[0-9a-f]{6})-(?P<pid>[0-9]+)\.)?[0-9a-f]{8}\.tmp(?:\.[^.]+)?", re.DOTALL
+    r"\..*?\.(?:(?P<machine>[0-9a-f]{6})-(?P<pid>[0-9]+)\.)?[0-9a-f]{8}\.tmp(?:\.[^.]+)?", re.DOTALL
 )
 
 
