@@ -38,6 +38,7 @@ def load(
     precision: DtypeName = _LOAD.dtype,
     vae: str | Path | None = None,
     provider: ProviderName = _LOAD.provider,
+    compiled: bool = _LOAD.compiled,
     guidance: float | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> Pipeline:
@@ -46,7 +47,8 @@ def load(
     ``model`` is a student's or teacher's folder, an export or engine folder, a hub id ``OWNER/NAME``, or ``papercut``,
     which is part of the package. ``backend`` is ``torch`` for model folders, ``onnx`` or ``trt`` for exports.
     ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own. ``vae`` replaces
-    the autoencoder of a model folder, ``provider`` is ONNX Runtime's, ``guidance`` a teacher's. ``on_note`` is called
+    the autoencoder of a model folder (``taesd`` is the tiny one for Stable Diffusion), ``provider`` is ONNX Runtime's,
+    ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's. ``on_note`` is called
     with each sentence that is worth knowing.
 
     Raises ModelFolderError or ManifestError for a model that cannot be used, UsageError for options that do not fit it,
@@ -66,6 +68,7 @@ def load(
         device=device,
         dtype=precision,
         provider=provider,
+        compiled=compiled,
     )
     return Pipeline(config, on_note=on_note)
 

@@ -265,6 +265,7 @@ def test_looking_for_cudas_libraries_prints_nothing(
     [
         (["--backend", "torch"], 2, "runs model folders"),
         (["--vae", "somewhere"], 2, "the autoencoder is part of an export"),
+        (["--compile"], 2, "--compile is for model folders"),
         (["--dtype", "fp16"], 2, "was exported in fp32"),
         (["--device", "cpu", "--provider", "cuda"], 2, "does not run on --device cpu"),
         (["--guidance", "5"], 2, "is for teachers"),

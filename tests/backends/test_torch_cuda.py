@@ -62,6 +62,26 @@ def test_captured_steps_sample_what_the_pipeline_samples(tiny_teacher_folder: Pa
         assert done == [1, 1, 2, 3, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_prepared_latents_are_those_of_the_plain_backend_and_stay_what_they_were(
+    tiny_student_folder: Path, merged: bool
+) -> None:
+    student = load_student(tiny_student_folder)
+    with StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu") as backend:
+        noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
+        expected = backend.latents(PROMPTS, noise)
+        images = backend.generate(PROMPTS, noise)
+        backend._pass = run = StudentPass(
+            fast(student, merged=merged), student.tokenizer, encoder_timestep=student.manifest.encoder_timestep
+        )
+        found = backend.latents(PROMPTS, noise)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+        with torch.inference_mode():
+            held = run.latents(PROMPTS, noise, student.linear_combine())
+            assert np.abs(backend.generate(PROMPTS, noise[::-1].copy()).astype(int) - images).max() > 1
+        np.testing.assert_array_equal(held.numpy(), found)
+
+
 def test_a_picture_that_is_not_finite_is_refused(tiny_student_folder: Path) -> None:
     student = load_student(tiny_student_folder)
     with torch.no_grad():

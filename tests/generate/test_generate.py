@@ -415,6 +415,7 @@ def test_prompt_beyond_the_models_reach_is_cut_and_said(fake, student, capsys) -
         (["a", "--dtype", "int8"], 2, "--dtype"),
         (["a", "--prompts", "none.txt"], 1, "does not exist"),
         (["a", "--vae", "none"], 1, "none does not exist"),
+        (["a", "--compile", "--device", "cpu"], 1, "--compile is for CUDA"),
         ([], 2, "no prompt was given"),
         (["a", "--interactive"], 2, "reads its prompts from stdin"),
     ],

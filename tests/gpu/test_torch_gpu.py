@@ -76,6 +76,20 @@ def test_replays_are_equal_to_the_byte_and_to_plain_launches(tiny_student_folder
     assert np.abs(first.astype(int) - draw(plain, student, batch=2)).max() <= 2
 
 
+def test_latents_are_those_of_the_cpu_and_become_its_pictures(tiny_student_folder: Path) -> None:
+    info = check_model_folder(tiny_student_folder)
+    with (
+        StudentTorchBackend(info, device="cpu") as cpu,
+        StudentTorchBackend(info, device="cuda", dtype="fp32") as gpu,
+    ):
+        noise = draw_noise([0, 1], cpu.latent_shape(cpu.default_size))
+        for steps in (None, 1):
+            expected = cpu.latents(PROMPTS[:2], noise, steps=steps)
+            found = gpu.latents(PROMPTS[:2], noise, steps=steps)
+            assert np.linalg.norm(found - expected) <= 2e-3 * np.linalg.norm(expected), steps
+        assert gpu._pass is not None and len(gpu._pass._shapes.keys) == 2
+
+
 def test_pictures_that_were_returned_stay_what_they_were(tiny_student_folder: Path) -> None:
     student = student_on_gpu(tiny_student_folder, "fp16")
     run = make_pass(student)

@@ -117,6 +117,17 @@ def test_an_autoencoder_comes_alone(fake_hub: Fake, repository: Path) -> None:
     assert sorted(fetched) == ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
 
 
+def test_taesd_is_a_name_of_the_tiny_autoencoder_unless_a_folder_has_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("tiue_cli.model.hub._snapshot", lambda name, *rest: asked.append(name) or tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_vae("taesd") == tmp_path and asked == ["madebyollin/taesd"]
+    (tmp_path / "taesd").mkdir()
+    assert resolve_vae("taesd") == Path("taesd") and len(asked) == 1
+
+
 def refusal(type_: type[Exception], **fields: Any) -> Exception:
     """A hub error without the HTTP response that its constructor wants."""
     error = type_.__new__(type_)

@@ -108,12 +108,14 @@ class _TorchBackend(ABC, Generic[_Model]):
 
     def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
         """Latents (B, C, h, w) float32 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.latents``."""
-        placed = torch.from_numpy(noise).to(self.device)
         with _memory_errors(self.device), torch.inference_mode():
-            latents = self._latents(list(prompts), placed, steps, None).float().cpu()
+            latents = self._all_latents(prompts, noise, steps).float().cpu()
         if not bool(torch.isfinite(latents).all()):
             raise DeviceError(f"the UNet produced NaN or infinity in {self.dtype}", hint="use float32: --dtype fp32")
         return latents.numpy()
+
+    def _all_latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None) -> torch.Tensor:
+        return self._latents(list(prompts), torch.from_numpy(noise).to(self.device), steps, None)
 
     def __enter__(self) -> Self:
         with _memory_errors(self.device):
@@ -221,6 +223,11 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
             progress(1.0)
         return images
 
+    def _all_latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None) -> torch.Tensor:
+        if self._pass is None:
+            return super()._all_latents(prompts, noise, steps)
+        return self._pass.latents(prompts, noise, self._combine(steps))
+
     def _latents(
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
     ) -> torch.Tensor:
@@ -256,7 +263,6 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         """As the base; ``guidance`` 1 or less samples without."""
         super().__init__(info, vae=vae, device=device, dtype=dtype)
         self._guidance = guidance
-
         self._steps: TeacherSteps | None = None
         self._fast_notes: list[str] = []
 

@@ -91,7 +91,11 @@ def generate(
     ] = _DEFAULTS.guidance,
     vae: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
+        typer.Option(
+            metavar="taesd|FOLDER|HUB_ID",
+            help="Another autoencoder; taesd: tiny, fast, less detail.",
+            rich_help_panel=MODEL,
+        ),
     ] = _DEFAULTS.vae,
     out: Annotated[
         Path,
@@ -137,6 +141,12 @@ def generate(
         DtypeName,
         typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
     ] = _DEFAULTS.dtype,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="CUDA: torch.compile; minutes for each new shape, for long runs.", rich_help_panel=MACHINE
+        ),
+    ] = _DEFAULTS.compiled,
 ) -> None:
     """Draw prompts.
 
@@ -163,6 +173,7 @@ def generate(
         device=device,
         dtype=dtype,
         provider=provider,
+        compiled=compiled,
         out=out,
         grid=grid,
         metadata=not no_metadata,

@@ -41,6 +41,7 @@ class GenerateConfig:
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     provider: ProviderName = "auto"
+    compiled: bool = False
     out: Path = Path("images")
     grid: bool = False
     metadata: bool = True

@@ -196,7 +196,9 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
         from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 
     if info.kind == "student":
-        return StudentTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype)
+        return StudentTorchBackend(
+            info, vae=target.vae_folder, device=config.device, dtype=config.dtype, compiled=config.compiled
+        )
     guidance = target.guidance(config)
     assert guidance is not None
     return TeacherTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance)

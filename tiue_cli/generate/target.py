@@ -174,6 +174,8 @@ def open_target(config: GenerateConfig) -> ModelTarget:
     folder = resolve_model(config.model)
     info = check_model_folder(folder)
     _refuse_other_kinds_options(config, info)
+    if config.compiled and info.kind == "teacher":
+        raise UsageError("--compile is for students, and this is a teacher", hint="leave --compile out")
     vae_folder = None if config.vae is None else check_vae_folder(resolve_vae(config.vae))
     return ModelTarget(
         # By its own name, so that the records hold when this version's stand-in has made way for a student.
@@ -189,6 +191,10 @@ def open_target(config: GenerateConfig) -> ModelTarget:
 
 def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) -> ModelTarget:
     _refuse_other_kinds_options(config, info)
+    if config.compiled:
+        raise UsageError(
+            "--compile is for model folders, and this is an export", hint="leave it out: an export is compiled already"
+        )
     provider = check_export_options(
         info,
         backend=backend,

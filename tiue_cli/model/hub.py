@@ -25,6 +25,9 @@ EMBEDDED_TEACHER = "papercut-teacher"
 EMBEDDED_STUDENT = "papercut-student"
 EMBEDDED_NAMES = (EMBEDDED, EMBEDDED_TEACHER, EMBEDDED_STUDENT)
 EMBEDDED_GUIDANCE = 2.0
+NAMED_VAES = {"taesd": "madebyollin/taesd"}
+"""Autoencoders by a short name. TAESD decodes the latents of Stable Diffusion 1.x and 2.x, which share one space: a
+twentieth of the KL-VAE's arithmetic, and softer fine detail, such as faces and writing."""
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
 """Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
@@ -53,7 +56,12 @@ def resolve_model(source: str | Path, *, revision: str | None = None) -> Path:
 
 
 def resolve_vae(source: str | Path, *, revision: str | None = None) -> Path:
-    """The local folder behind an autoencoder's path or hub id. Raises ModelFolderError."""
+    """The local folder behind an autoencoder's short name, path or hub id. Raises ModelFolderError.
+
+    A folder here goes before a short name of ``NAMED_VAES``.
+    """
+    if isinstance(source, str) and source in NAMED_VAES and not exists(source, error=ModelFolderError):
+        source = NAMED_VAES[source]
     if not is_hub_id(source):
         return _local(source)
     names = [
