@@ -35,12 +35,13 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The last event. ``interrupted``: stopped by a signal, and to be continued with --resume."""
+    """The last event. ``interrupted``: stopped by ``signal``, and to be continued with --resume."""
 
     out: Path
     student: Path | None
     step: int
     interrupted: bool
+    signal: int | None = None
 
 
 Event = Note | Progress | Saved | Finished

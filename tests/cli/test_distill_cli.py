@@ -284,3 +284,26 @@ def test_run_of_one_process_is_not_resumed_by_two(make_config: Any, tmp_path: Pa
     write_json(tmp_path / "run" / RUN_MANIFEST, record.model_copy(update={"processes": 2}))
     with pytest.raises(UsageError, match="processes: 2 → 1"):
         list(Distillation(config, tmp_path / "run", resume=True).events())
+
+
+@pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_an_interrupted_run_stops_what_would_follow_it(
+    tmp_path: Path, prompts_file: Path, v_teacher_folder: Path, number: str, status: int
+) -> None:
+    """Acknowledged at once, saved, and not 0: ``tiue distill … && tiue export …`` must not go on."""
+    command = [sys.executable, "-m", "tiue_cli", "distill", "--teacher", str(v_teacher_folder), "--prompts"]
+    command += [str(prompts_file), "--out", str(tmp_path / "run"), "--max-steps", "100000", "--format", "quiet"]
+    command += ["--set", f"cache={tmp_path / 'cache'}", "--set", "batch_size=1", "--set", "student.steps=2"]
+    command += ["--set", "validation.every=0", "--set", "tracking.every=1", "--set", "tracking.trackers=[]"]
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, encoding="utf-8", env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None and not log.exists():
+        pass
+    process.send_signal(getattr(signal, number))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert "stopping: after this step" in err
+    assert "--resume" in err

@@ -416,7 +416,7 @@ def test_full_disk_keeps_the_checkpoint_before(
 
     import tiue_cli.distill.checkpoint as checkpoint
 
-    real_save, real_torch_save, count = checkpoint.save_file, torch.save, [0]
+    real_save, real_optimizer_save, count = checkpoint.save_file, checkpoint.save_optimizer, [0]
 
     def save_file(*arguments: Any) -> None:
         count[0] += 1
@@ -424,13 +424,13 @@ def test_full_disk_keeps_the_checkpoint_before(
             raise SafetensorError("Error while serializing: No space left on device (os error 28)")
         real_save(*arguments)
 
-    def torch_save(*arguments: Any) -> None:
+    def save_optimizer(*arguments: Any) -> None:
         if how == "optimizer" and count[0] > 2:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real_torch_save(*arguments)
+        real_optimizer_save(*arguments)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    monkeypatch.setattr(torch, "save", torch_save)
+    monkeypatch.setattr(checkpoint, "save_optimizer", save_optimizer)
     config = make_config(checkpoint__every=1, max_steps=3)
     with pytest.raises(OutputError) as caught:
         run(config, tmp_path / "run")

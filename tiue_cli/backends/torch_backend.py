@@ -17,6 +17,7 @@ from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, Te
 from tiue_cli.errors import DeviceError, OutOfMemoryError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.fast.layers import NotFusable
+from tiue_cli.model.finite import BadLatentsError, not_finite
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_steps
 from tiue_cli.model.shared import SharedUNetDecoder
@@ -101,7 +102,10 @@ class _TorchBackend(ABC, Generic[_Model]):
         """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.generate``."""
         placed = torch.from_numpy(noise).to(self.device)
         with _memory_errors(self.device), torch.inference_mode():
-            images = self._entered_decoder.decode(self._latents(list(prompts), placed, steps, progress))
+            try:
+                images = self._entered_decoder.decode(self._latents(list(prompts), placed, steps, progress))
+            except BadLatentsError as error:
+                raise self._first_not_finite(list(prompts)) from error
         if progress is not None:
             progress(1.0)
         return images
@@ -111,11 +115,20 @@ class _TorchBackend(ABC, Generic[_Model]):
         with _memory_errors(self.device), torch.inference_mode():
             latents = self._all_latents(prompts, noise, steps).float().cpu()
         if not bool(torch.isfinite(latents).all()):
-            raise DeviceError(f"the UNet produced NaN or infinity in {self.dtype}", hint="use float32: --dtype fp32")
+            raise self._first_not_finite(list(prompts))
         return latents.numpy()
 
     def _all_latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None) -> torch.Tensor:
         return self._latents(list(prompts), torch.from_numpy(noise).to(self.device), steps, None)
+
+    @torch.inference_mode()
+    def _first_not_finite(self, prompts: list[str]) -> DeviceError:
+        """The error that names the first part that is to blame for latents with NaN or infinity."""
+        model = self._entered
+        text_states = encode_prompts(model.tokenizer, model.text_encoder, prompts)
+        if not bool(torch.isfinite(text_states).all()):
+            return not_finite("text encoder", model.text_encoder)
+        return not_finite("UNet", model.unet)
 
     def __enter__(self) -> Self:
         with _memory_errors(self.device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -80,7 +81,10 @@ def distill(
 
 
 def run_distill(request: DistillRequest, console: Console) -> None:
-    """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on."""
+    """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on.
+
+    Raises typer.Exit with 130 or 143 for an interrupted one, so that ``tiue distill … && tiue export …`` stops.
+    """
     from tiue_cli.distill.run_folder import check_places
     from tiue_cli.events import Finished, Note, Progress, Saved
 
@@ -92,7 +96,8 @@ def run_distill(request: DistillRequest, console: Console) -> None:
 
     figures: Mapping[str, float] = {}
     with console.stages() as stages:
-        for event in Distillation(resolved.config, request.out, resume=request.resume).events():
+        run = Distillation(resolved.config, request.out, resume=request.resume, acknowledge=_acknowledge)
+        for event in run.events():
             if isinstance(event, Note):
                 console.note(event.text)
             elif isinstance(event, Progress):
@@ -104,6 +109,16 @@ def run_distill(request: DistillRequest, console: Console) -> None:
                 assert isinstance(event, Finished)
                 finished = event
     _report(finished, figures, console)
+    # The first process alone: a launcher would end the others' work for the status of one of them.
+    if finished.interrupted and finished.signal is not None and not is_worker():
+        raise typer.Exit(128 + finished.signal)
+
+
+def _acknowledge() -> None:
+    """Said from within a signal handler, where Python's own streams may be in the middle of a write."""
+    if not is_worker():
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping: after this step, and saved (Ctrl-C again: at once)\n")
 
 
 def _settings_notes(resolved: ResolvedConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -142,9 +143,15 @@ _AGAIN_S = 1.0
 
 
 class StopRequest:
-    """True once a signal came; used with ``with``, which puts the old handlers back."""
+    """True once a signal came; used with ``with``, which puts the old handlers back.
 
-    def __init__(self) -> None:
+    ``acknowledge`` is called at once, inside the signal handler: it may do nothing but write to a descriptor.
+    """
+
+    def __init__(self, acknowledge: Callable[[], None] | None = None) -> None:
+        self.signal: int | None = None
+        """The first that came."""
+        self._acknowledge = acknowledge
         self._requested_s: float | None = None
         self._before: dict[signal.Signals, Any] = {}
 
@@ -165,6 +172,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
         if self._requested_s is None:
-            self._requested_s = now_s
+            self._requested_s, self.signal = now_s, number
+            if self._acknowledge is not None:
+                self._acknowledge()
         elif number == signal.SIGINT and now_s - self._requested_s >= _AGAIN_S:
             raise KeyboardInterrupt

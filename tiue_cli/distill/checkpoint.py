@@ -3,7 +3,7 @@
     step_00000500/student/              weights of the UNet
                   ema/                  their running mean, where there is one
                   lora/                 adapters of the LoRA teacher
-                  student_optimizer/    lora_optimizer/
+                  student_optimizer/    lora_optimizer/    see optimizer_state.py
                   state.json            step, counters, gradient scale
 
 Written to a temporary sibling and renamed: a name without a leading dot is a whole checkpoint. Random numbers, data
@@ -13,6 +13,7 @@ order and learning rates are functions of the step (streams.py), so the step is 
 from __future__ import annotations
 
 import contextlib
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,14 +27,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiue_cli.distill.optimizer_state import load_optimizer, save_optimizer
 from tiue_cli.errors import OutputError
 from tiue_cli.files.access import is_folder, list_folder, open_file
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.manifests import read_manifest, write_json
+from tiue_cli.text import excerpt
 
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"
-OPTIMIZER = "optimizer.pt"
+# What torch, safetensors and json raise for files that are not what they were.
+_DAMAGE = (
+    *(OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 _NAME = re.compile(r"step_(\d{8})")
 
 
@@ -75,7 +82,7 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
             save_file(plain, folder / part / WEIGHTS)
         for part, state in checkpoint.optimizers.items():
             (folder / part).mkdir()
-            torch.save(state, folder / part / OPTIMIZER)
+            save_optimizer(dict(state), folder / part)
         write_json(folder / STATE, checkpoint.state)
     _rotate(root, keep)
     return path
@@ -83,19 +90,20 @@ def write_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 def read_checkpoint(path: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint folder. OutputError or ManifestError where it is damaged."""
-    for file in (path / STATE, *sorted(path.glob(f"*/{WEIGHTS}")), *sorted(path.glob(f"*/{OPTIMIZER}"))):
+    for file in (path / STATE, *sorted(path.glob(f"*/{WEIGHTS}")), *sorted(path.glob("*/optimizer.*"))):
         # What may not be read is not damaged, and nobody should remove it.
         with contextlib.suppress(FileNotFoundError), open_file(file, error=OutputError):
             pass
     try:
         weights = {file.parent.name: load_file(file, device=str(device)) for file in sorted(path.glob(f"*/{WEIGHTS}"))}
         optimizers = {
-            file.parent.name: torch.load(file, map_location="cpu", weights_only=True)
-            for file in sorted(path.glob(f"*/{OPTIMIZER}"))
+            folder.name: load_optimizer(folder)
+            for folder in sorted({file.parent for file in path.glob("*/optimizer.*")})
         }
-    except (OSError, RuntimeError, SafetensorError, EOFError) as error:
+    except _DAMAGE as error:
         raise OutputError(
-            f"checkpoint {path} is damaged: {error}", hint=f"remove {path} to resume from the one before"
+            f"checkpoint {path} is damaged: {excerpt(' '.join(str(error).split()), 300)}",
+            hint=f"remove {path} to resume from the one before",
         ) from error
     return Checkpoint(read_manifest(path / STATE, TrainingState), weights, optimizers)
 

@@ -10,7 +10,7 @@ import copy
 import os
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.rows import RowCache, cache_key
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
+from tiue_cli.model.finite import refuse_bad_weights
 from tiue_cli.model.student import save_student
 from tiue_cli.model.text import encode_prompts
 
@@ -57,15 +58,17 @@ _ROOM_HINTS = {
 class Distillation:
     """A run in folder ``out``. ``events`` does the work; SIGINT and SIGTERM end it after the step, saved."""
 
-    def __init__(self, config: DistillConfig, out: Path, *, resume: bool = False) -> None:
-        """Checks that need no model are made here. Raises TiueError."""
+    def __init__(
+        self, config: DistillConfig, out: Path, *, resume: bool = False, acknowledge: Callable[[], None] | None = None
+    ) -> None:
+        """Checks that need no model are made here; ``acknowledge``: see StopRequest. Raises TiueError."""
         check_places(out, config, resume=resume)
         self.config, self.out, self.resume = config, out, resume
         self.prompts: TrainingPrompts = read_training_prompts(
             config.prompts, column=config.prompt_column, limit=config.max_prompts
         )
         self.folder = RunFolder(out)
-        self._stop = StopRequest()
+        self._stop = StopRequest(acknowledge)
 
     def events(self) -> Iterator[Event]:
         """Run, and tell. Raises TiueError; what was saved before stays."""
@@ -112,7 +115,7 @@ class Distillation:
                 yield from self._fill(cache, self._solve_pairs(cache), "pairs")
             pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
         if self._stopping:
-            yield Finished(self.out, None, step=step_of(found), interrupted=True)
+            yield Finished(self.out, None, step=step_of(found), interrupted=True, signal=self._stop.signal)
             return
         trainer = self._make_trainer(pairs)
         if found is not None:
@@ -130,6 +133,12 @@ class Distillation:
         self._is_main, device = self._accelerator.is_main_process, self._accelerator.device
         self._student = load_untrained(config)
         student, mixed = self._student, self._accelerator.mixed_precision
+        for part, module in (
+            ("text encoder", student.text_encoder),
+            ("UNet", student.unet),
+            ("autoencoder", student.vae),
+        ):
+            refuse_bad_weights(part, module)
         half = HALF.get(mixed)
         decoder = ImageDecoder(student.vae)
         sample = student.unet.config["sample_size"]
@@ -266,6 +275,7 @@ class Distillation:
         config, validation = self.config, self._make_validation()
         if trainer.state.step == 0:
             yield from self._draw(validation, trainer)
+            self._stopping = self._agree(bool(self._stop))
         ends = deque([time.perf_counter()], maxlen=_RATE_STEPS + 1)
         while trainer.state.step < config.max_steps and not self._stopping:
             images = self._images_a_step(trainer)
@@ -342,10 +352,11 @@ class Distillation:
                 return self._networks.combine(noise, predictions)
 
             with trainer.averaged_weights():
-                pixels = validation.grid(one_pass)
-            step = trainer.state.step
-            yield Saved("grid", save_grid(self.folder.grids / f"step_{step:08d}.png", pixels))
-            log_image(self._accelerator, "teacher above student", pixels, step=step)
+                pixels = validation.grid(one_pass, stop=self._stop)
+            if pixels is not None:
+                step = trainer.state.step
+                yield Saved("grid", save_grid(self.folder.grids / f"step_{step:08d}.png", pixels))
+                log_image(self._accelerator, "teacher above student", pixels, step=step)
         self._accelerator.wait_for_everyone()
 
     def _finish(self, trainer: Trainer) -> Iterator[Event]:
@@ -358,7 +369,8 @@ class Distillation:
         self._accelerator.wait_for_everyone()
         self._accelerator.end_training()
         step = trainer.state.step
-        yield Finished(self.out, path, step=step, interrupted=step < self.config.max_steps)
+        interrupted = step < self.config.max_steps
+        yield Finished(self.out, path, step, interrupted, signal=self._stop.signal if interrupted else None)
 
     def _save_student(self, trainer: Trainer) -> Path:
         student = self._student

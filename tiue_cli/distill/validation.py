@@ -41,17 +41,25 @@ class Validation:
         self._noise = noise.to(text_states.device, memory_format=torch.channels_last)
         self._teacher_images: np.ndarray | None = None
 
-    def grid(self, student: Sampler) -> np.ndarray:
-        """Pixels (H, W, 3) uint8: per prompt the teacher's image, and below it the student's from the same noise."""
+    def grid(self, student: Sampler, *, stop: object = False) -> np.ndarray | None:
+        """Pixels (H, W, 3) uint8: per prompt the teacher's image, and below it the student's from the same noise.
+
+        ``stop`` is looked at between two images; where it has become true there is no grid, and None.
+        """
         if self._teacher_images is None:
-            self._teacher_images = self._images(self._teacher)
-        return tile([self._teacher_images, self._images(student)])
+            self._teacher_images = self._images(self._teacher, stop)
+        images = None if self._teacher_images is None else self._images(student, stop)
+        return None if self._teacher_images is None or images is None else tile([self._teacher_images, images])
 
     @torch.no_grad()
-    def _images(self, sampler: Sampler) -> np.ndarray:
+    def _images(self, sampler: Sampler, stop: object) -> np.ndarray | None:
+        images = []
         # One by one: a grid must not need more memory than the training beside it.
-        parts = zip(self._noise.split(1), self._states.split(1), strict=True)
-        return np.concatenate([self._decoder.decode(sampler(noise, states)) for noise, states in parts])
+        for noise, states in zip(self._noise.split(1), self._states.split(1), strict=True):
+            if stop:
+                return None
+            images.append(self._decoder.decode(sampler(noise, states)))
+        return np.concatenate(images)
 
 
 def tile(rows: Sequence[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from diffusers.models import AutoencoderKL, AutoencoderTiny
 
-from tiue_cli.errors import DeviceError, ModelFolderError, UsageError
+from tiue_cli.errors import ModelFolderError, UsageError
+from tiue_cli.model.finite import BadLatentsError, not_finite
 
 _PIXELS_AT_ONCE = 4 * 512 * 512
 """Images are decoded in groups of at most this many pixels: Stable Diffusion's decoder needs about 1 GB of activations
@@ -58,14 +59,15 @@ class ImageDecoder:
         """
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
         groups = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
-        return np.concatenate([self._to_bytes(self.decode_float(group)) for group in groups])
+        return np.concatenate([self._to_bytes(self.decode_float(group), group) for group in groups])
 
-    def _to_bytes(self, images: torch.Tensor) -> np.ndarray:
+    def _to_bytes(self, images: torch.Tensor, latents: torch.Tensor) -> np.ndarray:
         if not bool(torch.isfinite(images).all()):
-            raise DeviceError(
-                f"the decoded image is not a number somewhere ({type(self.vae).__name__} in {self.vae.dtype})",
-                hint="use float32 (--dtype fp32), or another autoencoder (--vae)",
-            )
+            if not bool(torch.isfinite(latents).all()):
+                raise BadLatentsError(
+                    "the UNet produced NaN or infinity", hint="use float32: --precision fp32; or another model"
+                )
+            raise not_finite("autoencoder", self.vae, instead="another autoencoder: --vae FOLDER|HUB_ID")
         levels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
         return levels.round().to(torch.uint8).cpu().numpy()
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import SchedulerError, UsageError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
@@ -118,6 +118,15 @@ class Teacher:
         last = int(self._pipeline.scheduler.config.num_train_timesteps)
         if not 1 <= steps <= last:
             raise UsageError(f"{steps} teacher steps are outside 1 to {last}", hint=f"{TEACHER_STEPS} is usual")
+        scheduler = self._pipeline.scheduler
+        scheduler.set_timesteps(steps)
+        first = int(scheduler.timesteps[0])
+        if scheduler.config.prediction_type == "epsilon" and float(scheduler.alphas_cumprod[first]) == 0.0:
+            raise SchedulerError(
+                f"timestep {first} has abar 0 (zero terminal SNR), where an epsilon prediction says nothing about the"
+                " image",
+                hint="such models predict v, or their rescale_betas_zero_snr is false: correct scheduler_config.json",
+            )
 
 
 def load_teacher(

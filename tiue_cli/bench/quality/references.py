@@ -172,7 +172,8 @@ def image_files(folder: Path) -> list[Path]:
 def _read(file: Path) -> tuple[Image.Image, bool]:
     """An RGB image, and whether it was one."""
     try:
-        with Image.open(file) as image:
+        # No more formats than are asked for: for EPS Pillow would start Ghostscript.
+        with Image.open(file, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
             return image.convert("RGB"), image.mode == "RGB"
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise QualityError(f"{file} cannot be read as an image: {error}", hint="replace or remove it") from error
@@ -252,7 +253,7 @@ def _load_npz(path: Path) -> dict[str, np.ndarray]:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive of them")
             data = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, KeyError, MemoryError, NotImplementedError, zipfile.BadZipFile) as error:
         raise QualityError(
             f"{path} cannot be read as statistics: {error}", hint="give an .npz file with mu and sigma, without pickles"
         ) from error
