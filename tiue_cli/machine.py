@@ -15,9 +15,16 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 PACKAGES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "numpy", "pillow")
 """Whose versions a report shows: those that can change a picture."""
+
+TORCH: Final = "torch>=2.9,<2.14"
+TENSORRT: Final = ((10, 8), (12, 0))
+"""The oldest version, and the first that is too new; its distribution depends on the machine's CUDA."""
+POLYGRAPHY: Final = "polygraphy>=0.53,<1"
+"""What pip is asked for where something must be installed: the ranges of pyproject.toml, which a test compares."""
 
 _MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -81,13 +88,20 @@ def machine_info() -> MachineInfo:
         python=platform.python_version(),
         executable=sys.executable,
         cpu=_cpu_name(),
-        cores=_cores(),
+        cores=usable_cores(),
         memory_bytes=total,
         memory_free_bytes=free,
         gpus=gpus(),
         packages={name: package_version(name) for name in PACKAGES},
         disks=tuple(disk_info(folder) for folder in dict.fromkeys((Path.cwd(), _hub_cache()))),
     )
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which is fewer than the machine's in many containers."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def package_version(name: str) -> str | None:
@@ -192,13 +206,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    """Cores this process may use, which is fewer than the machine's in many containers."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _hub_cache() -> Path:

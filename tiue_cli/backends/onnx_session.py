@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
 from tiue_cli.files.caches import user_cache
+from tiue_cli.machine import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,7 +70,8 @@ def open_session(path: Path, provider: Provider, *, threads: int | None = None) 
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = _cores() if threads is None else threads
+    # ONNX Runtime itself would count the machine's cores, which in a container are more.
+    options.intra_op_num_threads = usable_cores() if threads is None else threads
     options.inter_op_num_threads = 1
     # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -195,8 +196,3 @@ def _options(provider: Provider) -> dict[str, Any]:
 
 def _placed(ort: Any, value: Any, device: str) -> Any:
     return value if isinstance(value, ort.OrtValue) else ort.OrtValue.ortvalue_from_numpy(value, device, 0)
-
-
-def _cores() -> int:
-    """Cores this process may use: ONNX Runtime would count the machine's, which in a container are more."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

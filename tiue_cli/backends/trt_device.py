@@ -17,10 +17,9 @@ from tiue_cli.backends.trt_runner import cuda_wrapper, device_errors, driver_cud
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
 from tiue_cli.files.access import is_file
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
+from tiue_cli.machine import POLYGRAPHY, TENSORRT
 
-OLDEST: Final = (10, 8)
-NEWER_THAN_ALL: Final = (12,)
-POLYGRAPHY_RANGE: Final = "polygraphy>=0.53"
+OLDEST, NEWER_THAN_ALL = TENSORRT
 _NO_GPU: Final = "it runs on Linux and Windows with an NVIDIA driver; elsewhere use --backend onnx"
 
 
@@ -50,7 +49,7 @@ def require_tensorrt() -> str:
 
 def missing_packages() -> list[str]:
     """Requirements of what is not installed, in pip's words."""
-    wanted = {"tensorrt": tensorrt_requirement(), "polygraphy": POLYGRAPHY_RANGE}
+    wanted = {"tensorrt": tensorrt_requirement(), "polygraphy": POLYGRAPHY}
     found = {name: _is_installed(name) for name in wanted}
     # TensorRT for an older CUDA is a distribution of another name, with the same module.
     found["tensorrt"] = found["tensorrt"] or any(_is_installed(f"tensorrt-cu{number}") for number in (12, 13))

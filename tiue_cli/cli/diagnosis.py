@@ -12,14 +12,21 @@ from tiue_cli import __version__
 from tiue_cli.backends.onnx_session import provider_problem
 from tiue_cli.backends.trt_device import require_tensorrt
 from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError
-from tiue_cli.machine import MachineInfo, TorchInfo, machine_info, onnxruntime_providers, package_version, torch_info
+from tiue_cli.machine import (
+    TORCH,
+    MachineInfo,
+    TorchInfo,
+    machine_info,
+    onnxruntime_providers,
+    package_version,
+    torch_info,
+)
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import EMBEDDED, resolve_model
 from tiue_cli.text import bytes_text
 
 Status = Literal["ok", "missing", "broken"]
 
-TORCH_RANGE = "torch>=2.9,<2.14"
 LOW_MEMORY_BYTES = 2 * 1024**3
 LOW_DISK_BYTES = 1024**3
 
@@ -55,11 +62,11 @@ def diagnose() -> Diagnosis:
     """Look at everything; imports torch, and ONNX Runtime and TensorRT where they are installed."""
     machine = machine_info()
     torch_found, torch_problem = _try_torch()
+    libraries = _full_libraries(torch_found, torch_problem)
     checks = [
         Check("Python", "ok", f"{machine.python} ({machine.executable})"),
         Check("tiue", "ok", __version__),
-        _torch_check(torch_found, torch_problem),
-        *(_package_check(name) for name in ("diffusers", "transformers")),
+        *libraries,
         _gpu_check(machine),
         _cuda_check(torch_found, machine),
         _onnxruntime_check(machine),
@@ -79,9 +86,25 @@ def _try_torch() -> tuple[TorchInfo | None, str]:
         return None, " ".join(str(error).split())
 
 
+def _full_libraries(found: TorchInfo | None, problem: str) -> list[Check]:
+    """What drawing from model folders needs; a runtime installation is whole without."""
+    names = ("diffusers", "transformers")
+    runs_exports = any(package_version(name) is not None for name in ("onnxruntime", "onnxruntime-gpu"))
+    if runs_exports and all(package_version(name) is None for name in ("torch", *names)):
+        return [
+            Check(
+                "torch",
+                "missing",
+                "not installed: this is a runtime installation, which draws from exports alone",
+                _pip("tiue"),
+            )
+        ]
+    return [_torch_check(found, problem), *(_package_check(name) for name in names)]
+
+
 def _torch_check(found: TorchInfo | None, problem: str) -> Check:
     if found is None:
-        return Check("torch", "broken", f"cannot be imported: {problem}", _pip(f"--force-reinstall '{TORCH_RANGE}'"))
+        return Check("torch", "broken", f"cannot be imported: {problem}", _pip(f"--force-reinstall '{TORCH}'"))
     return Check("torch", "ok", found.version)
 
 
@@ -116,7 +139,7 @@ def _cuda_check(found: TorchInfo | None, machine: MachineInfo) -> Check:
             "CUDA",
             "broken",
             f"there is a GPU, and torch {found.version} is {found.problem}",
-            _pip(f"--force-reinstall '{TORCH_RANGE}'"),
+            _pip(f"--force-reinstall '{TORCH}'"),
         )
     return Check(
         "CUDA",
