@@ -80,6 +80,8 @@ class FastModel:
         self.device = unet.device
         self.dtype = unet.dtype
         self.notes: list[str] = []
+        self.pool = new_pool(self.device)
+        """Memory that all graphs of the model share: they never run at the same time."""
         ops: Ops = TritonOps() if options.kernels and self.device.type == "cuda" else TorchOps()
         self.unet = FastUNet(unet, ops, shared=options.shared, merged=options.merged)
         self.text: Callable[[Tensor], Tensor]
@@ -128,12 +130,14 @@ def group_size(device: torch.device, pixels: int) -> int:
 class StudentPass:
     """One pass of a student at any batch, K and size. Each shape's first run captures it."""
 
-    def __init__(self, model: FastModel, tokenizer: CLIPTokenizer, *, encoder_timestep: int) -> None:
+    def __init__(
+        self, model: FastModel, tokenizer: CLIPTokenizer, *, encoder_timestep: int, held: int | None = None
+    ) -> None:
+        """``held``: captured shapes at a time, None for ``SHAPES_HELD``."""
         self._model = model
         self._tokenizer = tokenizer
         self._encoder_timestep = encoder_timestep
-        self._shapes: FewEntries[_StudentShape] = FewEntries(SHAPES_HELD)
-        self._pool = new_pool(model)
+        self._shapes: FewEntries[_StudentShape] = FewEntries(SHAPES_HELD if held is None else held)
 
     def __call__(
         self, prompts: Sequence[str], noise: np.ndarray, combine: LinearCombine, *, clock: Stages | None = None
@@ -154,7 +158,7 @@ class StudentPass:
 
     def _make(self, shape: tuple[int, ...], combine: LinearCombine) -> _StudentShape:
         length = int(self._tokenizer.model_max_length)
-        arguments = (self._model, shape, length, combine, self._encoder_timestep, self._pool)
+        arguments = (self._model, shape, length, combine, self._encoder_timestep)
         try:
             return _StudentShape(*arguments)
         except torch.OutOfMemoryError:
@@ -173,7 +177,6 @@ class _StudentShape:
         length: int,
         combine: LinearCombine,
         encoder_timestep: int,
-        pool: Any,
     ) -> None:
         self._model, self._combine = model, combine
         device = model.device
@@ -194,7 +197,7 @@ class _StudentShape:
             "unet_decoder": self._decode,
             "vae": self._finish,
         }
-        self._stages = captured(model, stages, pool=pool)
+        self._stages = captured(model, stages)
 
     def run(self, ids: Tensor, noise: np.ndarray, *, clock: Stages) -> np.ndarray:
         """Images (B, H, W, 3) uint8."""
@@ -235,11 +238,11 @@ class TeacherSteps:
     are float32 throughout, as in the student's sum; diffusers rounds them to the UNet's precision after every step.
     """
 
-    def __init__(self, model: FastModel, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, model: FastModel, tokenizer: CLIPTokenizer, *, held: int | None = None) -> None:
+        """``held``: captured shapes at a time, None for ``SHAPES_HELD``."""
         self._model = model
         self._tokenizer = tokenizer
-        self._shapes: FewEntries[_TeacherShape] = FewEntries(SHAPES_HELD)
-        self._pool = new_pool(model)
+        self._shapes: FewEntries[_TeacherShape] = FewEntries(SHAPES_HELD if held is None else held)
 
     def __call__(
         self,
@@ -253,9 +256,7 @@ class TeacherSteps:
     ) -> np.ndarray:
         """Images (B, H, W, 3) uint8; ``steps`` are (timestep, a, b) each, see ``schedule.ddim_steps``."""
         key = (noise.shape, guidance)
-        shape = self._shapes.get(
-            key, lambda: _TeacherShape(self._model, noise.shape, self._tokenizer, guidance, self._pool)
-        )
+        shape = self._shapes.get(key, lambda: _TeacherShape(self._model, noise.shape, self._tokenizer, guidance))
         ids = tokens(self._tokenizer, [*prompts, *([""] * len(prompts) if guidance > 1.0 else [])])
         return shape.run(ids, noise, steps, clock=_Untimed() if clock is None else clock, progress=progress)
 
@@ -263,9 +264,7 @@ class TeacherSteps:
 class _TeacherShape:
     """The static memory of one shape, and its stages."""
 
-    def __init__(
-        self, model: FastModel, shape: tuple[int, ...], tokenizer: CLIPTokenizer, guidance: float, pool: Any
-    ) -> None:
+    def __init__(self, model: FastModel, shape: tuple[int, ...], tokenizer: CLIPTokenizer, guidance: float) -> None:
         self._model, self._guidance = model, guidance
         device, length = model.device, int(tokenizer.model_max_length)
         rows = 2 * shape[0] if guidance > 1.0 else shape[0]
@@ -278,7 +277,7 @@ class _TeacherShape:
         self._bytes: Tensor
         self._finite: Tensor
         stages = {"text": self._text, "unet": self._step, "vae": self._finish}
-        self._stages = captured(model, stages, pool=pool)
+        self._stages = captured(model, stages)
 
     def run(
         self,
@@ -369,12 +368,12 @@ def fetch(pixels: Tensor, finite: Tensor, model: FastModel) -> np.ndarray:
     return host.numpy()
 
 
-def new_pool(model: FastModel) -> Any:
-    """Memory that all graphs of a model share: they never run at the same time."""
-    return torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+def new_pool(device: torch.device) -> Any:
+    """A pool of memory for graphs; None on a CPU."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
-def captured(model: FastModel, stages: dict[str, Callable[[], None]], *, pool: Any) -> dict[str, Callable[[], None]]:
+def captured(model: FastModel, stages: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
     """The stages as CUDA graphs; as they are, with a note, where one of them cannot be captured.
 
     All or none: a captured stage reads memory that stays, and a plain one makes its results anew.
@@ -384,7 +383,7 @@ def captured(model: FastModel, stages: dict[str, Callable[[], None]], *, pool: A
     found: dict[str, Callable[[], None]] = {}
     for name, stage in stages.items():
         try:
-            found[name] = Captured(stage, pool=pool)
+            found[name] = Captured(stage, pool=model.pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -18,7 +18,7 @@ from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnx
 from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights
 from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, random_model, student_steps
 from tiue_cli.bench.subjects.peers import PeerSubject, load_peer
-from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, TeacherSubject, Variant
+from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.model.folder import check_model_folder
@@ -73,6 +73,28 @@ def test_student_draws_what_generate_draws(
     assert psnr_db(outcome.images, expected) > 60
     assert set(outcome.stage_ms) == {"text", "unet_encoder", "unet_decoder", "vae"} == set(subject.flops(2))
     assert all(value > 0 for value in outcome.stage_ms.values())
+
+
+def test_prepared_subjects_draw_and_time_what_the_plain_ones_do(student: LoadedModel, teacher: LoadedModel) -> None:
+    """What a bench runs on CUDA, uncaptured on a CPU."""
+    many, single = record(steps=3, guidance=3.0), record(steps=1, merged=True)
+    pairs: list[list[Subject]] = [
+        [
+            StudentSubject(record(steps=4), student, flops_of(student), variant="merged", prepared=p)
+            for p in (True, None)
+        ],
+        [TeacherSubject(many, teacher, flops_of(teacher), prepared=p) for p in (True, None)],
+        [PlainUNetSubject(single, student, flops_of(student), prepared=p) for p in (True, None)],
+    ]
+    for prepared, plain in pairs:
+        found, expected = prepared.run(PROMPTS, NOISE), plain.run(PROMPTS, NOISE)
+        assert psnr_db(found.images, expected.images) > 45, prepared
+        assert set(found.stage_ms) == set(expected.stage_ms) == set(prepared.flops(2))
+        assert (prepared.compiles, plain.compiles) == (True, False)
+    # Networks are prepared once a model and way, and the plain K-fold batch never.
+    assert len(student._fast) == 1 and len(teacher._fast) == 1
+    authors = StudentSubject(record(steps=4), student, flops_of(student), variant="plain", prepared=True)
+    assert authors._pass is None and not authors.compiles
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])

@@ -42,6 +42,7 @@ from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, 
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 
+_GRAPHS = "prepared networks, fused kernels and CUDA graphs, as tiue generate runs on CUDA"
 _HOW: dict[Variant, str] = {
     "shared": "sharing decoder",
     "plain": "the authors' K-fold batch",
@@ -132,6 +133,10 @@ class _Builder:
         """Under which name a model's torch subjects are, by its identity: an export may share its student's."""
         self._exports: dict[str, ReadyExport | str] = {}
 
+    @property
+    def _on_gpu(self) -> bool:
+        return self._lineup.device == "cuda"
+
     # --- many steps ---
 
     def add_teacher(self, model: LoadedModel) -> None:
@@ -147,6 +152,8 @@ class _Builder:
                 kind="teacher",
                 steps=steps,
                 guidance=guidance,
+                merged_upsampler=self._on_gpu,
+                notes=(_GRAPHS,) if self._on_gpu else (),
             )
             self._add(TeacherSubject(record, model, self._flops(model)))
 
@@ -228,7 +235,8 @@ class _Builder:
             for steps in all_steps:
                 if steps > 1:
                     self._add_student(model, name, steps, "plain")
-            self._add_student(model, name, most, "merged")
+            if not self._on_gpu:
+                self._add_student(model, name, most, "merged")
         if "compile" in backends:
             self._add_student(model, name, most, "shared", backend="compile")
 
@@ -243,6 +251,11 @@ class _Builder:
         timed: bool = True,
     ) -> None:
         suffix = "" if variant == "shared" else f"-{variant}"
+        notes: tuple[str, ...] = ()
+        if self._on_gpu:
+            # There upsamplers are merged in what ships, so that no variant of its own is needed.
+            variant = "merged" if variant == "shared" else variant
+            notes = ("diffusers' modules in eager mode",) if variant == "plain" else (_GRAPHS,)
         record = self._record(
             model,
             key=f"{name}/{backend}/k{steps}{suffix}",
@@ -252,6 +265,7 @@ class _Builder:
             steps=steps,
             merged_upsampler=variant == "merged",
             untrained=not model.is_student,
+            notes=notes,
         )
         subject = StudentSubject(record, model, self._flops(model), variant=variant)
         subject.timed = timed

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +16,13 @@ import torch
 from torch import nn
 
 from tiue_cli import __version__
+from tiue_cli.backends.torch_cuda import FastModel, FastOptions
 from tiue_cli.bench.subjects.random_weights import random_components
 from tiue_cli.errors import UsageError
 from tiue_cli.files.students import StudentManifest
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
+from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.hub import EMBEDDED_GUIDANCE, EMBEDDED_NAMES, EMBEDDED_STUDENT, TEACHER_GUIDANCE
 from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_config, decoder_timesteps
@@ -42,6 +44,7 @@ class LoadedModel:
     sha256: str | None
     load_s: float
     random_weights: bool = False
+    _fast: dict[FastOptions, FastModel | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def is_student(self) -> bool:
@@ -72,6 +75,21 @@ class LoadedModel:
             manifest=_manifest(parts, name=self.name),
             source=self.source,
         )
+
+    def fast(self, options: FastOptions) -> FastModel | None:
+        """The networks as ``tiue generate`` prepares them for a GPU, made once; None for those that it runs plainly.
+
+        The model's own stay as they are: its plain passes run through them.
+        """
+        if options not in self._fast:
+            parts = self.components
+            try:
+                self._fast[options] = FastModel(
+                    text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=options
+                )
+            except NotFusable:
+                self._fast[options] = None
+        return self._fast[options]
 
     def image_size(self) -> tuple[int, int]:
         """Pixels (H, W) that the model was made for, with the autoencoder in use."""

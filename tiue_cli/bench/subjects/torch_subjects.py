@@ -1,5 +1,8 @@
 """The things that a bench measures: prompts and noise in, pictures and the times of their stages out.
 
+On CUDA, students, teachers and plain UNet passes run as ``tiue generate`` runs them there, prepared and captured; the
+authors' K-fold batch stays what they wrote: diffusers' modules, launched one by one.
+
 Here are those that run in torch; exports are in ``exported_subjects``, other pipelines in ``peers``. Every subject gets
 the same prompts, the same noise (drawn from the seeds), the same size and precision.
 """
@@ -10,24 +13,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Final, Literal, Self
 
 import numpy as np
 import torch
 from torch import nn
 
+from tiue_cli.backends.torch_cuda import FastOptions, StudentPass, TeacherSteps
 from tiue_cli.bench.measure.clock import StageMs, clock_for
 from tiue_cli.bench.measure.flops import StageFlops
 from tiue_cli.bench.report.schema import Stage, SubjectRecord
 from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights
 from tiue_cli.bench.subjects.models import LoadedModel, combine_for
 from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.schedule import ddim_steps
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.text import encode_prompts
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 Variant = Literal["shared", "plain", "merged"]
 """The sharing decoder that ships; the TiUE authors' K-fold batch; the sharing one with merged upsamplers."""
+
+
+SHAPES_HELD: Final = 64
+"""More than any bench has batches: a shape that is captured anew would be timed as latency."""
 
 
 @dataclass(frozen=True)
@@ -101,8 +110,14 @@ class _TorchSubject(Subject):
     def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
         """See ``Subject.run``."""
         with torch.inference_mode():
-            images = self._draw(list(prompts), torch.from_numpy(noise).to(self.record.device))
+            images = self._prepared(prompts, noise)
+            if images is None:
+                images = self._draw(list(prompts), torch.from_numpy(noise).to(self.record.device))
         return Outcome(images, self._clock.take_ms())
+
+    def _prepared(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray | None:
+        """Pictures by the prepared networks; None where this subject has none."""
+        return None
 
     @abstractmethod
     def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
@@ -119,12 +134,26 @@ class _TorchSubject(Subject):
 
 
 class TeacherSubject(_TorchSubject):
-    """Many DDIM steps with classifier-free guidance, through diffusers' own pipeline."""
+    """Many DDIM steps with classifier-free guidance: diffusers' own pipeline, and on CUDA one captured step.
 
-    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops) -> None:
+    ``prepared`` None: on CUDA.
+    """
+
+    def __init__(
+        self, record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool | None = None
+    ) -> None:
         super().__init__(record, model, flops)
         self._teacher = model.teacher
         self._guidance = 1.0 if record.guidance is None else record.guidance
+        self._sampled = ddim_steps(model.components.scheduler_config, record.steps)
+        fast = model.fast(FastOptions()) if _is_prepared(record, prepared) else None
+        self._steps = None if fast is None else TeacherSteps(fast, model.components.tokenizer, held=SHAPES_HELD)
+        self.compiles = self._steps is not None
+
+    def _prepared(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray | None:
+        if self._steps is None:
+            return None
+        return self._steps(prompts, noise, self._sampled, guidance=self._guidance, clock=self._clock)
 
     def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
         text_states = self._encode(prompts)
@@ -139,18 +168,34 @@ class TeacherSubject(_TorchSubject):
         """See ``Subject.flops``; guidance doubles the rows of text encoder and UNet."""
         rows = 2 * batch if self._guidance > 1.0 else batch
         counted = self._flops
-        unet = self.record.steps * counted.unet(rows)
+        unet = self.record.steps * counted.unet(rows, merged_upsampler=self.record.merged_upsampler)
         return {"text": counted.text(rows), "unet": unet, "vae": counted.vae(batch)}
 
 
 class PlainUNetSubject(_TorchSubject):
-    """One whole UNet pass without guidance and the one-step sum: what a one-step student of any method costs."""
+    """One whole UNet pass without guidance and the one-step sum: what a one-step student of any method costs.
 
-    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops) -> None:
+    ``prepared`` None: on CUDA, as the students that it is compared with.
+    """
+
+    def __init__(
+        self, record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool | None = None
+    ) -> None:
         super().__init__(record, model, flops)
         unet = model.components.unet
         self._unet: Any = merged_upsamplers(unet) if record.merged_upsampler else unet
         self._combine = combine_for(model.student, 1)
+        options = FastOptions(merged=record.merged_upsampler)
+        fast = model.fast(options) if _is_prepared(record, prepared) else None
+        self._steps = None if fast is None else TeacherSteps(fast, model.components.tokenizer, held=SHAPES_HELD)
+        self.compiles = self._steps is not None
+
+    def _prepared(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray | None:
+        if self._steps is None:
+            return None
+        # At one timestep the sum is a step of the sampler.
+        step = (self._combine.timesteps[0], *self._combine.weights)
+        return self._steps(prompts, noise, [step], guidance=1.0, clock=self._clock)
 
     def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:
         text_states = self._encode(prompts)
@@ -173,10 +218,18 @@ class StudentSubject(_TorchSubject):
     """One pass: the UNet encoder once, the UNet decoder at K timesteps as one batch, the weighted sum, the autoencoder.
 
     With the record's backend ``compile``, the UNet's halves and the autoencoder's decoder go through ``torch.compile``
-    in its default mode.
+    in its default mode. ``prepared`` None: on CUDA, but for the authors' batch.
     """
 
-    def __init__(self, record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, variant: Variant) -> None:
+    def __init__(
+        self,
+        record: SubjectRecord,
+        model: LoadedModel,
+        flops: StageFlops,
+        *,
+        variant: Variant,
+        prepared: bool | None = None,
+    ) -> None:
         super().__init__(record, model, flops)
         self._variant = variant
         student = model.student
@@ -185,9 +238,19 @@ class StudentSubject(_TorchSubject):
         self._timesteps = torch.tensor(self._combine.timesteps, device=record.device)
         self._unet_encoder: Any = UNetEncoder(student.unet)
         self._unet_decoder: Any = _decoder(student.unet, variant)
-        self.compiles = record.backend == "compile"
-        if self.compiles:
+        compiled = record.backend == "compile"
+        fast = None
+        if variant != "plain" and _is_prepared(record, prepared):
+            fast = model.fast(FastOptions(merged=variant == "merged", kernels=not compiled, compiled=compiled))
+        self._pass = None
+        if fast is not None:
+            self._pass = StudentPass(fast, student.tokenizer, encoder_timestep=self._encoder_timestep, held=SHAPES_HELD)
+        elif compiled:
             self._compile()
+        self.compiles = compiled or fast is not None
+
+    def _prepared(self, prompts: Sequence[str], noise: np.ndarray) -> np.ndarray | None:
+        return None if self._pass is None else self._pass(prompts, noise, self._combine, clock=self._clock)
 
     def _compile(self) -> None:
         self._unet_encoder = torch.compile(self._unet_encoder)
@@ -215,6 +278,10 @@ class StudentSubject(_TorchSubject):
             "unet_decoder": counted.unet_decoder(batch, self.record.steps, self._variant),
             "vae": counted.vae(batch),
         }
+
+
+def _is_prepared(record: SubjectRecord, asked: bool | None) -> bool:
+    return record.device == "cuda" if asked is None else asked
 
 
 def _decoder(unet: Any, variant: Variant) -> nn.Module:
