@@ -652,3 +652,62 @@ def test_tiny_autoencoder_replaces_the_models_own(student, capsys, tmp_path) -> 
 def test_pipeline_refuses_a_seed_out_of_range(student) -> None:
     with Session(GenerateConfig(model=student, seed=MAX_SEED, images=2)) as session, pytest.raises(UsageError):
         session.plan([PromptRow("a", "it")])
+
+
+@pytest.mark.parametrize(
+    ("size", "noted"), [("32", False), ("64", False), ("16", False), ("96", True), ("32x128", True), ("8", True)]
+)
+def test_a_size_far_from_the_models_is_noted(
+    fake: FakeBackend,
+    tiny_student_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    size: str,
+    noted: bool,
+) -> None:
+    arguments = ["generate", "a star", "--model", str(tiny_student_folder), "--out", str(tmp_path), "--size", size]
+    assert main([*arguments, "--seed", "1"]) == 0
+    assert ("far from the 32x32" in capsys.readouterr().err) == noted
+
+
+def test_bare_words_are_noted_and_drawn(
+    fake: FakeBackend, tiny_student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "a", "red", "star", "--model", str(tiny_student_folder), "--out", str(tmp_path)]
+    assert main([*arguments, "--seed", "1"]) == 0
+    assert 'tiue generate "a red star"' in " ".join(capsys.readouterr().err.split())
+    assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_picture_that_appears_meanwhile_is_never_replaced(
+    fake: FakeBackend, tiny_student_folder: Path, tmp_path: Path, same: bool
+) -> None:
+    """Two runs to one name: the later one keeps the earlier's file, and fails unless it is the very picture."""
+    config = GenerateConfig(model=str(tiny_student_folder), out=tmp_path, seed=1)
+    rows = [PromptRow("a star", "the prompt")]
+    with Session(config) as first, Session(config) as second:
+        plans = first.plan(rows), second.plan(rows)
+        list(first.run(plans[0]))
+        path = plans[0].images[0].path
+        assert path is not None
+        if not same:
+            Image.new("RGB", (3, 3)).save(path)
+        before = path.read_bytes()
+        if same:
+            list(second.run(plans[1]))
+        else:
+            with pytest.raises(OutputError, match="exists by now"):
+                list(second.run(plans[1]))
+    assert path.read_bytes() == before
+
+
+def test_a_run_removes_what_a_killed_one_left_in_its_folder(
+    fake: FakeBackend, tiny_student_folder: Path, tmp_path: Path
+) -> None:
+    left = tmp_path / ".a-star-1.0123abcd.tmp.png"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    with Session(GenerateConfig(model=str(tiny_student_folder), out=tmp_path, seed=1)) as session:
+        list(session.run(session.plan([PromptRow("a star", "the prompt")])))
+    assert [path.name for path in tmp_path.iterdir()] == ["a-star-1.png"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tiue_cli.errors import PromptError, TiueError, UsageError
-from tiue_cli.generate.prompts import read_prompts, rows_from_arguments
+from tiue_cli.generate.prompts import bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.text import parse_size
 
 
@@ -165,3 +165,14 @@ def test_bad_size_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_size(text)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("prompts", [["a", "red", "heart"], ["cat", "dog"]])
+def test_several_bare_words_look_like_forgotten_quotes(prompts: list[str]) -> None:
+    note = bare_words_note(prompts)
+    assert note is not None and f'"{" ".join(prompts)}"' in note
+
+
+@pytest.mark.parametrize("prompts", [[], ["heart"], ["a red heart", "dog"], ["a red heart", "a blue house"]])
+def test_quoted_prompts_and_single_words_do_not(prompts: list[str]) -> None:
+    assert bare_words_note(prompts) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,15 @@ def test_a_tokenizer_that_is_too_large_is_refused(tiny_student_folder: Path, tmp
 def test_precision_is_as_asked(tiny_student_folder: Path) -> None:
     student = load_student(tiny_student_folder, dtype=torch.bfloat16)
     assert {getattr(student, part).dtype for part in PARTS} == {torch.bfloat16}
+
+
+def test_a_spacing_that_no_student_has_names_the_file_and_the_setting(
+    tiny_teacher_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_teacher_folder, tmp_path / "euler")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "timestep_spacing": "linspace"}))
+    with pytest.raises(SchedulerError, match=rf"{path}: timestep_spacing 'linspace'") as caught:
+        student_from_teacher(folder, steps=4)
+    assert "--set student.spacing=trailing" in str(caught.value.hint)
+    assert student_from_teacher(folder, steps=4, spacing="trailing").manifest.spacing == "trailing"

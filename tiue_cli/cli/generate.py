@@ -18,7 +18,7 @@ from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.atomic import Terminated
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
-from tiue_cli.generate.prompts import PromptRow, read_prompts, rows_from_arguments
+from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
 from tiue_cli.model.hub import TEACHER_STEPS
 from tiue_cli.model.noise import MAX_SEED
@@ -180,6 +180,8 @@ def generate(
         overwrite=overwrite,
     )
 
+    if (note := bare_words_note(prompts or [])) is not None:
+        Console(format_).note(note)
     if not interactive:
         run_once(config, rows, Console(format_))
     elif not run_interactive(config, Console(format_)):

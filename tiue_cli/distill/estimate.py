@@ -90,7 +90,11 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
 def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:
     settings, scheduler = config.student, read_json(info.path / "scheduler" / "scheduler_config.json")
     chosen, _ = choose_timesteps(
-        scheduler, steps=settings.steps, spacing=settings.spacing, timesteps=settings.timesteps
+        scheduler,
+        steps=settings.steps,
+        spacing=settings.spacing,
+        timesteps=settings.timesteps,
+        folder=info.path,
     )
     return chosen
 

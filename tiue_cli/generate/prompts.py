@@ -46,6 +46,14 @@ def rows_from_arguments(prompts: Sequence[str]) -> list[PromptRow]:
     return rows
 
 
+def bare_words_note(prompts: Sequence[str]) -> str | None:
+    """What to tell someone who seems to have forgotten the quotes; None where nothing looks like that."""
+    if len(prompts) < 2 or any(len(prompt.split()) != 1 for prompt in prompts):
+        return None
+    together = excerpt(" ".join(prompts), 60)
+    return f'{len(prompts)} prompts of one word each; for one picture of all of them: tiue generate "{together}"'
+
+
 def read_prompts(path: Path) -> list[PromptRow]:
     """Read a ``.txt`` (one prompt a line) or ``.jsonl`` file, or standard input (``-``, one prompt a line).
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from tiue_cli.backends.base import Backend, ProgressFn
 
 
+FAR_FROM_TRAINED = 2.0
+"""Ratio of sides from which on a size looks like a slip."""
+
+
 # --- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +119,7 @@ class Session:
             backend.latent_shape(size)
         self._note_cuts(backend, [plan.images[index] for index in todo])
         self._note_unknown_words(specs)
+        self._note_sizes(specs)
         pipeline = OnePassPipeline(backend, batch=plan.config.batch)
         started = time.perf_counter()
         for position, pixels in pipeline.images(specs, progress=progress):
@@ -156,6 +161,17 @@ class Session:
                 self._say(
                     f"{where} is longer than the {kept} tokens that the model reads; "
                     f"it does not see the last {len(cut)} of {len(prompt)} characters: {_ends_of(cut)}"
+                )
+
+    def _note_sizes(self, specs: Sequence[ImageSpec]) -> None:
+        """Far from the size that it was trained for a model repeats its motifs, or draws a crop."""
+        own = self.target.info.image_size
+        for size in sorted({spec.size for spec in specs}):
+            ratios = [side / trained for side, trained in zip(size, own, strict=True)]
+            if max(ratios) > FAR_FROM_TRAINED or min(ratios) < 1 / FAR_FROM_TRAINED:
+                self._say(
+                    f"{size[0]}x{size[1]} pixels are far from the {own[0]}x{own[1]} that the model was trained for:"
+                    f" expect repeated motifs or crops; its own size is --size {own[0]}x{own[1]}"
                 )
 
     def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiue_cli import __version__
-from tiue_cli.errors import ModelFolderError, OutputError, UsageError
+from tiue_cli.errors import ModelFolderError, OutputError, SchedulerError, UsageError
 from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.manifests import write_json
@@ -24,7 +24,7 @@ from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model
 from tiue_cli.model.identity import model_sha256
-from tiue_cli.model.schedule import LinearCombine, ddim_config, decoder_timesteps
+from tiue_cli.model.schedule import SPACINGS, LinearCombine, ddim_config, decoder_timesteps
 from tiue_cli.model.text import cut_text, encode_prompts
 from tiue_cli.model.weights import read_json
 
@@ -120,14 +120,29 @@ def refuse_student(info: ModelInfo) -> None:
 
 
 def choose_timesteps(
-    scheduler_config: Mapping[str, Any], *, steps: int, spacing: str | None, timesteps: Sequence[int] | None
+    scheduler_config: Mapping[str, Any],
+    *,
+    steps: int,
+    spacing: str | None,
+    timesteps: Sequence[int] | None,
+    folder: Path | None = None,
 ) -> tuple[tuple[int, ...], str]:
-    """The decoder timesteps of a student to be, and how they are spaced. Raises SchedulerError, UsageError."""
+    """The decoder timesteps of a student to be, and how they are spaced; ``folder`` is named where it is to blame.
+
+    Raises SchedulerError, UsageError.
+    """
     if timesteps is not None:
         if spacing is not None:
             raise UsageError("timesteps and a spacing were both given", hint="give one of them")
         chosen, how = tuple(timesteps), "explicit"
     else:
+        own = ddim_config(scheduler_config)["timestep_spacing"]
+        if spacing is None and own not in SPACINGS:
+            file = Path("scheduler", "scheduler_config.json")
+            raise SchedulerError(
+                f"{file if folder is None else folder / file}: timestep_spacing {own!r} is not covered",
+                hint="space the student's timesteps otherwise: --set student.spacing=trailing (or leading)",
+            )
         chosen = decoder_timesteps(scheduler_config, steps, spacing=spacing)
         # A single step is the last timestep whatever the spacing: what "trailing" means.
         how = "trailing" if steps == 1 else spacing or str(ddim_config(scheduler_config)["timestep_spacing"])
@@ -191,7 +206,9 @@ def _manifest(
     spacing: str | None,
     timesteps: Sequence[int] | None,
 ) -> StudentManifest:
-    chosen, how = choose_timesteps(components.scheduler_config, steps=steps, spacing=spacing, timesteps=timesteps)
+    chosen, how = choose_timesteps(
+        components.scheduler_config, steps=steps, spacing=spacing, timesteps=timesteps, folder=components.info.path
+    )
     local = not isinstance(teacher, str) or exists(teacher, error=ModelFolderError)
     named = Path(teacher).resolve().name if local else str(teacher)
     manifest = _manifest_of(components, timesteps=chosen, spacing=how, teacher=named)
