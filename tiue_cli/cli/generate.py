@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiue_cli.bulk.config import BulkConfig, ImageFormat
+from tiue_cli.cli.bulk import BULK, check_bulk_options, run_shards
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import TiueError, UsageError
@@ -36,6 +38,7 @@ EXAMPLES = (
     'tiue generate "a lighthouse" --model runs/student --steps 2 --size 512x768',
     'tiue generate "a lighthouse" --model OWNER/NAME --teacher-steps 50 --guidance 5',
     'tiue generate "a lighthouse" --model engines/student --provider cuda',
+    "tiue generate --prompts captions.parquet --out shards --shards 1000 --workers 4",
     "tiue generate --interactive",
 )
 
@@ -117,6 +120,30 @@ def generate(
         bool,
         typer.Option("--no-metadata", help="Write no prompt, seed and model into the PNG.", rich_help_panel=OUTPUT),
     ] = not _DEFAULTS.metadata,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            "--shards",
+            metavar="N",
+            min=1,
+            help="Write tar and Parquet shards of N images each instead of single files; goes on where it was stopped.",
+            rich_help_panel=BULK,
+        ),
+    ] = None,
+    image_format: Annotated[
+        ImageFormat, typer.Option(help="Of the images in shards.", rich_help_panel=BULK)
+    ] = BulkConfig.image_format,
+    strict: Annotated[
+        bool,
+        typer.Option("--strict", help="Stop at a bad row, instead of noting it in failed.jsonl.", rich_help_panel=BULK),
+    ] = BulkConfig.strict,
+    workers: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Processes that write shards.", rich_help_panel=BULK)
+    ] = BulkConfig.workers,
+    launch: Annotated[
+        str | None,
+        typer.Option(metavar="ray|ray://HOST:PORT", help="Write shards on a Ray cluster.", rich_help_panel=BULK),
+    ] = BulkConfig.launch,
     format_: FormatOption = "human",
     batch: Annotated[
         int | None,
@@ -152,12 +179,14 @@ def generate(
 
     Images that are there already are not made again: a stopped run goes on where it was.
     """
+    bulk = {"--image-format": image_format, "--strict": strict, "--workers": workers, "--launch": launch}
+    check_bulk_options(shards, prompts_file, bulk, others=bool(prompts) or interactive)
     rows = rows_from_arguments(prompts or [])
-    if prompts_file is not None:
+    if prompts_file is not None and shards is None:
         rows += read_prompts(prompts_file)
     if interactive and rows:
         raise UsageError("--interactive reads its prompts from stdin", hint="leave the other prompts out")
-    if not interactive and not rows:
+    if not interactive and not rows and shards is None:
         raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
     config = GenerateConfig(
         model=model,
@@ -182,7 +211,21 @@ def generate(
 
     if (note := bare_words_note(prompts or [])) is not None:
         Console(format_).note(note)
-    if not interactive:
+    if shards is not None:
+        run_shards(
+            BulkConfig(
+                draw=config,
+                prompts=str(prompts_file),
+                out=out,
+                shard=shards,
+                image_format=image_format,
+                strict=strict,
+                workers=workers,
+                launch=launch,
+            ),
+            Console(format_),
+        )
+    elif not interactive:
         run_once(config, rows, Console(format_))
     elif not run_interactive(config, Console(format_)):
         raise typer.Exit(1)

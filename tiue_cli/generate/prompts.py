@@ -6,7 +6,7 @@ A JSON line is an object with ``prompt`` and, where it differs from the command 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
         raise PromptError(f"{name} holds no prompt", hint="write one prompt a line")
     if kind == ".txt":
         return [PromptRow(check_prompt(text, where), where) for text, where in lines]
-    return [_row_from_json(text, where) for text, where in lines]
+    return [row_from_json(text, where) for text, where in lines]
 
 
 class _JsonRow(pydantic.BaseModel):
@@ -83,7 +83,8 @@ class _JsonRow(pydantic.BaseModel):
     steps: int | None = Field(default=None, ge=1)
 
 
-def _row_from_json(text: str, where: str) -> PromptRow:
+def row_from_json(text: str, where: str) -> PromptRow:
+    """The row of one JSON line. Raises PromptError."""
     try:
         data = parse_json(text)
     except ValueError as error:
@@ -92,6 +93,11 @@ def _row_from_json(text: str, where: str) -> PromptRow:
         ) from None
     if not isinstance(data, dict):
         raise PromptError(f"{where}: not a JSON object", hint='a line looks like {"prompt": "a star", "seed": 5}')
+    return row_from_fields(data, where)
+
+
+def row_from_fields(data: Mapping[str, object], where: str) -> PromptRow:
+    """The row of ``prompt`` and, if wanted, ``seed``, ``size`` and ``steps``. Raises PromptError."""
     try:
         row = _JsonRow.model_validate(data)
     except pydantic.ValidationError as error:

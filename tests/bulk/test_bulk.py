@@ -1,0 +1,244 @@
+"""Bulk jobs: what the shards hold, that they are the same bytes whoever writes them, and that a kill costs nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tiue_cli.bulk.config import BulkConfig
+from tiue_cli.bulk.rows import BadRow, read_rows
+from tiue_cli.bulk.run import run_bulk
+from tiue_cli.errors import OutputError, PromptError, UsageError
+from tiue_cli.files.hashes import sha256_file
+from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.prompts import PromptRow
+
+parquet = pytest.importorskip("pyarrow.parquet")
+import pyarrow  # noqa: E402
+
+COLORS, THINGS = ("red", "blue"), ("star", "tree", "house")
+
+
+def prompts_file(path: Path, count: int) -> Path:
+    lines = [f"a {COLORS[i % 2]} {THINGS[i % 3]}" for i in range(count)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def job(model: Path, prompts: Path | str, out: Path, **options: Any) -> BulkConfig:
+    draw = {name: options.pop(name) for name in ("images", "steps", "seed", "metadata", "batch") if name in options}
+    return BulkConfig(
+        draw=GenerateConfig(model=str(model), **{"seed": 100, **draw}), prompts=str(prompts), out=out, **options
+    )
+
+
+def run(config: BulkConfig) -> dict[str, Any]:
+    return run_bulk(config, on_progress=lambda progress: None)
+
+
+def data_files(out: Path) -> dict[str, str]:
+    """Hash by name of everything that a job leaves."""
+    return {file.name: sha256_file(file) for file in sorted(out.iterdir())}
+
+
+def members(out: Path) -> dict[str, bytes]:
+    """Everything in the tars, read by tarfile."""
+    found: dict[str, bytes] = {}
+    for path in sorted(out.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            for member in tar:
+                data = tar.extractfile(member)
+                assert data is not None and member.name not in found
+                found[member.name] = data.read()
+    return found
+
+
+def test_the_layout_that_other_tools_read(tiny_export: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    totals = run(job(tiny_export, prompts_file(tmp_path / "p.txt", 25), tmp_path / "out", shard=10))
+    out = tmp_path / "out"
+    assert sorted(file.name for file in out.glob("0*")) == [
+        f"{number:05d}{end}" for number in range(3) for end in (".parquet", ".tar", "_stats.json")
+    ]
+    rows = [row for file in sorted(out.glob("*.parquet")) for row in parquet.read_table(file).to_pylist()]
+    assert [row["id"] for row in rows] == list(range(25)) and [row["seed"] for row in rows] == list(range(100, 125))
+    samples = [s for tar in sorted(out.glob("*.tar")) for s in webdataset.WebDataset(str(tar), shardshuffle=False)]
+    assert [sample["__key__"] for sample in samples] == [f"{number:09d}" for number in range(25)]
+    for row, sample in zip(rows, samples, strict=True):
+        assert sample["txt"].decode() == row["prompt"] == json.loads(sample["json"])["prompt"]
+        assert hashlib.sha256(sample["png"]).hexdigest() == row["sha256"]
+    assert (totals["images"], totals["failed_rows"]) == (25, 0)
+    assert totals["tars"]["00002.tar"] == sha256_file(out / "00002.tar")
+
+
+def test_a_shard_holds_the_images_of_generate(tiny_export: Path, tmp_path: Path) -> None:
+    from tiue_cli.generate.prompts import read_prompts
+    from tiue_cli.generate.session import Session
+
+    prompts = prompts_file(tmp_path / "p.txt", 6)
+    run(job(tiny_export, prompts, tmp_path / "out", shard=6, images=2, steps=2))
+    found = members(tmp_path / "out")
+    config = GenerateConfig(model=str(tiny_export), seed=100, images=2, steps=2, out=tmp_path / "single")
+    with Session(config) as session:
+        made = list(session.run(session.plan(read_prompts(prompts))))
+    assert len(made) == 12
+    for image in made:
+        assert image.path is not None
+        shard = np.asarray(Image.open(io.BytesIO(found[f"{image.index:09d}.png"]))).astype(int)
+        assert np.abs(shard - np.asarray(Image.open(image.path)).astype(int)).max() <= 1
+
+
+def test_rows_of_every_kind_of_file_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = [
+        {"prompt": "a star, red", "seed": 5, "size": "32x48", "steps": 2},
+        {"prompt": 'a "tree"', "seed": None, "size": None, "steps": None},
+        {"prompt": "ein Häuschen\u2028", "seed": 0, "size": "64", "steps": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in fields), encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist([{**row, "more": 1} for row in fields]), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text(
+        'more,prompt,seed,size,steps\n1,"a star, red",5,32x48,2\n2,"a ""tree""",,,\n3,ein Häuschen\u2028,0,64,\n',
+        encoding="utf-8",
+    )
+
+    def of(source: Path | str) -> list[tuple[object, ...]]:
+        rows = list(read_rows(str(source)))
+        assert all(isinstance(row, PromptRow) for row in rows), rows
+        return [(row.prompt, row.seed, row.size, row.steps) for row in rows if isinstance(row, PromptRow)]
+
+    expected = of(tmp_path / "a.jsonl")
+    assert expected[0] == ("a star, red", 5, (32, 48), 2) and expected[2][1:3] == (0, (64, 64))
+    assert of(tmp_path / "a.parquet") == of(tmp_path / "a.csv") == expected
+    (tmp_path / "b.txt").write_text("# a comment\na star\n\n", encoding="utf-8")
+    assert of(tmp_path) == expected * 3 + [("a star", None, None, None)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.jsonl").read_bytes())))
+    assert of("-") == expected
+
+
+def test_bad_rows_are_recorded_and_move_no_other(tiny_export: Path, tmp_path: Path) -> None:
+    good = {"prompt": "a star"}
+    lines = [
+        good,
+        {"prompt": ""},
+        "not json",
+        good,
+        {"prompt": "a", "steps": 99},
+        {"prompt": "a", "size": "33x33"},
+        good,
+    ]
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (tmp_path / "p.jsonl").write_text(text, encoding="utf-8")
+    config = job(tiny_export, tmp_path / "p.jsonl", tmp_path / "out", shard=4)
+    totals = run(config)
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert [one["id"] for one in failed] == [1, 2, 4, 5] and totals["failed_rows"] == 4
+    assert all(one["reason"] and one["where"].endswith(f"p.jsonl:{one['id'] + 1}") for one in failed)
+    assert sorted(int(name[:9]) for name in members(tmp_path / "out") if name.endswith("png")) == [0, 3, 6]
+    with pytest.raises(PromptError, match=r"p\.jsonl:2"):
+        run(replace(config, out=tmp_path / "strict", strict=True))
+    (tmp_path / "p.csv").write_text('prompt,seed\n"a",1,2\n"a",x\n', encoding="utf-8")
+    assert all(isinstance(row, BadRow) for row in read_rows(str(tmp_path / "p.csv")))
+    (tmp_path / "q.csv").write_text("caption\na\n", encoding="utf-8")
+    with pytest.raises(PromptError, match="no column named prompt"):
+        list(read_rows(str(tmp_path / "q.csv")))
+
+
+def test_a_folder_keeps_one_job(tiny_export: Path, tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path / "p.txt", 4)
+    config = job(tiny_export, prompts, tmp_path / "out", shard=2)
+    run(config)
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in ("00000.tar", "00001.tar")}
+    for other in (replace(config, shard=3), replace(config, draw=replace(config.draw, seed=1))):
+        with pytest.raises(OutputError, match="another job"):
+            run(other)
+    prompts_file(prompts, 5)
+    run(config)  # a longer file goes on; a shard of the same rows is not drawn again
+    after = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in before}
+    assert after == before and (tmp_path / "out" / "00002.tar").exists()
+    with pytest.raises(UsageError, match="cannot hold"):
+        replace(config, draw=replace(config.draw, images=9), shard=8).validate()
+
+
+def test_a_random_seed_is_kept_for_the_next_run(tiny_export: Path, tmp_path: Path) -> None:
+    config = job(tiny_export, prompts_file(tmp_path / "p.txt", 4), tmp_path / "out", shard=2, seed=None)
+    first = run(config)
+    (tmp_path / "out" / "00001_stats.json").unlink()
+    assert run(config) == first
+
+
+def test_workers_write_the_same_bytes(tiny_export: Path, tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path / "p.txt", 30)
+    config = job(tiny_export, prompts, tmp_path / "one", shard=5)
+    run(config)
+    run(replace(config, out=tmp_path / "two", workers=2))
+    assert data_files(tmp_path / "one") == data_files(tmp_path / "two")
+
+
+def test_without_metadata_no_file_names_the_prompt(tiny_export: Path, tmp_path: Path) -> None:
+    run(job(tiny_export, prompts_file(tmp_path / "p.txt", 2), tmp_path / "out", shard=2, metadata=False))
+    png = members(tmp_path / "out")["000000000.png"]
+    assert b"star" not in png and b"trainedAlgorithmicMedia" in png
+
+
+def start(prompts: Path, model: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    words = ["generate", "--model", str(model), "--prompts", str(prompts), "--out", str(out), "--shards", "20"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tiue_cli", *words, "--seed", "100", "--format", "json", *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+    )
+
+
+def test_killed_and_started_again_gives_every_id_once_and_the_same_bytes(tiny_export: Path, tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path / "p.txt", 1500)
+    out = tmp_path / "killed"
+    kills = 0
+    for wanted in (1, 15, 35):
+        process = start(prompts, tiny_export, out)
+        until_s = time.monotonic() + 60
+        while process.poll() is None and len(list(out.glob("*_stats.json"))) < wanted and time.monotonic() < until_s:
+            time.sleep(0.002)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills == 3, "the job was too quick to be killed"
+    last = start(prompts, tiny_export, out)
+    told, _ = last.communicate(timeout=120)
+    assert last.returncode == 0 and json.loads(told)["images"] == 1500
+    run(job(tiny_export, prompts, tmp_path / "whole", shard=20))
+    assert data_files(out) == data_files(tmp_path / "whole")
+    assert sorted(int(name[:9]) for name in members(out) if name.endswith("png")) == list(range(1500))
+
+
+def test_a_long_file_begins_at_once(tiny_export: Path, tmp_path: Path) -> None:
+    """The first shard of 300,000 lines is there before the file could have been read as a whole and planned."""
+    prompts = prompts_file(tmp_path / "p.txt", 300_000)
+    out = tmp_path / "out"
+    process = start(prompts, tiny_export, out)
+    try:
+        until_s = time.monotonic() + 60
+        while not (out / "00000_stats.json").exists():
+            assert process.poll() is None and time.monotonic() < until_s
+            time.sleep(0.05)
+        resident_kb = int((Path("/proc") / str(process.pid) / "status").read_text().split("VmRSS:")[1].split()[0])
+        assert resident_kb < 600_000
+    finally:
+        process.kill()
+        process.communicate()

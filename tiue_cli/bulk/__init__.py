@@ -1,0 +1,1 @@
+"""Prompts by the million in, shards of pictures out: tar and Parquet files that other tools read."""

@@ -1,0 +1,162 @@
+"""Prompts as a stream, in constant memory, from whatever holds them: text, JSON lines, CSV, Parquet, a folder of these.
+
+A row that cannot be used becomes a ``BadRow`` and keeps its number, so that fixing one row moves no other's images.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
+from tiue_cli.files.texts import STDIN, is_comment, read_lines
+from tiue_cli.generate.prompts import PromptRow, check_prompt, row_from_fields, row_from_json
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+_FIELDS = ("prompt", "seed", "size", "steps")
+_PARQUET_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be drawn: where it is and why."""
+
+    where: str
+    reason: str
+
+
+Row = PromptRow | BadRow
+
+
+def read_rows(source: str) -> Iterator[Row]:
+    """The rows of a file, of every file in a folder by name, or of standard input (``-``).
+
+    Standard input is text or, where its first line begins with ``{``, JSON lines. Raises PromptError and UsageError for
+    what cannot be read at all.
+    """
+    if source == STDIN:
+        yield from _stdin_rows()
+        return
+    for file in files_of(source):
+        yield from _file_rows(file)
+
+
+def files_of(source: str) -> list[Path]:
+    """The files that ``source`` names. Raises UsageError."""
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        if path.suffix.lower() not in KINDS:
+            raise UsageError(f"{path} is none of {', '.join(KINDS)}", hint="give one of these, a folder of them, or -")
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS and not file.name.startswith("."))
+    if not found:
+        raise PromptError(f"{path} holds no {', '.join(KINDS)} file", hint="check the folder given to --prompts")
+    return found
+
+
+def _file_rows(file: Path) -> Iterator[Row]:
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        yield from _parquet_rows(file)
+    elif kind == ".csv":
+        yield from _csv_rows(file)
+    else:
+        yield from _line_rows(read_lines(file), json_lines=kind == ".jsonl")
+
+
+def _stdin_rows() -> Iterator[Row]:
+    lines = read_lines(STDIN)
+    blank = []
+    for where, text in lines:
+        if text.strip():
+            yield from _line_rows(itertools.chain([(where, text)], lines), json_lines=text.lstrip().startswith("{"))
+            return
+        blank.append(where)
+
+
+def _line_rows(lines: Iterator[tuple[str, str]], *, json_lines: bool) -> Iterator[Row]:
+    for where, text in lines:
+        stripped = text.strip()
+        if not stripped or (not json_lines and is_comment(stripped)):
+            continue
+        try:
+            yield row_from_json(stripped, where) if json_lines else PromptRow(check_prompt(stripped, where), where)
+        except PromptError as error:
+            yield BadRow(where, error.message)
+
+
+def _csv_rows(file: Path) -> Iterator[Row]:
+    reader = csv.reader(text + "\n" for _, text in read_lines(file))
+    try:
+        names = [name.strip().lower() for name in next(reader, [])]
+        _check_columns(names, file)
+        for cells in reader:
+            if not cells:
+                continue
+            where = f"{file}:{reader.line_num}"
+            if len(cells) != len(names):
+                yield BadRow(where, f"{where}: {len(cells)} cells, and the first line has {len(names)}")
+                continue
+            yield _row(_typed(dict(zip(names, cells, strict=True))), where)
+    except csv.Error as error:
+        raise PromptError(f"{file}:{reader.line_num}: not CSV: {error}", hint="repair this line") from None
+
+
+def _typed(cells: Mapping[str, str]) -> dict[str, object]:
+    """CSV knows text only: empty is absent, and whole numbers are numbers."""
+    found: dict[str, object] = {}
+    for name, text in cells.items():
+        if name == "prompt":
+            found[name] = text
+        elif text.strip():
+            found[name] = int(text) if text.strip().isascii() and text.strip().isdigit() else text.strip()
+    return found
+
+
+def _parquet_rows(file: Path) -> Iterator[Row]:
+    parquet = import_pyarrow("pyarrow.parquet", f"reading {file.name}")
+    arrow = import_pyarrow("pyarrow", f"reading {file.name}")
+    try:
+        table = parquet.ParquetFile(file)
+        names = [name for name in table.schema_arrow.names if name in _FIELDS]
+        _check_columns(names, file)
+        number = 0
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
+            for fields in batch.to_pylist():
+                number += 1
+                yield _row({name: value for name, value in fields.items() if value is not None}, f"{file}:{number}")
+    except FileNotFoundError:
+        raise PromptError(f"{file} does not exist", hint="check the path given to --prompts") from None
+    except (OSError, arrow.ArrowException) as error:
+        raise PromptError(f"{file} cannot be read: {error}", hint="check the file given to --prompts") from error
+
+
+def _row(fields: Mapping[str, object], where: str) -> Row:
+    try:
+        return row_from_fields({name: value for name, value in fields.items() if name in _FIELDS}, where)
+    except PromptError as error:
+        return BadRow(where, error.message)
+
+
+def _check_columns(names: list[str], file: Path) -> None:
+    if "prompt" not in names:
+        raise PromptError(f"{file} has no column named prompt", hint="name the column of the captions prompt")
+
+
+def import_pyarrow(module: str, what: str) -> ModuleType | Any:
+    """A module of PyArrow. Raises MissingDependencyError: ``what`` needs it."""
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise MissingDependencyError(
+            f"{what} needs pyarrow", hint="install it: python -m pip install 'tiue[bulk]'"
+        ) from None
