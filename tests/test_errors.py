@@ -24,8 +24,8 @@ def test_message_and_hint_survive_a_worker_process(type_: type[TiueError]) -> No
 
 
 def test_text_holds_message_and_hint() -> None:
-    assert str(UsageError("size 63 is impossible", hint="use 64")) == "size 63 is impossible (use 64)"
-    assert str(UsageError("size 63 is impossible")) == "size 63 is impossible"
+    assert str(UsageError("size 63 does not fit", hint="use 64")) == "size 63 does not fit (use 64)"
+    assert str(UsageError("size 63 does not fit")) == "size 63 does not fit"
 
 
 def test_the_tree_in_the_docstring_is_complete() -> None:

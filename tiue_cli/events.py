@@ -27,7 +27,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Saved:
-    """Something lies on the disk now, whole."""
+    """Something was written to disk, completely."""
 
     kind: Literal["checkpoint", "grid", "student"]
     path: Path

@@ -58,7 +58,7 @@ def test_writing_leaves_the_original_as_it_was(tmp_path: Path) -> None:
 def test_a_damaged_file_is_one_clear_error(text: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(text)
-    with pytest.raises(ManifestError, match=r"tokenizer\.json is no tokenizer"):
+    with pytest.raises(ManifestError, match=r"tokenizer\.json is not a tokenizer"):
         PromptTokenizer(path)
 
 

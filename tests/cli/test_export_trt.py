@@ -70,7 +70,7 @@ def test_json_is_one_document_and_quiet_is_the_folder(export: Path, capsys: pyte
 def test_overwrite_builds_anew(export: Path, cuda: fake_tensorrt.State, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(export), "--trt"]) == 0
     assert main(["export", str(export), "--trt"]) == 0
-    assert "was there already" in capsys.readouterr().err and len(cuda.workspaces) == 4
+    assert "exists already" in capsys.readouterr().err and len(cuda.workspaces) == 4
     assert main(["export", str(export), "--trt", "--overwrite"]) == 0
     assert len(cuda.workspaces) == 8
 

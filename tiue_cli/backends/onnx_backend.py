@@ -128,7 +128,7 @@ class OnnxBackend:
         report(0.75)
         if not np.isfinite(latents).all():
             raise DeviceError(
-                f"the latents are not numbers somewhere: this student leaves the range of {self.dtype}",
+                f"the UNet decoder produced NaN or infinity in {self.dtype}",
                 hint="export it with --precision fp32",
             )
         return latents

@@ -61,7 +61,7 @@ def choose_provider(asked: str) -> Provider:
         return Provider("cpu", note=f"there is a GPU, and ONNX Runtime runs on the CPU: {problem}; {_DOCTOR}")
     problem = provider_problem(asked)
     if problem is not None:
-        raise DeviceError(f"--provider {asked} was asked for: {problem}", hint=f"use --provider cpu, or {_DOCTOR}")
+        raise DeviceError(f"--provider {asked} cannot be used: {problem}", hint=f"use --provider cpu, or {_DOCTOR}")
     return Provider(asked)
 
 
@@ -154,7 +154,7 @@ def cuda_devices() -> int:
 
 
 def provider_problem(name: str) -> str | None:
-    """Why a GPU provider cannot start, None where nothing speaks against it."""
+    """Why a GPU provider cannot start, None where it can."""
     ort = import_onnxruntime()
     if PROVIDERS[name] not in ort.get_available_providers():
         return f"the installed ONNX Runtime {ort.__version__} is built without {PROVIDERS[name]}"

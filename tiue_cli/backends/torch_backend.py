@@ -39,7 +39,7 @@ def choose_device(asked: str) -> str:
     if asked == "cuda" and not usable:
         reason = "is built without it" if torch.version.cuda is None else "finds no usable GPU"
         raise DeviceError(
-            f"--device cuda was asked for, and torch {torch.__version__} {reason}",
+            f"--device cuda cannot be used: torch {torch.__version__} {reason}",
             hint="leave --device out, or see what is missing: tiue doctor",
         )
     return asked

@@ -362,7 +362,7 @@ def fetch(pixels: Tensor, finite: Tensor, model: FastModel) -> np.ndarray:
         torch.cuda.current_stream().synchronize()
     if not bool(flag):
         raise DeviceError(
-            f"the image decoder produced NaN or Inf ({type(model.images.vae).__name__} in {model.dtype})",
+            f"the image decoder produced NaN or infinity ({type(model.images.vae).__name__} in {model.dtype})",
             hint="use float32 (--dtype fp32), or another autoencoder (--vae)",
         )
     return host.numpy()

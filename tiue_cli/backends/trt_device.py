@@ -138,9 +138,7 @@ def find_engine(export: Path, device: EngineDevice, precision: str) -> tuple[Pat
         if manifest.precision == precision and device_difference(manifest.device, device) is None:
             return other, manifest
     check_device(others[0], read_engine_manifest(others[0]), device, rebuild=rebuild_command(export))
-    raise ManifestError(
-        f"{others[0]} holds another precision than {precision}", hint=f"build one: {rebuild_command(export)}"
-    )
+    raise ManifestError(f"{others[0]} is not in {precision}", hint=f"build one: {rebuild_command(export)}")
 
 
 def check_device(folder: Path, manifest: EngineManifest, device: EngineDevice, *, rebuild: str) -> None:

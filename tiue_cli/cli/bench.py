@@ -106,7 +106,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="NAME,…",
-            help=f"What runs the student: {', '.join(BACKENDS)}. Without it: torch, and exports that lie ready.",
+            help=f"What runs the student: {', '.join(BACKENDS)}. Without it: torch, and exports that are there.",
         ),
     ] = None,
     batch: Annotated[str, typer.Option(metavar="N,…", help="Images computed at once.")] = ",".join(
@@ -116,16 +116,16 @@ def bench(
         str | None, typer.Option(metavar="N|HxW", help="Pixels, square or height x width. Without it: the model's own.")
     ] = None,
     duration: Annotated[
-        float, typer.Option(metavar="S", help="Seconds that each subject is timed for at each batch, about.")
+        float, typer.Option(metavar="S", help="About how many seconds each subject is timed for at each batch.")
     ] = _BENCH.duration_s,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl. Without it: scenes of papercut's.")
+        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl. Without it: captions of papercut.")
     ] = _BENCH.prompts,
     seed: Annotated[
         int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i.")
     ] = _BENCH.seed,
     no_latency: Annotated[
-        bool, typer.Option("--no-latency", help="Do not time anything: quality alone.", rich_help_panel=_QUALITY)
+        bool, typer.Option("--no-latency", help="Measure quality only; time nothing.", rich_help_panel=_QUALITY)
     ] = not _BENCH.latency,
     quality: Annotated[
         bool, typer.Option("--quality", help="Measure the pictures as well.", rich_help_panel=_QUALITY)
@@ -136,7 +136,10 @@ def bench(
     repetitions: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, help="With other seeds each: what tells the noise of quality.", rich_help_panel=_QUALITY
+            metavar="N",
+            min=1,
+            help="Repetitions with other seeds, to tell how much quality scatters.",
+            rich_help_panel=_QUALITY,
         ),
     ] = _BENCH.repetitions,
     reference: Annotated[
@@ -163,7 +166,7 @@ def bench(
         typer.Option(metavar="N", min=1, help="Crop and resize all pictures to N x N first.", rich_help_panel=_QUALITY),
     ] = _BENCH.resize,
     keep_images: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the pictures here.", rich_help_panel=_QUALITY)
+        Path | None, typer.Option(metavar="DIR", help="Folder to keep the pictures in.", rich_help_panel=_QUALITY)
     ] = _BENCH.keep_images,
     compare: Annotated[
         Path | None,
@@ -196,13 +199,14 @@ def bench(
         ),
     ] = None,
     format_: FormatOption = "human",
-    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _BENCH.device,
+    device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _BENCH.device,
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="Of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
+        typer.Option(help="Precision of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
     ] = _BENCH.precision,
     threads: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Without it: every core.", rich_help_panel=MACHINE)
+        int | None,
+        typer.Option(metavar="N", min=1, help="CPU threads. Without it: one for each core.", rich_help_panel=MACHINE),
     ] = _BENCH.threads,
 ) -> None:
     """Measure how fast and how good models are, side by side in one run, and write a report.

@@ -263,7 +263,7 @@ class Console:
 
 
 def show_error(error: TiueError, *, format_: Format = "human") -> None:
-    """``Console.error`` for whoever has no console yet."""
+    """``Console.error`` for callers that have no console yet."""
     Console(format_).error(error)
 
 

@@ -43,15 +43,18 @@ def distill(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. kl.weight=0.05.")
     ] = None,
-    max_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="All optimiser steps.")] = None,
+    max_steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Optimiser steps in all.")] = None,
     warm_start: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="How many of them are regression onto the teacher.")
+        int | None,
+        typer.Option(metavar="N", min=0, help="How many of them are the warm start: regression onto the teacher."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen and what it needs.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done and what it needs; write nothing.")
+    ] = False,
     launch: Annotated[
         bool,
-        typer.Option("--launch", help="Through accelerate launch; its options after --.", rich_help_panel=MACHINE),
+        typer.Option("--launch", help="Run through accelerate launch; its options follow --.", rich_help_panel=MACHINE),
     ] = False,
     accelerate_args: Annotated[list[str] | None, typer.Argument(metavar="[-- ACCELERATE_ARGS]", hidden=True)] = None,
     format_: FormatOption = "human",
@@ -70,7 +73,9 @@ def distill(
         resume=resume,
     )
     if accelerate_args and not launch:
-        raise UsageError(f"what is {accelerate_args[0]!r}?", hint="words after -- are for accelerate: add --launch")
+        raise UsageError(
+            f"unexpected argument {accelerate_args[0]!r}", hint="words after -- are for accelerate: add --launch"
+        )
     shown = Console("quiet" if is_worker() else format_)
     if dry_run:
         plan_distill(request, shown)
@@ -81,7 +86,7 @@ def distill(
 
 
 def run_distill(request: DistillRequest, console: Console) -> None:
-    """Train, with notes, progress and the paths of what was written; an interrupted run says how to go on.
+    """Train, with notes, progress and the paths of what was written; an interrupted run says how to continue.
 
     Raises typer.Exit with 130 or 143 for an interrupted one, so that ``tiue distill … && tiue export …`` stops.
     """
@@ -211,7 +216,7 @@ def is_worker() -> bool:
 
 
 def resume_command(out: str) -> str:
-    """What to type to go on, with as many processes."""
+    """What to type to continue, with as many processes."""
     from tiue_cli.cli.launch import ACCELERATE_ARGS
 
     words = f"distill --out {shlex.quote(out)} --resume"
@@ -234,7 +239,7 @@ def _report(finished: Finished, figures: Mapping[str, float], console: Console) 
         }
     )
     if finished.interrupted and not is_worker():
-        console.stopped(f"at step {finished.step}, saved; to go on: {resume_command(out)}")
+        console.stopped(f"at step {finished.step}, saved; to continue: {resume_command(out)}")
     elif finished.student is not None:
         console.summary(f'to use it: tiue generate "a prompt" --model {shlex.quote(str(finished.student))}')
 

@@ -20,7 +20,7 @@ EXAMPLES = (
 
 
 def doctor(format_: FormatOption = "human") -> None:
-    """Say what works here, and how to mend what does not."""
+    """Show what works here, and how to mend what does not."""
     from tiue_cli.cli.diagnosis import diagnose
 
     diagnosis = diagnose()

@@ -53,11 +53,16 @@ def export(
     ] = None,
     opset: Annotated[
         int,
-        typer.Option(metavar="N", min=OPSETS[0], max=OPSETS[-1], help="ONNX operator set; 23 has attention as one."),
+        typer.Option(
+            metavar="N", min=OPSETS[0], max=OPSETS[-1], help="ONNX operator set; 23 has attention as one operator."
+        ),
     ] = _EXPORT.opset,
     size: Annotated[
         list[str] | None,
-        typer.Option(metavar="N|HxW", help="Fix this size in pixels; several make graphs each. Without it: any size."),
+        typer.Option(
+            metavar="N|HxW",
+            help="Fix the graphs to this size in pixels; give several for graphs of each. Without it: any size.",
+        ),
     ] = None,
     trt: Annotated[
         bool, typer.Option("--trt", help="Build TensorRT plans for the GPU of this machine.", rich_help_panel=_TENSORRT)
@@ -66,7 +71,7 @@ def export(
         str | None,
         typer.Option(
             metavar="NAME|FILE.toml",
-            help="What they take: sd15-512, sd21-512, papercut, or a file.",
+            help="Shapes to build for: sd15-512, sd21-512, papercut, or a TOML file.",
             rich_help_panel=_TENSORRT,
         ),
     ] = None,
@@ -74,7 +79,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="N|MIN:OPT:MAX",
-            help="Images that they take; several make a profile each. Without it: 1 and 1:4:16.",
+            help="Images at once, a number or MIN:OPT:MAX; give several for a profile each. Without it: 1 and 1:4:16.",
             rich_help_panel=_TENSORRT,
         ),
     ] = None,
@@ -114,7 +119,7 @@ def export(
 
 def run_export(config: ExportConfig, console: Console) -> None:
     """Export with a line a step, the parity table, the path of the folder, and the next command."""
-    with _saying_what_is_there(console):
+    with interrupt_reported(console):
         show_export(console, _export(config, console))
 
 
@@ -123,8 +128,8 @@ def run_engine(
 ) -> None:
     """Export, unless ``config.student`` is an export already, and build the TensorRT engine of it.
 
-    ``precision`` is what the user says, None where it is left to what engines are best in. What speaks against
-    TensorRT is said before the minutes of the export. Raises what both raise.
+    ``precision`` is what the user says, None where it is left to what engines are best in. What rules out
+    TensorRT is reported before the export, which takes minutes. Raises what both raise.
     """
     from tiue_cli.backends.trt_device import require_tensorrt
     from tiue_cli.export.config import EngineConfig
@@ -145,7 +150,7 @@ def run_engine(
                 hint=f"build its engine: tiue export {config.folder} --trt; or make both anew: --overwrite",
             )
         require_tensorrt()
-        with _saying_what_is_there(console):
+        with interrupt_reported(console):
             exported = _export(config, console)
         show_export(console, exported, last=False)
         folder = exported.folder
@@ -159,11 +164,11 @@ def run_engine(
         rebuild=config.overwrite,
     )
     try:
-        with _saying_what_is_there(console), console.stages() as show:
+        with interrupt_reported(console), console.stages() as show:
             built = build_engine(wanted, stage=lambda what, share, text: show(what, round(100 * share), 100, text))
     except (TiueError, KeyboardInterrupt):
         if exported is not None:
-            console.note(f"the export itself is complete; from it an engine is built by: tiue export {folder} --trt")
+            console.note(f"the export itself is complete; to build its engine: tiue export {folder} --trt")
         raise
     show_engine(console, built, export=exported)
 
@@ -177,7 +182,7 @@ def _export(config: ExportConfig, console: Console) -> ExportResult:
 
 
 @contextlib.contextmanager
-def _saying_what_is_there(console: Console) -> Iterator[None]:
+def interrupt_reported(console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
@@ -225,7 +230,7 @@ def _show_plans(console: Console, result: EngineResult) -> None:
     from rich.table import Table
 
     if result.reused:
-        console.note("this engine was there already and fits; --overwrite builds it anew")
+        console.note("an engine that fits exists already; --overwrite builds it again")
     parity = result.manifest.parity
     errors: dict[str, float] = {}
     for row in () if parity is None else parity.outputs:

@@ -45,7 +45,7 @@ EXAMPLES = (
 
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several make one image each.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to draw; several prompts make one image each.")
     ] = None,
     prompts_file: Annotated[
         Path | None,
@@ -118,7 +118,7 @@ def generate(
     ] = _DEFAULTS.overwrite,
     no_metadata: Annotated[
         bool,
-        typer.Option("--no-metadata", help="Write no prompt, seed and model into the PNG.", rich_help_panel=OUTPUT),
+        typer.Option("--no-metadata", help="Write no prompt, seed or model into the PNG.", rich_help_panel=OUTPUT),
     ] = not _DEFAULTS.metadata,
     shards: Annotated[
         int | None,
@@ -163,7 +163,7 @@ def generate(
     provider: Annotated[
         ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)
     ] = _DEFAULTS.provider,
-    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _DEFAULTS.device,
+    device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _DEFAULTS.device,
     dtype: Annotated[
         DtypeName,
         typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
@@ -175,9 +175,9 @@ def generate(
         ),
     ] = _DEFAULTS.compiled,
 ) -> None:
-    """Draw prompts.
+    """Draw pictures of prompts.
 
-    Images that are there already are not made again: a stopped run goes on where it was.
+    Images that exist already are not made again: a run that was stopped continues where it was.
     """
     bulk = {"--image-format": image_format, "--strict": strict, "--workers": workers, "--launch": launch}
     check_bulk_options(shards, prompts_file, bulk, others=bool(prompts) or interactive)
@@ -235,9 +235,9 @@ HELP = ":seed N|random  :images N  :size N|HxW  :steps N  :help  :quit   anythin
 
 
 def run_once(config: GenerateConfig, rows: Sequence[PromptRow], console: Console) -> None:
-    """Make all images of ``rows`` and show them; on Ctrl-C say what is there and how to go on."""
+    """Make all images of ``rows`` and show them; on Ctrl-C say what was written and how to continue."""
     session = Session(config, note=console.note)
-    with _saying_what_is_there(console, session), session:
+    with interrupt_reported(console, session), session:
         make_and_show(session, session.plan(rows), console)
 
 
@@ -272,7 +272,7 @@ def run_interactive(config: GenerateConfig, console: Console, *, lines: Iterable
         # Bytes that are no UTF-8 spoil their own line, not the session.
         sys.stdin.reconfigure(errors="surrogateescape")
     session = Session(config, note=console.note)
-    with _saying_what_is_there(console, session), session:
+    with interrupt_reported(console, session), session:
         session.open()
         console.note(HELP)
         console.prompt("tiue> ")
@@ -375,7 +375,7 @@ def _images(count: int) -> str:
 
 
 @contextlib.contextmanager
-def _saying_what_is_there(console: Console, session: Session) -> Iterator[None]:
+def interrupt_reported(console: Console, session: Session) -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated):

@@ -26,7 +26,7 @@ def inspect(
     ],
     format_: FormatOption = "human",
 ) -> None:
-    """Say how a picture was made, or what a folder is."""
+    """Show how a picture was made, or what a folder is."""
     from tiue_cli.cli.inspection import inspect_source
 
     show_inspection(Console(format_), inspect_source(source))

@@ -30,7 +30,7 @@ _POLL_S = 0.2
 
 
 class WorkerError(TiueError):
-    """A worker ended without a word of its own."""
+    """A worker process died without a message."""
 
 
 def launcher_arguments(accelerate_args: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -79,7 +79,7 @@ def launch(words: Sequence[str], environment: dict[str, str], request: Sequence[
 @contextlib.contextmanager
 def _collected(pending: list[int]) -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
-        # A terminal that is gone is a wish to stop like any other.
+        # A terminal that was closed asks to stop like any other signal.
         pending.append(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     before = {number: signal.signal(number, handle) for number in _PASSED_ON}
@@ -134,7 +134,7 @@ def _status(worker: int, status: int) -> int:
         return status
     raise WorkerError(
         f"worker {worker} was killed by signal {-status}",
-        hint="SIGKILL (9) is often the system running out of memory; go on with --resume",
+        hint="SIGKILL (9) is often the system running out of memory; continue with --resume",
     )
 
 

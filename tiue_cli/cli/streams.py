@@ -64,7 +64,7 @@ class _Output(io.TextIOWrapper):
 
 
 class _Diagnostics(io.TextIOWrapper):
-    """Standard error. Where nobody can be told anything, the work goes on all the same."""
+    """Standard error. Where it cannot be written, the work continues all the same."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):

@@ -59,9 +59,9 @@ def make_accelerator(config: DistillConfig, *, logs: Path) -> Accelerator:
         ) from error
     if accelerator.device.type == "cpu":
         if accelerator.mixed_precision == "fp16":
-            raise DeviceError("fp16 cannot be trained on a CPU", hint="set precision=fp32 or bf16")
+            raise DeviceError("training in fp16 needs a GPU", hint="set precision=fp32 or bf16")
         keep_freed_memory()
-    # Accelerate drops a tracker whose package is missing, without a word.
+    # Accelerate silently drops a tracker whose package is missing.
     missing = [name for name in trackers if name not in {str(found) for found in accelerator.log_with}]
     if missing:
         raise MissingDependencyError(

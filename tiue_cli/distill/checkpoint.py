@@ -1,4 +1,4 @@
-"""Checkpoints: everything that a run needs to go on as if it had not stopped.
+"""Checkpoints: everything that a run needs to continue as if it had not stopped.
 
     step_00000500/student/              weights of the UNet
                   ema/                  their running mean, where there is one

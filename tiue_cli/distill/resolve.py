@@ -102,7 +102,7 @@ def _put(target: dict[str, Any], dotted: str, value: Any, layer: Layer) -> None:
         target = target.setdefault(parent, {})
         if not isinstance(target, dict):
             raise UsageError(
-                f"{layer.name}: {excerpt(dotted)}: {excerpt(parent)} is no section",
+                f"{layer.name}: {excerpt(dotted)}: {excerpt(parent)} is not a section",
                 hint=f"the settings are {', '.join(known_keys())}",
             )
     target[last] = value

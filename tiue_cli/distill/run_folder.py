@@ -181,7 +181,7 @@ def check_resumable(out: Path, record: RunRecord) -> None:
         found.append(f"processes: {before.processes} → {record.processes}")
     if found:
         raise UsageError(
-            f"the run in {out} was started otherwise: " + "; ".join(found),
+            f"the run in {out} was started with other settings: " + "; ".join(found),
             hint="resume it without these changes, or start another run in another folder",
         )
 

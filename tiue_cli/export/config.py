@@ -50,7 +50,9 @@ class ExportConfig:
     def validate(self) -> None:
         """Refuse what cannot be, before anything heavy is loaded. Raises UsageError."""
         if self.opset not in OPSETS:
-            raise UsageError(f"opset {self.opset} is impossible", hint=f"choose {OPSETS[0]} to {OPSETS[-1]}")
+            raise UsageError(
+                f"opset {self.opset} is outside {OPSETS[0]}–{OPSETS[-1]}", hint="leave --opset out for the usual one"
+            )
         if len(set(self.sizes)) != len(self.sizes):
             raise UsageError("the same size was given twice", hint="name each size once")
         if is_export_folder(user_path(self.student, error=ModelFolderError)):

@@ -29,12 +29,14 @@ def output_errors(
     ``where`` and ``reference`` name the two sides in messages, ``hint`` is what to do.
     """
     if found.shape != expected.shape:
-        raise ParityError(f"{where} has the shape {found.shape}, and {reference}'s has {expected.shape}", hint=hint)
+        raise ParityError(f"{where} has shape {found.shape}, not {expected.shape} as in {reference}", hint=hint)
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     if not np.isfinite(expected).all():
-        raise ParityError(f"{where} is not a number in {reference} either", hint="check the student: tiue generate")
+        raise ParityError(
+            f"{where} contains NaN or infinity in {reference} as well", hint="check the student: tiue generate"
+        )
     if not np.isfinite(found).all():
-        raise ParityError(f"{where} is not a number somewhere", hint=f"try --precision fp32; {hint}")
+        raise ParityError(f"{where} contains NaN or infinity", hint=f"try --precision fp32; {hint}")
     difference = found - expected
     norm = float(np.linalg.norm(expected))
     relative = float(np.linalg.norm(difference)) / norm if norm > 0 else float(np.abs(difference).max())
@@ -56,9 +58,9 @@ def check_image(
     """PSNR in dB of an image (H, W, 3) uint8. Raises ParityError for one colour only, or below the precision's bar."""
     hint = hint if precision == "fp32" else f"try --precision fp32; {hint}"
     if image.shape != expected.shape:
-        raise ParityError(f"{where} has the shape {image.shape}, and {reference}'s has {expected.shape}", hint=hint)
+        raise ParityError(f"{where} has shape {image.shape}, not {expected.shape} as in {reference}", hint=hint)
     if image.std() == 0:
-        raise ParityError(f"{where} has one colour only", hint=hint)
+        raise ParityError(f"{where} is a single colour", hint=hint)
     found_db = psnr_db(image, expected)
     if found_db < (required := REQUIRED_PSNR_DB[precision]):
         raise ParityError(

@@ -31,7 +31,7 @@ _REASONS = {
     errno.ENOENT: ("it does not exist", "check the path"),
     errno.ENOTDIR: ("a part of its path is a file", "check the path"),
     errno.EISDIR: ("it is a folder", "give a file"),
-    errno.ENXIO: ("it is no regular file", "give a regular file"),
+    errno.ENXIO: ("it is not a regular file", "give a regular file"),
 }
 _SPECIAL = (
     (stat.S_ISFIFO, "a FIFO (named pipe)"),
@@ -44,7 +44,7 @@ _SPECIAL = (
 def user_path(text: str | Path, *, error: type[TiueError] = AccessError) -> Path:
     """``text`` as a path, with ``~`` and ``~user`` expanded. Raises ``error`` for a user that there is not, and NUL."""
     if "\0" in str(text):
-        raise error(f"{str(text)!r} is no path: it contains a NUL character", hint="check the path")
+        raise error(f"{str(text)!r} is not a path: it contains a NUL character", hint="check the path")
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -145,7 +145,7 @@ def read_bytes(path: str | Path, *, error: type[TiueError] = AccessError, limit_
 def access_error(path: str | Path, refusal: OSError | ValueError, *, error: type[TiueError] = AccessError) -> TiueError:
     """The operating system's refusal to let ``path`` be read, as one sentence and a next step."""
     if isinstance(refusal, ValueError):  # only a NUL character is refused by Python itself
-        return error(f"{str(path)!r} is no path: {refusal}", hint="check the path")
+        return error(f"{str(path)!r} is not a path: {refusal}", hint="check the path")
     number = refusal.errno or 0
     reason, hint = _REASONS.get(number, (refusal.strerror or str(refusal), "check the path"))
     where = _barrier(path) if number in (errno.EACCES, errno.EPERM) else None
@@ -175,4 +175,4 @@ def _what_lies_at(path: str | Path) -> str:
     for test, name in _SPECIAL:
         if test(mode):
             return f"it is {name}, not a regular file"
-    return "it is no regular file"
+    return "it is not a regular file"

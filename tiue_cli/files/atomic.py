@@ -40,7 +40,7 @@ def atomic_file(path: Path | str, *, replace: bool = True) -> Iterator[Path]:
     if kind == "folder":
         raise output_error(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     if kind == "special":
-        raise OutputError(f"cannot write {path}: it is no regular file", hint="choose another name")
+        raise OutputError(f"cannot write {path}: it is not a regular file", hint="choose another name")
     try:
         with _writing(path, temporary):
             yield temporary
@@ -60,7 +60,7 @@ def _take(temporary: Path, path: Path) -> None:
         rename_new(temporary, path)
     except FileExistsError:
         raise TakenError(
-            f"{path} exists by now: another run wrote it; it was not replaced", hint="choose another name"
+            f"{path} was written by another run meanwhile; it was not replaced", hint="choose another name"
         ) from None
 
 

@@ -18,4 +18,4 @@ def user_cache() -> Path:
     try:
         return base.expanduser() / "tiue"
     except RuntimeError:
-        raise AccessError("this user has no home folder to keep caches in", hint="set XDG_CACHE_HOME") from None
+        raise AccessError("there is no home folder to keep caches in", hint="set XDG_CACHE_HOME") from None

@@ -227,7 +227,7 @@ class ExportManifest(_Model):
             if combine.steps == steps:
                 return combine
         choices = ", ".join(str(number) for number in self.steps)
-        raise UsageError(f"{steps} steps are impossible for this student", hint=f"choose one of: {choices}")
+        raise UsageError(f"this export cannot draw with {steps} steps", hint=f"choose one of: {choices}")
 
     def graph(self, name: GraphName, *, size: Size | None = None) -> GraphSpec:
         """The graph for images of ``size``; None takes the default size. UsageError for a size it was not made for."""

@@ -89,7 +89,9 @@ class RowCache:
         if chunk not in self._open:
             path = self._path(chunk)
             if not is_file(path, error=OutputError):
-                raise OutputError(f"{path} is gone", hint="start again, or give another folder: --set cache=FOLDER")
+                raise OutputError(
+                    f"{path} has disappeared", hint="start again, or give another folder: --set cache=FOLDER"
+                )
             try:
                 with open_file(path, error=OutputError):  # what may not be read is not damaged
                     rows: np.ndarray = np.load(path, mmap_mode="r")

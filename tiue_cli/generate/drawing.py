@@ -98,7 +98,7 @@ class Picture(Generic[_Image]):
         path = Path(path)
         pixels = np.asarray(self.image)
         if pixels.dtype != np.uint8:
-            raise UsageError("latents are no picture", hint='draw it with output="pil"')
+            raise UsageError("latents are not a picture", hint='draw it with output="pil"')
         if path.suffix.lower() != ".png":
             raise OutputError(f"{path}: images are written as PNG", hint=f"give {path.with_suffix('.png')}")
         with atomic_file(path) as temporary:
@@ -373,10 +373,13 @@ class Pipeline:
     def _config(self, *, images: int, steps: int | None, size: int | tuple[int, int] | None) -> GenerateConfig:
         """The session's config with a call's own settings. Raises UsageError."""
         if images < 1:
-            raise UsageError(f"{images} images are asked for", hint="give 1 or more")
+            raise UsageError(f"{images} images is not a count of images", hint="give 1 or more")
         pair = (size, size) if isinstance(size, int) else size
         if pair is not None and not (len(pair) == 2 and all(0 < side <= MAX_SIDE_PX for side in pair)):
-            raise UsageError(f"size {size} is no size", hint=f"give (height, width), each 1 to {MAX_SIDE_PX} pixels")
+            raise UsageError(
+                f"size {size} is not a height and width in pixels",
+                hint=f"give (height, width), each 1 to {MAX_SIDE_PX} pixels",
+            )
         config = replace(self._session.config, images=images, size=pair)
         if steps is None:
             return config

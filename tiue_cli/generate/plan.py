@@ -69,7 +69,7 @@ class Plan:
 def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[PromptRow]) -> Plan:
     """Lay out rows x ``config.images`` images, row by row: image number i has seed + i, a row's own seed + its image.
 
-    Looks at what lies on the disk: an image whose record equals the request is done, any other file in the way raises
+    Looks at what is on disk: an image whose record equals the request is done, any other file in the way raises
     OutputError. Raises UsageError and PromptError for what cannot be.
     """
     if not rows:
@@ -172,7 +172,7 @@ def _lay_out(config: GenerateConfig, specs: Sequence[ImageSpec]) -> _Layout:
         return _Layout(out.parent, [out], None)
     if suffix == ".png":
         raise UsageError(
-            f"{out} can hold one image, and {len(specs)} are asked for",
+            f"{out} can hold one image, not {len(specs)}",
             hint=f"give a folder: --out {out.with_suffix('')}, or one sheet of all: --grid",
         )
     if suffix in _OTHER_IMAGES:
@@ -210,14 +210,14 @@ def _sheet_is_done(path: Path, specs: Sequence[ImageSpec]) -> bool:
     if record is None:
         return False
     if not isinstance(record, GridRecord):
-        raise OutputError(f"{path} exists and is no contact sheet", hint=_IN_THE_WAY)
+        raise OutputError(f"{path} exists and is not a contact sheet", hint=_IN_THE_WAY)
     if different := record.differences(specs):
         raise OutputError(f"{path} exists and is another sheet ({different[0]})", hint=_IN_THE_WAY)
     return True
 
 
 def _record_in(path: Path) -> Record | None:
-    """The record of an existing image, None where nothing lies. Raises OutputError where no request can be read."""
+    """The record of an existing image, None where there is no file. Raises OutputError where no request can be read."""
     if not has_file(path, error=OutputError):
         return None
     try:

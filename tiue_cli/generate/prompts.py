@@ -68,7 +68,7 @@ def read_prompts(path: Path) -> list[PromptRow]:
         lines = [(text, where) for text, where in lines if not is_comment(text)]
     if not lines:
         name = "standard input" if str(path) == STDIN else path
-        raise PromptError(f"{name} holds no prompt", hint="write one prompt a line")
+        raise PromptError(f"{name} holds no prompts", hint="write one prompt a line")
     if kind == ".txt":
         return [PromptRow(check_prompt(text, where), where) for text, where in lines]
     return [row_from_json(text, where) for text, where in lines]

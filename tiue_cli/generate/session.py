@@ -1,6 +1,6 @@
 """Requests in, images out, on any backend.
 
-    Session.plan(prompts) ─▶ Plan ─ Session.run ─▶ one Made an image, as soon as it lies on the disk
+    Session.plan(prompts) ─▶ Plan ─ Session.run ─▶ one Made an image, as soon as it is on disk
 
 Nothing here prints, and nothing heavy is imported before a backend has work to do.
 """
@@ -87,7 +87,7 @@ class Session:
         return plan_images(self.config if config is None else config, self.target, rows)
 
     def run(self, plan: Plan, *, progress: ProgressFn | None = None) -> Iterator[Made]:
-        """Make what is not done yet; yields each image when it lies on the disk, skipped ones first.
+        """Make what is not done yet; yields each image when it is on disk, skipped ones first.
 
         ``progress`` is called with the number of images made so far. A contact sheet is written at the end. Raises
         OutputError, DeviceError, and what loading the model raises.

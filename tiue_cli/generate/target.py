@@ -111,11 +111,11 @@ def check_export_options(
         )
     if dtype not in ("auto", precision):
         raise UsageError(
-            f"{info.path} was exported in {precision}, and --dtype {dtype} is asked for",
+            f"{info.path} was exported in {precision}, and --dtype says {dtype}",
             hint=f"export in it: tiue export STUDENT --precision {dtype}" if dtype != "bf16" else "leave --dtype out",
         )
     if backend == "trt" and device == "cpu":
-        raise UsageError("TensorRT runs on a GPU, and --device cpu is asked for", hint="use --backend onnx")
+        raise UsageError("TensorRT needs a GPU, and --device says cpu", hint="use --backend onnx")
     if device == "auto":
         return provider
     if provider != "auto" and (provider == "cpu") != (device == "cpu"):

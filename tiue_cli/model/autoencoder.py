@@ -22,7 +22,7 @@ class ImageDecoder:
     def __init__(self, vae: AutoencoderKL | AutoencoderTiny) -> None:
         if not isinstance(vae, (AutoencoderKL, AutoencoderTiny)):
             raise ModelFolderError(
-                f"{type(vae).__name__} is no autoencoder that tiue can decode with",
+                f"{type(vae).__name__} is not an autoencoder that tiue can decode with",
                 hint="use an AutoencoderKL or an AutoencoderTiny",
             )
         config: Any = vae.config
@@ -78,7 +78,7 @@ def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
     if height < 1 or width < 1 or height % factor or width % factor:
         near = [max(1, round(side / factor)) * factor for side in size]
         raise UsageError(
-            f"an image of {height}x{width} pixels is impossible: this model's sides are multiples of {factor}",
+            f"{height}x{width} pixels do not fit: this model's sides are multiples of {factor}",
             hint=f"the nearest size is {near[0]}x{near[1]}",
         )
     return height // factor, width // factor

@@ -135,10 +135,10 @@ def _load_tokenizer(info: ModelInfo, *, vocabulary: int) -> CLIPTokenizer:
     folder = info.path / "tokenizer"
     with _as_folder_error(folder):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    # Files that the installed library does not understand give a tokenizer of special tokens alone, without a word.
+    # Files that the installed library does not understand silently give a tokenizer of special tokens alone.
     if len(tokenizer) < 4:
         raise ModelFolderError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and knows no text",
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and no words",
             hint="download or copy the tokenizer files again",
         )
     if len(tokenizer) > vocabulary:
@@ -174,9 +174,7 @@ def _as_folder_error(folder: Path) -> Iterator[None]:
 def _checked_device(device: str | torch.device) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise DeviceError(
-            "CUDA was asked for and is not available to torch", hint="use --device cpu, or see tiue doctor"
-        )
+        raise DeviceError("CUDA is not available to torch", hint="use --device cpu, or see tiue doctor")
     return device
 
 

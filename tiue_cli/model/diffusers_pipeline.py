@@ -231,7 +231,7 @@ def _refuse_guidance(guidance_scale: float | None, negative_prompt: str | Sequen
     words = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt or ())
     if any(word.strip() for word in words):
         raise UsageError(
-            "negative_prompt works through guidance, which a one-pass student has not",
+            "negative_prompt works through guidance, which a one-pass student does not have",
             hint="leave it out, or draw with the teacher",
         )
 

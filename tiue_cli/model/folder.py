@@ -244,7 +244,7 @@ def _refuse_missing_parts(path: Path) -> None:
     missing = [name for name in COMPONENTS if not is_folder(path / name, error=ModelFolderError)]
     if missing:
         raise ModelFolderError(
-            f"{path} is not whole: {', '.join(name + '/' for name in missing)} missing",
+            f"{path} is incomplete: {', '.join(name + '/' for name in missing)} missing",
             hint="download or copy the folder again, or copy the parts from the teacher's folder",
         )
 

@@ -186,7 +186,9 @@ def _raise_hub_error(error: Exception, hub_id: str, revision: str | None) -> NoR
             f"{hub_id} has no revision {revision}", hint="check the branch, tag or commit"
         ) from error
     if isinstance(error, errors.HFValidationError):
-        raise ModelFolderError(f"{hub_id} is no valid hub id: {error}", hint="give a folder or OWNER/NAME") from error
+        raise ModelFolderError(
+            f"{hub_id} is not a valid hub id: {error}", hint="give a folder or OWNER/NAME"
+        ) from error
     if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
         raise ModelFolderError(
             f"{hub_id} cannot be stored: {error.strerror or error}",

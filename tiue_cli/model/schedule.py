@@ -171,7 +171,7 @@ def _refuse_nonlinear(config: Mapping[str, Any], class_name: str) -> None:
     prediction_type = config.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise SchedulerError(
-            f"prediction_type {prediction_type!r} is not covered",
+            f"prediction_type {prediction_type!r} is not supported",
             hint="use a model that predicts epsilon or v_prediction",
         )
     if config.get("eta", 0.0) != 0.0:
@@ -214,7 +214,7 @@ def _betas(config: Mapping[str, Any]) -> Float64:
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * (math.pi / 2)) ** 2
         return np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
     raise SchedulerError(
-        f"beta_schedule {schedule!r} is not covered",
+        f"beta_schedule {schedule!r} is not supported",
         hint="use a model with linear, scaled_linear, squaredcos_cap_v2 or trained betas",
     )
 
@@ -231,10 +231,10 @@ def decoder_timesteps(
     config = ddim_config(scheduler_config)
     count = int(config["num_train_timesteps"])
     if not 1 <= steps <= count:
-        raise UsageError(f"{steps} decoder timesteps are impossible", hint=f"choose 1 to {count}; 4 is usual")
+        raise UsageError(f"{steps} decoder timesteps are outside 1–{count}", hint="4 is usual")
     spacing = config["timestep_spacing"] if spacing is None else spacing
     if spacing not in SPACINGS:
-        raise SchedulerError(f"timestep spacing {spacing!r} is not covered", hint="choose leading or trailing")
+        raise SchedulerError(f"timestep spacing {spacing!r} is unknown", hint="choose leading or trailing")
     if spacing == "trailing" or steps == 1:
         timesteps = np.round(np.arange(count, 0, -count / steps)).astype(np.int64) - 1
     else:
@@ -333,7 +333,7 @@ def combine_for_run(
         )
     if not 1 <= steps < len(trained):
         raise UsageError(
-            f"this student was trained with {len(trained)} steps; {steps} are impossible",
+            f"this student was trained with {len(trained)} steps and cannot draw with {steps}",
             hint=f"choose 1 to {len(trained)}",
         )
     timesteps = decoder_timesteps(scheduler_config, steps, spacing=spacing)
@@ -392,7 +392,7 @@ def _clean_and_noise(
         return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
     if bar == 0.0:
         raise SchedulerError(
-            f"epsilon prediction at timestep {timestep} is impossible: abar is 0 there (rescale_betas_zero_snr)",
+            f"epsilon prediction is undefined at timestep {timestep}: abar is 0 there (rescale_betas_zero_snr)",
             hint="use a v_prediction model, or leading timesteps",
         )
     return (x_t - sigma * prediction) / signal, prediction

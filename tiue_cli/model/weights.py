@@ -114,7 +114,7 @@ _FOREIGN: Final = (
 
 
 def refuse_foreign_tensors(names: Iterable[str], *, where: Path) -> None:
-    """Refuse tensors that the loaders would drop without a word and that change the pictures. Raises ModelFolderError.
+    """Refuse tensors that the loaders would drop silently and that change the pictures. Raises ModelFolderError.
 
     By their names alone, so that ``inspect`` says it as well; what is left over for other reasons is found when the
     weights are loaded.

@@ -84,7 +84,7 @@ def read_training_prompts(source: str, *, column: str | None = None, limit: int 
         more = f" (and {len(bad) - _SHOWN} more rows)" if len(bad) > _SHOWN else ""
         raise PromptError("; ".join(bad[:_SHOWN]) + more, hint="correct the rows; every row needs a text")
     if not seen:
-        raise PromptError(f"{source} holds no prompt", hint="write one prompt a line")
+        raise PromptError(f"{source} holds no prompts", hint="write one prompt a line")
     return TrainingPrompts(tuple(seen), empty=empty, duplicates=duplicates)
 
 
@@ -118,7 +118,7 @@ def _rows(source: str, column: str | None) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UsageError(
-            f"{source} is none of {', '.join(SUFFIXES)}",
+            f"{source} is not a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file",
             hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
         )
     if not has_file(path, error=PromptError):
@@ -179,7 +179,7 @@ def _parquet_rows(path: Path, column: str | None) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
-        raise PromptError(f"{path} is no parquet file: {error}", hint="check the file") from error
+        raise PromptError(f"{path} is not a parquet file: {error}", hint="check the file") from error
     name = _column(dict.fromkeys(file.schema_arrow.names), column, str(path))
     number = 0
     try:

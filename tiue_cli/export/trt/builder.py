@@ -1,6 +1,6 @@
 """One ONNX graph becomes one TensorRT plan, through Polygraphy: strongly typed, so its precision is the graph's own.
 
-TensorRT builds for minutes without a word of its own accord, and cannot be interrupted while it computes. So it builds
+TensorRT builds for minutes, reports nothing by itself, and cannot be interrupted while it computes. So it builds
 in a thread of its own: this one keeps the clock, and tells it through its progress monitor when to give up.
 """
 
@@ -70,8 +70,7 @@ def build_plan(
         except _OutOfMemory as error:
             if retries + 1 == len(limits):
                 raise DeviceError(
-                    f"the memory of the GPU is not enough to build {onnx.name}, not even with {bytes_text(limit)} of"
-                    f" workspace: {error}",
+                    f"not enough GPU memory to build {onnx.name}, even with {bytes_text(limit)} of workspace: {error}",
                     hint="close other programs that use the GPU (see nvidia-smi), or build for fewer images:"
                     " --batch 1:1:4",
                 ) from error

@@ -223,7 +223,7 @@ class _Job:
 def _fitting_engine(
     folder: Path, manifest: ExportManifest, profiles: tuple[ProfileSpec, ...], device: EngineDevice, *, check: bool
 ) -> EngineManifest | None:
-    """The engine that lies there, if it is what would be built; None where anything speaks against it."""
+    """The engine that lies there, if it is what would be built; None where anything differs."""
     if not is_file(folder / ENGINE_MANIFEST, error=OutputError):
         return None
     try:

@@ -234,7 +234,7 @@ def _check_size(profile: ProfileSpec, manifest: ExportManifest) -> None:
     for height, width in corners:
         if height % manifest.latent_factor or width % manifest.latent_factor:
             raise ProfileError(
-                f"profile {profile.name!r}: {height}x{width} pixels are no multiples of {manifest.latent_factor}",
+                f"profile {profile.name!r}: {height}x{width} pixels are not multiples of {manifest.latent_factor}",
                 hint="change its size",
             )
     if not manifest.sizes:
