@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny_export import write_tiny_export
 
-from tiue_cli.backends import trt_device, trt_runner
+from tiue_cli.backends import trt_backend, trt_device, trt_runner
 from tiue_cli.backends.base import Backend
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
@@ -100,6 +100,22 @@ def test_a_smaller_last_batch_and_other_steps_are_served(export: Path, backend: 
             noise = noise_for(backend, count)
             found = backend.generate(PROMPTS[:count], noise, steps=steps)
             np.testing.assert_array_equal(found, reference.generate(PROMPTS[:count], noise, steps=steps))
+
+
+def test_shapes_that_alternate_are_graphs_and_the_oldest_but_the_first_makes_way(
+    backend: TrtBackend, cuda: fake_tensorrt.State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trt_backend, "SHAPES_HELD", 3)
+    draw = {count: noise_for(backend, count) for count in (2, 3)}
+    for count, steps in [(2, 4), (3, 4)] * 3:
+        backend.generate(PROMPTS[:count], draw[count], steps=steps)
+    chains = backend._chains[1]
+    assert [chain.graph_runs for chain in chains.values()] == [2, 2], "shapes that alternate run as graphs"
+    first, mallocs = next(iter(chains)), cuda.cudart.mallocs
+    for count, steps in [(3, 1), (3, 2), (2, 4)]:
+        backend.generate(PROMPTS[:count], draw[count], steps=steps)
+    assert list(chains) == [first, (*draw[3].shape, 1), (*draw[3].shape, 2)]
+    assert chains[first].graph_runs == 3 and cuda.cudart.mallocs == mallocs, "memory is one for a profile"
 
 
 def test_everything_is_given_back(export: Path, cuda: fake_tensorrt.State) -> None:
@@ -265,11 +281,11 @@ def test_with_a_gpu_the_missing_packages_are_named_as_pip_wants_them(
     with pytest.raises(MissingDependencyError) as caught:
         trt_device.require_tensorrt()
     assert "and polygraphy are not installed" in caught.value.message
-    assert caught.value.hint == f"install them: {sys.executable} -m pip install '{package}' 'polygraphy>=0.53'"
+    assert caught.value.hint == f"install them: {sys.executable} -m pip install '{package}' 'polygraphy>=0.53,<1'"
     installed(monkeypatch, "tensorrt-cu12")
     with pytest.raises(MissingDependencyError, match=r"^polygraphy is not installed") as caught:
         trt_device.require_tensorrt()
-    assert caught.value.hint == f"install it: {sys.executable} -m pip install 'polygraphy>=0.53'"
+    assert caught.value.hint == f"install it: {sys.executable} -m pip install 'polygraphy>=0.53,<1'"
 
 
 def test_without_a_gpu_that_is_said_with_what_else_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 from tiny_export import CHANNELS, TOKENS, write_tiny_export
 
 from tiue_cli.backends import trt_runner
-from tiue_cli.backends.trt_runner import Plan, PlanChain, open_plan, open_stream
+from tiue_cli.backends.trt_runner import Plan, PlanChain, cannot_start, open_plan, open_stream
 from tiue_cli.errors import DeviceError, MissingDependencyError, ProfileError
 from tiue_cli.export.trt.builder import build_plan
 from tiue_cli.export.trt.profiles import batch_profiles, input_shapes
@@ -125,6 +125,18 @@ def test_results_are_the_callers_own(engine: Engine, stream: Any) -> None:
     np.testing.assert_array_equal(kept, before)
 
 
+def test_a_runtime_that_tensorrt_does_not_make_is_told_with_its_reason(cuda: fake_tensorrt.State) -> None:
+    cuda.refusal = "CUDA initialization failure with error: 2"
+    with pytest.raises(DeviceError, match=r"cannot start to open x\.plan: .*error: 2") as caught:
+        open_plan("x.plan", b"")
+    assert caught.value.hint is not None and "nvidia-smi" in caught.value.hint
+
+
+def test_a_type_error_of_our_own_stays_one() -> None:
+    error = TypeError("an integer is required")
+    assert cannot_start(error, "open x") is error
+
+
 # --- buffers -------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +162,32 @@ def test_memory_is_allocated_once_and_given_back(engine: Engine, stream: Any, cu
         assert cuda.cudart.mallocs == mallocs
         assert cuda.cudart.allocations and cuda.cudart.executables
     assert not cuda.cudart.allocations and not cuda.cudart.executables and not cuda.cudart.graphs
+    assert not cuda.cudart.pinned
+
+
+def test_every_copy_goes_through_pinned_memory(engine: Engine, stream: Any, cuda: fake_tensorrt.State) -> None:
+    with engine.chain(stream) as chain:
+        for batch in (1, 4, 2):
+            chain.run(engine.inputs(batch), ["images", "noise"])
+        assert cuda.cudart.pinned and cuda.cudart.pageable_copies == 0
+
+
+def test_chains_that_share_memory_keep_a_graph_each(engine: Engine, stream: Any, cuda: fake_tensorrt.State) -> None:
+    plans = [(plan, 1) for plan in engine.plans()]
+    with PlanChain(plans, stream) as first:
+        mallocs = cuda.cudart.mallocs
+        with PlanChain(plans, stream, memory=first.memory) as second:
+            assert cuda.cudart.mallocs == mallocs
+            for number in range(3):
+                for chain, batch in ((first, 2), (second, 3)):
+                    inputs = engine.inputs(batch, seed=number)
+                    found = chain.run(inputs, ["images"])["images"]
+                    np.testing.assert_array_equal(found, engine.expected(inputs)["images"])
+            assert (first.plain_runs, first.captures, first.graph_runs) == (1, 1, 2)
+            assert (second.plain_runs, second.captures, second.graph_runs) == (1, 1, 2)
+        assert cuda.cudart.allocations, "the second chain gave back what was lent to it"
+        first.run(engine.inputs(2), ["images"])
+    assert not cuda.cudart.allocations and not cuda.cudart.pinned
 
 
 def test_a_gpu_without_room_is_one_clear_error_and_nothing_is_lost(

@@ -40,6 +40,8 @@ class FakeCudart:
         self.runtime_version = runtime_version
         self.streams: dict[int, FakeStream] = {}
         self.allocations: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self.pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self.pageable_copies = 0
         self.graphs: dict[int, list[Operation]] = {}
         self.executables: dict[int, list[Operation]] = {}
         self.mallocs = 0
@@ -65,6 +67,18 @@ class FakeCudart:
             return SUCCESS
         return SUCCESS if self.allocations.pop(pointer.value, None) is not None else INVALID_VALUE
 
+    def cudaMallocHost(self, pointer: Any, nbytes: ctypes.c_size_t) -> int:
+        block = ctypes.create_string_buffer(nbytes.value)
+        self.pinned[ctypes.addressof(block)] = block
+        pointer._obj.value = ctypes.addressof(block)
+        return SUCCESS
+
+    def cudaFreeHost(self, pointer: ctypes.c_void_p) -> int:
+        return SUCCESS if self.pinned.pop(pointer.value or 0, None) is not None else INVALID_VALUE
+
+    def _is_pinned(self, address: int, nbytes: int) -> bool:
+        return any(base <= address and address + nbytes <= base + len(block) for base, block in self.pinned.items())
+
     def cudaMemGetInfo(self, free: Any, total: Any) -> int:
         free._obj.value, total._obj.value = self.memory_bytes - self.used_bytes, self.memory_bytes
         return SUCCESS
@@ -87,12 +101,14 @@ class FakeCudart:
             line.capture_is_valid = False
             return CAPTURE_INVALIDATED
         to, start, count = dst.value, src.value, nbytes.value
-        if kind.value == 1:  # host to device: staged at once, written in turn
-            staged = ctypes.string_at(start, count)
+        self.pageable_copies += not self._is_pinned(start if kind.value == 1 else to, count)
+        if kind.value == 1:
+            # Pageable memory is staged at once; pinned memory is read when the copy's turn has come.
+            staged = None if self._is_pinned(start, count) else ctypes.string_at(start, count)
 
             def copy_in() -> None:
                 self.check_region(to, count)
-                ctypes.memmove(to, staged, count)
+                ctypes.memmove(to, start if staged is None else staged, count)
 
             line.add(copy_in)
         elif kind.value == 2:

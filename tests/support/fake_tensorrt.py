@@ -40,7 +40,13 @@ class State:
     cudart: fake_cuda.FakeCudart = field(default_factory=fake_cuda.FakeCudart)
     driver: fake_cuda.FakeDriver = field(default_factory=fake_cuda.FakeDriver)
     builds: list[str] = field(default_factory=list)
-    """Outcomes of the next builds: "ok", "oom", "fail", or "hang" (until it is cancelled); "ok" when empty."""
+    """Outcomes of the next builds; "ok" when empty.
+
+    "oom" wants as much as the workspace, "oom-fixed" the same size whatever the workspace, "bad_alloc" is main
+    memory's own error, "fail" has no tactic, "hang" goes on until it is cancelled.
+    """
+    refusal: str | None = None
+    """What TensorRT logs where it cannot start: Builder and Runtime are then not made."""
     on_step: Callable[[str, int], None] | None = None
     spoil: Callable[[str, np.ndarray], np.ndarray] | None = None
     """Changes each output (name, value) of what is run: an engine that computes something else."""
@@ -169,8 +175,16 @@ def _ports(values: Any, initializers: set[str] = frozenset()) -> dict[str, tuple
     return found
 
 
+def _refuse(logger: ILogger) -> None:
+    """As the bindings of 10.8 and 11.4 do without a driver: the logger hears why, and a TypeError is raised."""
+    if STATE.refusal is not None:
+        logger.log(ILogger.ERROR, STATE.refusal)
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+
 class Runtime(_Real):
     def __init__(self, logger: ILogger) -> None:
+        _refuse(logger)
         self._logger = logger
 
     def deserialize_cuda_engine(self, data: bytes) -> ICudaEngine | None:
@@ -366,6 +380,7 @@ def _write(address: int, value: np.ndarray) -> None:
 
 class Builder(_Real):
     def __init__(self, logger: ILogger) -> None:
+        _refuse(logger)
         self._logger = logger
 
     def create_network(self, flags: int = 0) -> INetworkDefinition:
@@ -389,8 +404,13 @@ class Builder(_Real):
         if not self._steps(config._monitor, hang=outcome == "hang"):
             STATE.cancelled += 1
             return self._error("buildSerializedNetwork: Error Code 7: BuildCanceled (Build canceled by user)")
-        if outcome == "oom":
-            return self._error("[virtualMemoryBuffer.cpp::154] Error Code 2: OutOfMemory (Requested size was 1 GiB.)")
+        if outcome.startswith("oom"):
+            size = 3 * 2**30 if outcome == "oom-fixed" else STATE.workspaces[-1]
+            return self._error(
+                f"[virtualMemoryBuffer.cpp::154] Error Code 2: OutOfMemory (Requested size was {size} bytes.)"
+            )
+        if outcome == "bad_alloc":
+            return self._error("Error Code 1: Internal Error (std::bad_alloc)")
         if outcome == "fail":
             return self._error("Error Code 10: Internal Error (Could not find any implementation for node)")
         if config._cache is not None:

@@ -8,11 +8,12 @@ Tokens, noise and weights go in; latents (to be checked) and pixels come out; wh
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.backends.trt_device import check_device, current_device, find_engine, rebuild_command
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
 
     from tiue_cli.backends.base import ProgressFn
     from tiue_cli.backends.trt_runner import Plan, PlanChain
+
+
+SHAPES_HELD: Final = 6
+"""Shapes of a profile that are ready at a time, each with its contexts and its CUDA graph; memory is shared."""
 
 
 class TrtBackend:
@@ -68,7 +73,7 @@ class TrtBackend:
         self._stream: Any = None
         self._tokenizer: PromptTokenizer | None = None
         self._plans: dict[tuple[str, Size | None], Plan] = {}
-        self._chains: dict[int, PlanChain] = {}
+        self._chains: dict[int, OrderedDict[tuple[int, ...], PlanChain]] = {}
 
     @property
     def dtype(self) -> str:
@@ -91,7 +96,8 @@ class TrtBackend:
     @property
     def graph_problem(self) -> str | None:
         """Why runs stay plain where a CUDA graph could not be captured; None where nothing spoke against it."""
-        return next((chain.graph_problem for chain in self._chains.values() if chain.graph_problem is not None), None)
+        chains = [chain for chains in self._chains.values() for chain in chains.values()]
+        return next((chain.graph_problem for chain in chains if chain.graph_problem is not None), None)
 
     def latent_shape(self, size: Size) -> tuple[int, int, int]:
         """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError or ProfileError."""
@@ -148,7 +154,8 @@ class TrtBackend:
         assert len(prompts) == len(noise), "one prompt an image"
         combine, factor = self.manifest.combine(steps), self.manifest.latent_factor
         size = (noise.shape[2] * factor, noise.shape[3] * factor)
-        chain = self._chain(self._profile(batch=len(noise), steps=combine.steps, size=size))
+        profile = self._profile(batch=len(noise), steps=combine.steps, size=size)
+        chain = self._chain(profile, (*noise.shape, combine.steps))
         inputs = {
             "input_ids": self._entered(prompts),
             "noise": noise,
@@ -180,8 +187,9 @@ class TrtBackend:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # What uses the stream goes before it.
-        for chain in self._chains.values():
-            chain.close()
+        for chains in self._chains.values():
+            for chain in reversed(chains.values()):  # the first one's memory last
+                chain.close()
         self._chains.clear()
         self._plans.clear()
         self._stack.close()
@@ -205,17 +213,30 @@ class TrtBackend:
             hint=f"build another: {rebuild_command(self.folder)} --batch 1:{max(1, batch // 2)}:{batch}",
         )
 
-    def _chain(self, profile: int) -> PlanChain:
-        """The chain for one profile, made when it is first needed."""
-        if profile not in self._chains:
-            from tiue_cli.backends.trt_runner import PlanChain
+    def _chain(self, profile: int, shape: tuple[int, ...]) -> PlanChain:
+        """The chain for one profile and shape, made when it is first needed: each keeps its own CUDA graph.
 
-            plans = [
-                (self._plan(graph), _plan_spec(self.engine, graph, self.engine_folder).plan_profile(profile))
-                for graph in self._graphs(profile)
-            ]
-            self._chains[profile] = PlanChain(plans, self._stream, graphs=self._use_graphs).__enter__()
-        return self._chains[profile]
+        The first chain of a profile owns the memory and stays; of the others the least recently used makes way.
+        """
+        from tiue_cli.backends.trt_runner import PlanChain
+
+        chains = self._chains.setdefault(profile, OrderedDict())
+        first = next(iter(chains), None)
+        if shape in chains:
+            if shape != first:
+                chains.move_to_end(shape)
+            return chains[shape]
+        if len(chains) >= SHAPES_HELD:
+            oldest = list(chains)[1]
+            chains.pop(oldest).close()
+        plans = [
+            (self._plan(graph), _plan_spec(self.engine, graph, self.engine_folder).plan_profile(profile))
+            for graph in self._graphs(profile)
+        ]
+        memory = None if first is None else chains[first].memory
+        chain = PlanChain(plans, self._stream, graphs=self._use_graphs, memory=memory)
+        chains[shape] = chain.__enter__()
+        return chain
 
     def _graphs(self, profile: int) -> list[GraphSpec]:
         """The graphs of an image under one profile."""

@@ -72,7 +72,10 @@ def open_plan(name: str, data: bytes) -> Plan:
     with device_errors(f"opening {name}"):
         from polygraphy.backend.trt import get_trt_logger
 
-        runtime = trt.Runtime(get_trt_logger())
+        try:
+            runtime = trt.Runtime(get_trt_logger())
+        except TypeError as error:
+            raise cannot_start(error, f"open {name}") from error
         engine = runtime.deserialize_cuda_engine(data)
     if engine is None:
         raise DeviceError(
@@ -95,6 +98,52 @@ def _tensor_info(trt: Any, engine: Any, name: str) -> TensorInfo:
     return TensorInfo(name, np.dtype(_DTYPES[kind]), shape, is_input)
 
 
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+class PlanMemory:
+    """What plans under one profile run in: a buffer a tensor at its largest, working memory, pinned host memory.
+
+    Chains of one stream may share it, as they never run at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, Any] = {}
+        self.working: Any = None
+        self._host: dict[str, tuple[ctypes.c_void_p, int]] = {}
+
+    def host(self, name: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
+        """A pinned array, which a GPU copies at full speed; the memory of a name is the same from call to call."""
+        nbytes = max(1, _nbytes(shape, dtype))
+        pointer, have = self._host.get(name, (None, 0))
+        if pointer is None or have < nbytes:
+            if pointer is not None:
+                _free_host(self._host.pop(name)[0])
+            pointer = ctypes.c_void_p()
+            cuda = cuda_wrapper()
+            cuda.check(cuda.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
+            self._host[name] = (pointer, nbytes)
+        block = (ctypes.c_char * nbytes).from_address(pointer.value or 0)
+        return np.frombuffer(block, dtype=dtype, count=int(np.prod(shape, dtype=np.int64))).reshape(tuple(shape))
+
+    def free(self) -> None:
+        """Give everything back."""
+        from polygraphy.exception import PolygraphyException
+
+        for buffer in (*self.buffers.values(), self.working):
+            # A GPU that failed refuses this as well, and the failure itself is what the caller must see.
+            with contextlib.suppress(PolygraphyException):
+                if buffer is not None:
+                    buffer.free()
+        for pointer, _ in self._host.values():
+            _free_host(pointer)
+        self.buffers, self.working, self._host = {}, None, {}
+
+
+def _free_host(pointer: ctypes.c_void_p) -> None:
+    cuda_wrapper().handle.cudaFreeHost(pointer)
+
+
 # --- a chain of plans ----------------------------------------------------------------------------------------------
 
 
@@ -105,15 +154,26 @@ class PlanChain:
     where a CUDA graph could not be made.
     """
 
-    def __init__(self, plans: Sequence[tuple[Plan, int]], stream: Any, *, graphs: bool = True) -> None:
-        """``plans`` with the number of the profile to use in each; ``stream`` is one of ``open_stream``."""
+    def __init__(
+        self,
+        plans: Sequence[tuple[Plan, int]],
+        stream: Any,
+        *,
+        graphs: bool = True,
+        memory: PlanMemory | None = None,
+    ) -> None:
+        """``plans`` with the number of the profile to use in each; ``stream`` is one of ``open_stream``.
+
+        ``memory`` is that of another chain of the same plans, profiles and stream, which must outlive this one; None
+        makes its own. Chains that share it keep a shape and its graph each.
+        """
         self.plain_runs = self.captures = self.graph_runs = 0
         self.graph_problem: str | None = None if graphs else "CUDA graphs are switched off"
         self._plans = list(plans)
         self._stream = stream
         self._contexts: list[Any] = []
-        self._buffers: dict[str, Any] = {}
-        self._memory: Any = None
+        self._owns_memory = memory is None
+        self.memory = PlanMemory() if memory is None else memory
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._graph: _Graph | None = None
         self._ran_plain = False
@@ -134,18 +194,11 @@ class PlanChain:
         self.close()
 
     def close(self) -> None:
-        """Give everything back but the stream."""
-        from polygraphy.exception import PolygraphyException
-
+        """Give everything back but the stream, and memory that another chain lent."""
         self._forget_graph()
         self._contexts.clear()
-        for buffer in (*self._buffers.values(), self._memory):
-            # A GPU that failed refuses this as well, and the failure itself is what the caller must see.
-            with contextlib.suppress(PolygraphyException):
-                if buffer is not None:
-                    buffer.free()
-        self._buffers.clear()
-        self._memory = None
+        if self._owns_memory:
+            self.memory.free()
         self._shapes = {}
 
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
@@ -161,16 +214,14 @@ class PlanChain:
             for name, array in arrays.items():
                 self._copy_in(name, array)
             self._launch()
-            results = {name: self._copy_out(name) for name in outputs}
+            pinned = {name: self._copy_out(name) for name in outputs}
             self._stream.synchronize()
-        return results
+        return {name: array.copy() for name, array in pinned.items()}
 
     # --- once ---
 
     def _prepare(self) -> None:
         """Contexts, one buffer a tensor at its largest shape, and one block of working memory for all plans."""
-        from polygraphy import cuda
-
         sizes: dict[str, int] = {}
         memory = 1
         for plan, profile in self._plans:
@@ -182,15 +233,21 @@ class PlanChain:
             for name, shape in _largest_shapes(plan, context, profile).items():
                 sizes[name] = max(sizes.get(name, 1), _nbytes(shape, self._dtypes[name]))
         self._stream.synchronize()
-        self._memory = cuda.DeviceArray.raw((memory,))
+        if self._owns_memory:
+            self._allocate(memory, sizes)
+        for (plan, _), context in _pairs(self._plans, self._contexts):
+            _give_memory(context, self.memory.working)
+            for tensor in plan.tensors:
+                if not context.set_tensor_address(tensor.name, self.memory.buffers[tensor.name].ptr):
+                    raise DeviceError(f"{plan.name}: tensor {tensor.name} takes no address", hint=_RANGES)
+
+    def _allocate(self, working: int, sizes: Mapping[str, int]) -> None:
+        from polygraphy import cuda
+
+        self.memory.working = cuda.DeviceArray.raw((working,))
         # Sorted by size: large blocks first fragment less.
         for name in sorted(sizes, key=lambda name: -sizes[name]):
-            self._buffers[name] = cuda.DeviceArray.raw((sizes[name],))
-        for (plan, _), context in _pairs(self._plans, self._contexts):
-            _give_memory(context, self._memory)
-            for tensor in plan.tensors:
-                if not context.set_tensor_address(tensor.name, self._buffers[tensor.name].ptr):
-                    raise DeviceError(f"{plan.name}: tensor {tensor.name} takes no address", hint=_RANGES)
+            self.memory.buffers[name] = cuda.DeviceArray.raw((sizes[name],))
 
     # --- once a shape ---
 
@@ -212,7 +269,7 @@ class PlanChain:
                 raise DeviceError(f"{plan.name}: no shape for {', '.join(missing)}", hint=_RANGES)
             for name in plan.names(inputs=False):
                 known[name] = tuple(int(side) for side in context.get_tensor_shape(name))
-                if _nbytes(known[name], self._dtypes[name]) > self._buffers[name].allocated_nbytes:
+                if _nbytes(known[name], self._dtypes[name]) > self.memory.buffers[name].allocated_nbytes:
                     raise ProfileError(f"{plan.name}: {name} of shape {_times(known[name])} has no room", hint=_RANGES)
         self._shapes = known
 
@@ -252,9 +309,12 @@ class PlanChain:
     def _copy_in(self, name: str, array: np.ndarray) -> None:
         from polygraphy import cuda
 
+        # The last run was waited for, so nothing reads the pinned memory any more.
+        pinned = self.memory.host(name, array.shape, array.dtype)
+        pinned[...] = array
         cuda.wrapper().memcpy(
-            dst=self._buffers[name].ptr,
-            src=array.ctypes.data,
+            dst=self.memory.buffers[name].ptr,
+            src=pinned.ctypes.data,
             nbytes=array.nbytes,
             kind=cuda.MemcpyKind.HostToDevice,
             stream_ptr=self._stream.ptr,
@@ -263,10 +323,10 @@ class PlanChain:
     def _copy_out(self, name: str) -> np.ndarray:
         from polygraphy import cuda
 
-        array = np.empty(self._shapes[name], dtype=self._dtypes[name])
+        array = self.memory.host(f"{name}, out", self._shapes[name], self._dtypes[name])
         cuda.wrapper().memcpy(
             dst=array.ctypes.data,
-            src=self._buffers[name].ptr,
+            src=self.memory.buffers[name].ptr,
             nbytes=array.nbytes,
             kind=cuda.MemcpyKind.DeviceToHost,
             stream_ptr=self._stream.ptr,
@@ -551,6 +611,20 @@ def collect_messages() -> Messages:
         logger.addHandler(_MESSAGES)
         logger.propagate = False
     return _MESSAGES
+
+
+def cannot_start(error: TypeError, what: str) -> Exception:
+    """The error for a Builder or Runtime that TensorRT does not make; any other TypeError is given back as it is.
+
+    The bindings say of it "pybind11::init(): factory function returned nullptr", and the logger why: the driver is too
+    old, or the memory is full.
+    """
+    if "nullptr" not in str(error):
+        return error
+    return DeviceError(
+        f"TensorRT cannot start to {what}: {collect_messages().worst() or 'it gives no reason'}",
+        hint="see whether the driver is new enough and the GPU has free memory: nvidia-smi, tiue doctor",
+    )
 
 
 def import_tensorrt() -> Any:

@@ -191,6 +191,33 @@ def test_when_memory_never_suffices_that_is_the_error(export: Path, cuda: fake_t
     assert not (export / ENGINE).exists() and not list(export.glob(".*"))
 
 
+@pytest.mark.parametrize(
+    ("outcome", "attempts", "said"),
+    [("bad_alloc", 1, r"the main memory is not enough to build text_encoder\.onnx"), ("oom-fixed", 2, "main memory")],
+)
+def test_a_shortage_that_less_workspace_does_not_change_is_not_retried_for_ever(
+    export: Path, cuda: fake_tensorrt.State, outcome: str, attempts: int, said: str
+) -> None:
+    cuda.builds = [outcome] * 10
+    with pytest.raises(DeviceError, match=said) as caught:
+        build_engine(EngineConfig(export))
+    assert caught.value.hint is not None and "memory limit" in caught.value.hint
+    assert len(cuda.workspaces) == attempts
+    assert not (export / ENGINE).exists() and not list(export.glob(".*"))
+
+
+def test_a_builder_that_tensorrt_does_not_make_is_told_with_tensorrts_reason(
+    export: Path, cuda: fake_tensorrt.State
+) -> None:
+    cuda.refusal = "CUDA initialization failure with error: 35. Please check your CUDA installation"
+    with pytest.raises(
+        DeviceError, match=r"cannot start to build text_encoder\.onnx: .*failure with error: 35"
+    ) as caught:
+        build_engine(EngineConfig(export))
+    assert caught.value.hint is not None and "nvidia-smi" in caught.value.hint
+    assert not (export / ENGINE).exists() and not list(export.glob(".*"))
+
+
 def test_another_failure_is_not_retried_and_says_tensorrts_reason(export: Path, cuda: fake_tensorrt.State) -> None:
     cuda.builds = ["ok", "ok", "fail"]
     with pytest.raises(DeviceError, match=r"cannot build unet_decoder\.onnx: .*Could not find any implementation"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tiue_cli.backends.trt_runner import Messages, collect_messages
+from tiue_cli.backends.trt_runner import Messages, cannot_start, collect_messages
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.trt.profiles import Shapes
 from tiue_cli.files.caches import user_cache
@@ -32,6 +32,8 @@ WORKSPACE_SHARE: Final = 0.75
 RETRIES: Final = 3
 BEAT_S: Final = 0.5
 
+_REQUESTED = re.compile(r"requested size was ([\d.,]+ ?\w*)", re.IGNORECASE)
+_MAIN_MEMORY = re.compile(r"bad_alloc|host memory|cannot allocate memory", re.IGNORECASE)
 _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|insufficient memory|could not be allocated|bad_alloc|memory ?allocation", re.IGNORECASE
 )
@@ -62,12 +64,16 @@ def build_plan(
     """
     started = time.perf_counter()
     limits = workspace_limits(workspace_bytes)
+    requested = None
     for retries, limit in enumerate(limits):
         try:
             layers = _build_once(
                 onnx, plan, shapes, workspace_bytes=limit, timing_cache=timing_cache, progress=progress
             )
         except _OutOfMemory as error:
+            if error.in_main_memory or (error.requested is not None and error.requested == requested):
+                raise _not_the_workspace(onnx, error) from error
+            requested = error.requested
             if retries + 1 == len(limits):
                 raise DeviceError(
                     f"not enough GPU memory to build {onnx.name}, even with {bytes_text(limit)} of workspace: {error}",
@@ -100,7 +106,27 @@ def timing_cache_file(device: EngineDevice) -> Path:
 
 
 class _OutOfMemory(Exception):
-    """A build failed for want of memory."""
+    """A build failed for want of memory; ``requested`` is the size that was asked for, in TensorRT's words."""
+
+    def __init__(self, text: str, *, in_main_memory: bool) -> None:
+        super().__init__(text)
+        found = _REQUESTED.search(text)
+        self.requested = None if found is None else found.group(1)
+        self.in_main_memory = in_main_memory
+
+
+def _not_the_workspace(onnx: Path, error: _OutOfMemory) -> DeviceError:
+    """For a shortage that less workspace, which is the GPU's, does not change."""
+    if error.in_main_memory:
+        said = f"the main memory is not enough to build {onnx.name}: {error}"
+    else:
+        said = (
+            f"building {onnx.name} asks for {error.requested} however small its workspace is: the main memory is not"
+            f" enough, or the GPU's for the weights: {error}"
+        )
+    return DeviceError(
+        said, hint="close other programs, raise the container's memory limit, or build on a machine with more memory"
+    )
 
 
 # --- one attempt ---------------------------------------------------------------------------------------------------
@@ -139,8 +165,10 @@ def _build_once(
 
     try:
         return run_watched(work, watch, progress)
-    except (PolygraphyException, RuntimeError, MemoryError) as error:
+    except (PolygraphyException, RuntimeError, MemoryError, TypeError) as error:
         plan.unlink(missing_ok=True)
+        if isinstance(error, TypeError):
+            raise cannot_start(error, f"build {onnx.name}") from error
         raise _build_error(onnx, error, messages) from error
     except BaseException:
         plan.unlink(missing_ok=True)
@@ -151,7 +179,8 @@ def _build_error(onnx: Path, error: BaseException, messages: Messages) -> Except
     said = messages.errors()
     for text in (*said, str(error)):
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
-            return _OutOfMemory(text)
+            main = isinstance(error, MemoryError) or _MAIN_MEMORY.search(text) is not None
+            return _OutOfMemory(text, in_main_memory=main)
     reason = said[0] if said else " ".join(str(error).split())[:400]
     return DeviceError(
         f"TensorRT cannot build {onnx.name}: {reason}",
