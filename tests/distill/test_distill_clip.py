@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextC
 
 from tiue_cli.distill.clip import ClipLoss, make_clip_loss
 from tiue_cli.distill.config import ClipSettings
+from tiue_cli.distill.estimate import estimate_run
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.autoencoder import ImageDecoder
@@ -73,6 +74,42 @@ def test_gradient_reaches_the_latents_and_stops_above_the_threshold(clip_folder:
     latents.grad = None
     make_loss(clip_folder, threshold=-1.0)(latents, ["a tree"]).backward()
     assert latents.grad.abs().max() == 0
+
+
+def test_recomputing_in_half_precision_gives_the_same_loss_and_gradient(clip_folder: Path) -> None:
+    prompts = ["a red star", "a tree"]
+    settings, found = ClipSettings(model=str(clip_folder), threshold=1.0), {}
+    for half, recompute in ((None, False), (None, True), (torch.bfloat16, True)):
+        latents = seeded_noise((2, 4, 8, 8)).requires_grad_()
+        loss = make_clip_loss(
+            settings, teacher_vae=tiny_vae("kl"), device=torch.device("cpu"), half=half, recompute=recompute
+        )
+        value = loss(latents, prompts)
+        value.backward()
+        assert value.dtype == torch.float32 and latents.grad is not None
+        found[half, recompute] = value.detach(), latents.grad
+    exact = found[None, False]
+    torch.testing.assert_close(found[None, True], exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[torch.bfloat16, True][0], exact[0], rtol=0, atol=0.02)
+    cosine = torch.cosine_similarity(found[torch.bfloat16, True][1].flatten(), exact[1].flatten(), dim=0)
+    assert cosine > 0.9
+
+
+def test_dry_run_counts_the_clip_loss_and_what_recomputing_spares(
+    make_config: Callable[..., Any], clip_folder: Path
+) -> None:
+    def memory(**changes: Any) -> dict[str, int]:
+        config = make_config(batch_size=4, clip__model=clip_folder, warm_start__steps=0, **changes)
+        return estimate_run(config, prompts=5, half=changes.get("precision") == "bf16").memory_bytes
+
+    without, with_ = memory(), memory(clip__weight=0.1)
+    assert set(with_) - set(without) == {"CLIP loss, its networks", "CLIP loss, activations"}
+    parameters = sum(value.numel() for value in CLIPModel.from_pretrained(clip_folder).parameters())
+    assert with_["CLIP loss, its networks"] == 4 * parameters
+    assert all(with_[name] == without[name] for name in without)
+    spared = memory(clip__weight=0.1, gradient_checkpointing=True)
+    assert spared["CLIP loss, activations"] < with_["CLIP loss, activations"] / 3
+    assert spared["activations"] < with_["activations"]
 
 
 def test_run_with_clip_loss_anneals_it_by_optimiser_steps(

@@ -6,21 +6,28 @@ counting what autograd would keep.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models import UNet2DConditionModel
+from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import CLIPConfig, CLIPModel
 
+from tiue_cli.distill.clip import recomputes
 from tiue_cli.distill.config import DistillConfig, LoraSettings
 from tiue_cli.distill.networks import StudentGenerator, lora_targets, teacher_source
-from tiue_cli.model.autoencoder import latent_size
+from tiue_cli.errors import ModelFolderError
+from tiue_cli.model.autoencoder import ImageDecoder, latent_size
 from tiue_cli.model.folder import ModelInfo, check_model_folder, read_json
-from tiue_cli.model.hub import resolve_model
+from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.student import choose_timesteps, refuse_student
 
 _FLOAT32, _HALF = 4, 2
@@ -52,7 +59,8 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     if config.warm_start.keep_weight > 0:  # both go through the student at once
         batch = max(batch, config.batch_size + (config.warm_start.batch_size or config.batch_size))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = _FakeRun(config, info, timesteps, batch)
+        fake = _FakeRun(config, info, timesteps, batch, half=half)
+        clip = None if config.clip.weight == 0 else _FakeClip(config, info, config.batch_size, half=half)
     unet, lora = fake.unet_parameters, fake.lora_parameters
     others = sum(info.component(name).parameters for name in ("text_encoder", "vae"))
     frozen = _HALF if half else _FLOAT32
@@ -64,8 +72,12 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
         "teacher's UNet": frozen * unet,
         "LoRA, with gradients and Adam": (2 + _ADAM_MOMENTS) * _FLOAT32 * lora,
         "text encoder and autoencoder": _FLOAT32 * others,
+        "weights in half precision, kept by autocast": _HALF * unet if half else 0,
         "activations": round(fake.activation_bytes * (frozen / _FLOAT32)),
     }
+    if clip is not None:
+        memory["CLIP loss, its networks"] = _FLOAT32 * clip.parameters
+        memory["CLIP loss, activations"] = round(clip.activation_bytes * (frozen / _FLOAT32))
     weights = _FLOAT32 * (unet + lora + (0 if config.ema is None else unet))
     checkpoint = weights + _ADAM_MOMENTS * (moments * unet + _FLOAT32 * lora)
     text = info.text_tokens * info.text_width * prompts * frozen if config.text_cache else 0
@@ -102,22 +114,95 @@ def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:
 class _FakeRun:
     """Forward passes without numbers. Made within a FakeTensorMode."""
 
-    def __init__(self, config: DistillConfig, info: ModelInfo, timesteps: tuple[int, ...], batch: int) -> None:
-        shape = (info.latent_channels, *info.sample_size)
-        if config.size is not None:
-            shape = (info.latent_channels, *latent_size(config.size, info.factor))
+    def __init__(
+        self, config: DistillConfig, info: ModelInfo, timesteps: tuple[int, ...], batch: int, *, half: bool
+    ) -> None:
+        shape = _latent_shape(config, info)
         self.latent_numbers = shape[0] * shape[1] * shape[2]
         unet_config = read_json(info.path / "unet" / "config.json")
         noise, states = torch.zeros(batch, *shape), torch.zeros(batch, info.text_tokens, info.text_width)
 
         unet: Any = UNet2DConditionModel.from_config(unet_config)
         self.unet_parameters = _count(unet)
+        again = 0
         if config.gradient_checkpointing:
+            # In the backward pass one block's activations are there again, the decoder's for all timesteps at once.
+            rows = (noise.repeat(len(timesteps), 1, 1, 1), 0, states.repeat(len(timesteps), 1, 1))
+            again = largest_block_bytes(unet, lambda: unet(rows[0], rows[1], rows[2], return_dict=False)[0])
             unet.enable_gradient_checkpointing()
         student = StudentGenerator(unet, timesteps, decoder=config.student.decoder)
         self.lora_parameters = lora_parameter_count(unet, config.lora)
-        # The student's step keeps more than the LoRA teacher's, which follows it: that one trains adapters alone.
-        self.activation_bytes = saved_bytes(student, lambda: student(noise, states))
+        kept = saved_bytes(student, lambda: student(noise, states)) + again
+        # The LoRA teacher's step follows the student's, whose activations are gone by then: the larger one counts.
+        if not half:  # merged adapters, in float32, are not computed again; see ``ScoreModel.recompute``
+            unet.disable_gradient_checkpointing()
+        _add_adapters(unet, config.lora)
+        lora = saved_bytes(unet, lambda: unet(noise, 0, states, return_dict=False)[0])
+        self.activation_bytes = max(kept, lora + (again if half else 0))
+
+
+def _add_adapters(unet: Any, settings: LoraSettings) -> None:
+    """Adapters beside frozen layers, as peft puts them there; peft itself cannot handle tensors without numbers."""
+    unet.requires_grad_(False)
+    adapters = nn.ModuleList()
+    for name in lora_targets(unet, settings.targets):
+        layer: Any = unet.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            down: nn.Module = nn.Conv2d(
+                layer.in_channels, settings.rank, layer.kernel_size, layer.stride, layer.padding, bias=False
+            )  # type: ignore[arg-type]
+            up: nn.Module = nn.Conv2d(settings.rank, layer.out_channels, 1, bias=False)
+        else:
+            down = nn.Linear(layer.in_features, settings.rank, bias=False)
+            up = nn.Linear(settings.rank, layer.out_features, bias=False)
+        adapters += [down, up]
+        layer.register_forward_hook(functools.partial(_beside, down, up))
+    unet.adapters = adapters
+
+
+def _beside(down: nn.Module, up: nn.Module, layer: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    added: Tensor = up(down(inputs[0]))
+    return output + added
+
+
+class _FakeClip:
+    """The CLIP loss without numbers. Made within a FakeTensorMode."""
+
+    def __init__(self, config: DistillConfig, info: ModelInfo, batch: int, *, half: bool) -> None:
+        try:
+            clip_config: Any = CLIPConfig.from_pretrained(config.clip.model)
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(
+                f"clip.model {config.clip.model} cannot be read: {str(error).splitlines()[0]}",
+                hint="give a CLIPModel's folder or hub id, or set clip.weight=0",
+            ) from error
+        clip: Any = CLIPModel(clip_config)
+        vae = _fake_vae(info.path if config.clip.vae is None else resolve_vae(config.clip.vae))
+        decoder, shape = ImageDecoder(vae), _latent_shape(config, info)
+        for module in (clip, vae):
+            module.requires_grad_(False)
+        # The teacher's own autoencoder is counted with its text encoder.
+        self.parameters = _count(clip) + (0 if config.clip.vae is None else _count(vae))
+        at_once = 1 if recomputes(config, half=half) else batch
+        latents = torch.zeros(at_once, *shape, requires_grad=True)
+        side = int(clip_config.vision_config.image_size)
+        images = torch.zeros(batch, 3, side, side, requires_grad=True)
+        self.activation_bytes = saved_bytes(vae, lambda: decoder.decode_float(latents)) + saved_bytes(
+            clip, lambda: clip.get_image_features(pixel_values=images).pooler_output
+        )
+
+
+def _fake_vae(folder: Path) -> Any:
+    path = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
+    values = read_json(path / "config.json")
+    kind: Any = AutoencoderTiny if values.get("_class_name") == "AutoencoderTiny" else AutoencoderKL
+    return kind.from_config(values)
+
+
+def _latent_shape(config: DistillConfig, info: ModelInfo) -> tuple[int, int, int]:
+    """(C, h, w)."""
+    height, width = info.sample_size if config.size is None else latent_size(config.size, info.factor)
+    return info.latent_channels, height, width
 
 
 def lora_parameter_count(unet: nn.Module, settings: LoraSettings) -> int:
@@ -145,6 +230,38 @@ def saved_bytes(module: nn.Module, call: Callable[[], Tensor]) -> int:
         size = sum(kept.values())
         del result
     return size
+
+
+def largest_block_bytes(unet: nn.Module, call: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps within the block that keeps most: those that checkpointing computes again at once."""
+    own = {_storage(parameter) for parameter in unet.parameters()}
+    kept: dict[int, int] = {}
+    entered: dict[nn.Module, int] = {}
+    largest = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def enter(block: nn.Module, _: Any) -> None:
+        entered[block] = sum(kept.values())
+
+    def leave(block: nn.Module, _: Any, __: Any) -> None:
+        nonlocal largest
+        largest = max(largest, sum(kept.values()) - entered.pop(block))
+
+    blocks = [module for module in unet.modules() if isinstance(module, (ResnetBlock2D, BasicTransformerBlock))]
+    hooks = [block.register_forward_pre_hook(enter) for block in blocks]
+    hooks += [block.register_forward_hook(leave) for block in blocks]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = call()  # held, so that no storage's number is given to another one
+        del result
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return largest
 
 
 def _storage(tensor: Tensor) -> int:

@@ -202,9 +202,16 @@ class Distillation:
     def _make_trainer(self, pairs: PairData | None) -> Trainer:
         clip = None
         if self.config.clip.weight > 0:
-            from tiue_cli.distill.clip import make_clip_loss
+            from tiue_cli.distill.clip import make_clip_loss, recomputes
 
-            clip = make_clip_loss(self.config.clip, teacher_vae=self._student.vae, device=self._accelerator.device)
+            half = HALF.get(self._accelerator.mixed_precision)
+            clip = make_clip_loss(
+                self.config.clip,
+                teacher_vae=self._student.vae,
+                device=self._accelerator.device,
+                half=half,
+                recompute=recomputes(self.config, half=half is not None),
+            )
         return Trainer(self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=pairs, clip=clip)
 
     # --- caches ----------------------------------------------------------------------------------------------------
