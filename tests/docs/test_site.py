@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import docs_commands
@@ -50,6 +51,17 @@ def test_pages_are_finished_and_ask_for_what_exists(page: Path) -> None:
         assert kind in ("tree", "commands", "recipes", "settings", "file")
         assert not argument or (ROOT / argument).is_file()
     assert text.count("<!-- generated") == len(re.findall(r"^<!-- generated: (\w+)(?: (\S+))? -->$", text, re.M))
+
+
+def test_the_layers_shown_are_those_that_the_tests_hold() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    layers = runpy.run_path(str(ROOT / "tests" / "test_imports.py"))["LAYERS"]
+    block = re.search(r"^## Layers\n.*?```text\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert block is not None
+    shown = [re.split(r"  +", line)[0].split(", ") for line in block[1].splitlines()]
+    wanted = sorted({layers[name] for names in shown for name in names}, reverse=True)
+    assert [{layers[name] for name in names} for names in shown] == [{layer} for layer in wanted]
+    assert {name for names in shown for name in names} == layers.keys() - {"", "__main__"}
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -50,7 +50,7 @@ class TrtBackend:
     device = "cuda"
 
     def __init__(self, folder: Path | str, *, engine: Path | None = None, graphs: bool = True) -> None:
-        """``folder`` is an export folder or one of the engine folders in it; ``engine`` names one that lies elsewhere.
+        """``folder`` is an export folder or one of the engine folders in it; ``engine`` names one elsewhere.
 
         Reads manifests and compares them with this machine; opens no plan. ``graphs`` False runs without CUDA graphs.
         Raises ManifestError, DeviceError, MissingDependencyError.

@@ -179,7 +179,7 @@ class Distillation:
         )
 
     def _open_folder(self) -> None:
-        """Write down what this run is, or check that it is the run that lies there."""
+        """Write down what this run is, or check that it is the run in this folder."""
         teacher_sha256 = self._student.manifest.teacher_sha256
         assert teacher_sha256 is not None
         record = RunRecord(

@@ -145,7 +145,7 @@ def check_places(out: Path, config: DistillConfig, *, resume: bool) -> None:
 def run_lock(out: Path, *, resume: bool) -> Iterator[None]:
     """Hold the folder of a run; a second distillation in it is refused, and touches nothing. Raises OutputError.
 
-    A folder that was made for the lock and got nothing else goes again.
+    A folder that was made for the lock and got nothing else is removed again.
     """
     made = not out.exists()
     try:

@@ -24,7 +24,7 @@ ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 class GenerateConfig:
     """What ``tiue generate`` can be asked, with the defaults of its options.
 
-    None means: the model's own (``size`` in pixels (H, W), ``steps``, ``teacher_steps``, ``guidance``, ``vae``), one
+    None means the model's own (``size`` in pixels (H, W), ``steps``, ``teacher_steps``, ``guidance``, ``vae``), one
     that fits (``batch``), or a random one (``seed``). ``out`` is a folder, or a file where it ends in ``.png``.
     """
 

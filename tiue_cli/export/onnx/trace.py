@@ -199,7 +199,7 @@ def _save(model: ir.Model, path: Path, data: Path) -> Path:
 
 
 def file_spec(path: Path) -> FileSpec:
-    """Name, hash and size of a file as it lies there."""
+    """Name, hash and size of a file on disk."""
     return FileSpec(file=path.name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
 
 

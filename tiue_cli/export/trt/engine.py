@@ -55,7 +55,7 @@ _EXPORT_AGAIN: Final = "export the student again: tiue export STUDENT --out FOLD
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What was built; ``reused`` where a fitting engine was there already."""
+    """What was built; ``reused`` where a fitting engine existed already."""
 
     folder: Path
     manifest: EngineManifest
@@ -223,7 +223,7 @@ class _Job:
 def _fitting_engine(
     folder: Path, manifest: ExportManifest, profiles: tuple[ProfileSpec, ...], device: EngineDevice, *, check: bool
 ) -> EngineManifest | None:
-    """The engine that lies there, if it is what would be built; None where anything differs."""
+    """The engine in the folder, if it is what would be built; None where anything differs."""
     if not is_file(folder / ENGINE_MANIFEST, error=OutputError):
         return None
     try:
