@@ -12,8 +12,10 @@ import typer
 
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
+from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig, checked_student
+from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
@@ -34,6 +36,7 @@ EXAMPLES = (
     "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
     "tiue export runs/sd15/student --trt --profile sd15-512",
     "tiue export engines/student --trt --batch 1 --batch 1:4:16",
+    "tiue export engines/student --triton models --steps 4 --steps 2",
 )
 
 
@@ -83,6 +86,26 @@ def export(
             rich_help_panel=_TENSORRT,
         ),
     ] = None,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            "--triton",
+            metavar="FOLDER",
+            help="Write a model repository for Triton Inference Server.",
+            rich_help_panel=TRITON,
+        ),
+    ] = None,
+    triton_backend: Annotated[
+        TritonBackend,
+        typer.Option(
+            help="What runs the graphs there: ONNX Runtime, its TensorRT provider, or Python on a CPU.",
+            rich_help_panel=TRITON,
+        ),
+    ] = "onnx",
+    steps: Annotated[
+        list[int] | None,
+        typer.Option(metavar="K", min=1, help="An ensemble for this K; several make several.", rich_help_panel=TRITON),
+    ] = None,
     vae: Annotated[
         str | None,
         typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
@@ -107,6 +130,7 @@ def export(
         check=not no_check,
         overwrite=overwrite,
     )
+    check_triton_options(triton, triton_backend, steps, trt=trt)
     if trt:
         request = EngineRequest(profile=profile, batches=tuple(parse_range(text) for text in batch or ()))
         run_engine(config, request, Console(format_), precision=precision)
@@ -114,7 +138,18 @@ def export(
     if profile is not None or batch:
         option = "--batch" if profile is None else "--profile"
         raise UsageError(f"{option} is for TensorRT engines", hint="add --trt to build them")
-    run_export(config, Console(format_))
+    console = Console(format_)
+    if triton is None:
+        run_export(config, console)
+        return
+    source = user_path(config.student, error=ModelFolderError)
+    folder = export_of(source)
+    if folder is None:
+        run_export(config, console)
+        folder = config.folder
+    elif config != ExportConfig(student=student, sizes=config.sizes, overwrite=overwrite):
+        _refuse_export_options(config, precision=precision)
+    run_triton(folder, triton, console, backend=triton_backend, steps=steps, sizes=config.sizes, overwrite=overwrite)
 
 
 def run_export(config: ExportConfig, console: Console) -> None:
