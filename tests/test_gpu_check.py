@@ -93,6 +93,21 @@ def test_a_wrong_engine_fails_the_script_and_the_report_says_so(
     assert "| build | failed |" in text
 
 
+def test_tests_that_run_out_of_time_leave_what_they_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load(monkeypatch, "gpu_check")
+
+    def run(command: list[str], *, stdout: Any, timeout: float, **rest: Any) -> None:
+        stdout.write("tests/gpu/test_a.py::test_one PASSED [ 3%]\ntests/gpu/test_a.py::test_two[fp16] FAILED [ 6%]\n")
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    options = module.argparse.Namespace(cpu=True, ends=module.time.time() + 60, out=tmp_path)
+    module.tests(module.Check(options))
+    found = json.loads((tmp_path / "gpu_check.json").read_text(encoding="utf-8"))["tests"]
+    assert (found["passed"], found["failed"], found["skipped"]) == (1, 1, 0)
+    assert found["status"].startswith("stopped after")
+
+
 def test_without_tiue_the_shell_script_says_what_to_do(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")

@@ -123,7 +123,7 @@ class PlanMemory:
             cuda = cuda_wrapper()
             cuda.check(cuda.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
             self._host[name] = (pointer, nbytes)
-        block = (ctypes.c_char * nbytes).from_address(pointer.value or 0)
+        block: Any = (ctypes.c_char * nbytes).from_address(pointer.value or 0)
         return np.frombuffer(block, dtype=dtype, count=int(np.prod(shape, dtype=np.int64))).reshape(tuple(shape))
 
     def free(self) -> None:
