@@ -33,8 +33,8 @@ class TiueError(Exception):
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint)
-        self.message = message
-        self.hint = hint
+        self.message = _bounded(message)
+        self.hint = None if hint is None else _bounded(hint)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message} ({self.hint})"
@@ -42,6 +42,14 @@ class TiueError(Exception):
     def __reduce__(self) -> tuple[object, ...]:
         # The default rebuilds from args alone, which a keyword-only hint does not survive (worker processes).
         return (_rebuild, (type(self), self.message, self.hint))
+
+
+MAX_MESSAGE = 1200
+"""Characters of a message, and of a hint; the readers already shorten what they quote."""
+
+
+def _bounded(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 3 :]}"
 
 
 def _rebuild(type_: type[TiueError], message: str, hint: str | None) -> TiueError:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from tiue_cli.errors import ManifestError
 from tiue_cli.files.access import read_bytes
+from tiue_cli.text import excerpt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ class PromptTokenizer:
         except ManifestError:
             raise
         except Exception as error:  # plain Exception is what the library raises for a damaged file
-            raise ManifestError(f"{path} is not a tokenizer: {error}", hint=hint) from error
+            raise ManifestError(f"{path} is not a tokenizer: {excerpt(str(error), 200)}", hint=hint) from error
         if self._fixed.truncation is None or self._fixed.padding is None:
             raise ManifestError(f"{path} does not say to which length it pads and truncates", hint=hint)
         self.length = int(self._fixed.truncation["max_length"])

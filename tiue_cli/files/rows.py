@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from tiue_cli.files.atomic import atomic_file, check_writable, free_bytes
 from tiue_cli.text import bytes_text
 
 _CHUNK_BYTES = 32 * 2**20
+# What NumPy raises for a header that is none: it reads it as Python.
+_DAMAGE = (OSError, ValueError, EOFError, SyntaxError, TypeError, LookupError, OverflowError, MemoryError, TokenError)
 
 
 def cache_key(values: Mapping[str, Any]) -> str:
@@ -97,7 +100,7 @@ class RowCache:
                     rows: np.ndarray = np.load(path, mmap_mode="r")
                 if rows.shape != (len(self.chunk_range(chunk)), *self.shape) or rows.dtype != self.dtype:
                     raise ValueError(f"{rows.dtype} {rows.shape}")
-            except (OSError, ValueError, EOFError) as error:
+            except _DAMAGE as error:
                 raise OutputError(f"{path} is damaged: {error}", hint=f"delete {path} and start again") from error
             self._open[chunk] = rows
         return self._open[chunk]

@@ -21,7 +21,7 @@ MAX_BYTES: Final = 128 * 2**20
 MAX_DEPTH: Final = 64
 MAX_DIGITS: Final = 64
 """Of a whole number. transformers writes 10^30 for "unlimited", a counter never has more."""
-_MAX_SETTINGS_BYTES: Final = 4 * 2**20
+_MAX_SETTINGS_BYTES: Final = 2**17
 _MAX_SETTINGS_NODES: Final = 200_000
 """A YAML file can name one list a million times over in some lines."""
 _LARGEST: Final = 10**MAX_DIGITS
@@ -62,7 +62,9 @@ def parse_yaml(text: str) -> Any:
     import yaml
 
     if len(text) > _MAX_SETTINGS_BYTES:
-        raise ValueError(f"it is larger than {_MAX_SETTINGS_BYTES // 2**20} MiB")
+        raise ValueError(f"it is larger than {_MAX_SETTINGS_BYTES // 2**10} KiB")
+    if _open_brackets(text) > 8 * MAX_DEPTH:  # in texts and comments, too, hence the room
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -81,7 +83,7 @@ def parse_toml(text: str) -> dict[str, Any]:
     import tomllib
 
     if len(text) > _MAX_SETTINGS_BYTES:
-        raise ValueError(f"it is larger than {_MAX_SETTINGS_BYTES // 2**20} MiB")
+        raise ValueError(f"it is larger than {_MAX_SETTINGS_BYTES // 2**10} KiB")
     try:
         data = tomllib.loads(text)
     except RecursionError:
@@ -90,6 +92,18 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError(excerpt(" ".join(str(error).split()), 240)) from None
     _check(data, max_nodes=_MAX_SETTINGS_NODES)
     return data
+
+
+def _open_brackets(text: str) -> int:
+    """The most brackets that are open at one place: PyYAML's time grows with the square of them."""
+    depth = deepest = 0
+    for char in text:
+        if char in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif char in "]}" and depth:
+            depth -= 1
+    return deepest
 
 
 def _decoded(data: bytes) -> str:
