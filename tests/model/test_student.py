@@ -278,3 +278,18 @@ def test_a_spacing_that_no_student_has_names_the_file_and_the_setting(
         student_from_teacher(folder, steps=4)
     assert "--set student.spacing=trailing" in str(caught.value.hint)
     assert student_from_teacher(folder, steps=4, spacing="trailing").manifest.spacing == "trailing"
+
+
+@pytest.mark.parametrize(("steps", "first"), [(2, 501), (3, 667), (4, 751)])
+def test_respaced_has_the_encoder_where_the_authors_script_moves_it(
+    tiny_student_folder: Path, tmp_path: Path, steps: int, first: int
+) -> None:
+    """Their script sets leading timesteps for K and runs the encoder at the first; the figures are its own."""
+    student = load_student(tiny_student_folder)
+    other = student.respaced(steps)
+    assert (len(other.manifest.decoder_timesteps), other.manifest.encoder_timestep) == (steps, first)
+    assert student.manifest.encoder_timestep == 751 and other.unet is student.unet
+    saved = load_student(save_student(other, tmp_path / "respaced"))
+    assert saved.manifest == other.manifest
+    with pytest.raises(UsageError):
+        student.respaced(5)

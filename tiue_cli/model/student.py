@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model
 from tiue_cli.model.identity import model_sha256
-from tiue_cli.model.schedule import SPACINGS, LinearCombine, ddim_config, decoder_timesteps
+from tiue_cli.model.schedule import SPACINGS, LinearCombine, combine_for_run, ddim_config, decoder_timesteps
 from tiue_cli.model.text import cut_text, encode_prompts
 from tiue_cli.model.weights import read_json
 
@@ -61,6 +61,20 @@ class StudentModel:
     def linear_combine(self) -> LinearCombine:
         """The weighted sum over all of the student's timesteps."""
         return LinearCombine.from_scheduler_config(self.scheduler_config, self.manifest.decoder_timesteps)
+
+    def respaced(self, steps: int) -> StudentModel:
+        """The same weights as a student of ``steps`` timesteps, its encoder at the first, as the authors have it.
+
+        ``--steps K`` below the trained number keeps the encoder at the timestep that it was trained at (751 for leading
+        spacing); the TiUE authors' inference script moves it to the first of the K (501 for K = 2, 667 for K = 3). The
+        latents differ by about 1e-2. Save the result (``save_student``) to draw with it or to export it. Raises
+        UsageError.
+        """
+        combine = combine_for_run(
+            self.scheduler_config, self.manifest.decoder_timesteps, spacing=self.manifest.spacing, steps=steps
+        )
+        update = {"decoder_timesteps": combine.timesteps, "encoder_timestep": combine.timesteps[0]}
+        return replace(self, manifest=self.manifest.model_copy(update=update))
 
 
 def load_student(
