@@ -43,7 +43,7 @@ from tiue_cli.errors import TiueError
 
 _ANY = re.compile(r"<!--\s*bench\b")
 _MARKER = re.compile(r"<!--\s*bench:\s*(?P<file>[^#\s]+\.json)#(?P<subject>\S+)(?P<words>(?:\s+\S+)*?)\s*-->")
-_JSON = re.compile(r"<!-- json: (?P<file>[^#\s]+\.json)#(?P<keys>\S+) -->")
+_JSON = re.compile(r"<!-- json: (?P<file>[^#\s]+\.json)#(?P<keys>[^>]+?) -->")
 _NUMBER = re.compile(r"[ *_≈~+]*(?P<number>-?\d[\d,]*(?:\.\d+)?)")
 _UNITS = {"ms": 1.0, "s": 1e-3, "MiB": 2.0**-20, "GiB": 2.0**-30, "%": 100.0}
 _PERCENTILES = {"p50": 50, "p90": 90, "p99": 99}
