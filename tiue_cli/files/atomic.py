@@ -215,7 +215,7 @@ _REASONS = {
     errno.EISDIR: ("it is a folder", "give a file name"),
     errno.ENOTDIR: ("a part of its path is a file", "choose another folder"),
     errno.EEXIST: ("a part of its path is a file", "choose another folder"),
-    errno.ENOENT: ("its folder is gone", "cd to a folder that exists, or give a whole path"),
+    errno.ENOENT: ("its folder does not exist and cannot be made", "choose a folder that exists"),
     errno.ELOOP: ("its links lead in a circle", "choose another name"),
     errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
 }
