@@ -162,7 +162,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TIUE_DEBUG": "1"}
 
 
-def test_sigterm_finishes_the_step_saves_and_exits_with_0(words: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_sigterm_finishes_the_step_saves_and_exits_with_143(words: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tiue_cli", *words(tmp_path / "run"), "--max-steps", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
         log, deadline_s = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
@@ -170,7 +170,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_with_0(words: Callable[..., l
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         shown = process.communicate(timeout=60)[1]
-    assert process.returncode == 0
+    assert process.returncode == 143
     assert f"tiue distill --out {tmp_path / 'run'} --resume" in shown
     assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
     assert (tmp_path / "run" / "student" / "tiue.json").is_file()
@@ -235,7 +235,7 @@ def test_sigterm_to_a_launched_run_reaches_its_workers(words: Callable[..., list
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         shown = process.communicate(timeout=60)[1]
-    assert process.returncode == 0, shown
+    assert process.returncode == 143, shown
     assert list((out / "checkpoints").glob("step_*"))
     assert f"tiue distill --out {out} --resume {' '.join(LAUNCH)} --num_processes 1" in shown
 
