@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
     def _fast_pass(self, student: StudentModel) -> StudentPass | None:
         """The captured pass; None, with a note, for a network that has what Stable Diffusion's has not."""
         for module in (student.unet, student.vae):
-            torch.nn.Module.to(module, memory_format=torch.channels_last)  # so that prepared weights are no copies
+            _channels_last(module)  # so that prepared weights are no copies
         options = FastOptions(kernels=not self._compiled, compiled=self._compiled)
         try:
             model = FastModel(text_encoder=student.text_encoder, unet=student.unet, vae=student.vae, options=options)
@@ -252,7 +252,8 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         timesteps = torch.tensor(combine.timesteps, device=noise.device)
         predictions = self._unet_decoder(features, timesteps, text_states)
         # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
-        return combine(noise, predictions)
+        result: torch.Tensor = combine(noise, predictions)
+        return result
 
     def _combine(self, steps: int | None) -> LinearCombine:
         manifest = self._entered.manifest
@@ -292,7 +293,7 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
 
     def _fast_steps(self, teacher: Teacher) -> TeacherSteps | None:
         for module in (teacher.unet, teacher.vae):
-            torch.nn.Module.to(module, memory_format=torch.channels_last)
+            _channels_last(module)
         try:
             model = FastModel(
                 text_encoder=teacher.text_encoder, unet=teacher.unet, vae=teacher.vae, options=FastOptions()
@@ -341,6 +342,11 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
             guidance=self._guidance,
             progress=None if progress is None else lambda done: progress(done / steps),
         )
+
+
+def _channels_last(module: Any) -> None:  # torch's annotations leave this form of ``to`` out
+    move: Any = torch.nn.Module.to
+    move(module, memory_format=torch.channels_last)
 
 
 @contextlib.contextmanager

@@ -124,7 +124,8 @@ class PlanMemory:
             cuda.check(cuda.handle.cudaMallocHost(ctypes.byref(pointer), ctypes.c_size_t(nbytes)))
             self._host[name] = (pointer, nbytes)
         block: Any = (ctypes.c_char * nbytes).from_address(pointer.value or 0)
-        return np.frombuffer(block, dtype=dtype, count=int(np.prod(shape, dtype=np.int64))).reshape(tuple(shape))
+        flat: np.ndarray = np.frombuffer(block, dtype=dtype, count=int(np.prod(shape, dtype=np.int64)))
+        return flat.reshape(tuple(shape))
 
     def free(self) -> None:
         """Give everything back."""

@@ -132,7 +132,8 @@ def memory_bytes() -> int:
     """The most that this process has had: on the GPU where it trains on one, else in main memory."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    return psutil.Process().memory_info().rss
+    result: int = psutil.Process().memory_info().rss
+    return result
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)

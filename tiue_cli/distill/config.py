@@ -239,7 +239,8 @@ FREE_ON_RESUME = ("checkpoint.", "validation.", "tracking.", "cache", "max_bad_s
 
 def to_yaml(config: DistillConfig) -> str:
     """The whole config as YAML, in the order of the types; ``resolve_config`` of it gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    result: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return result
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -26,9 +26,10 @@ from tiue_cli.distill.config import DistillConfig, LoraSettings
 from tiue_cli.distill.networks import StudentGenerator, lora_targets, teacher_source
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.autoencoder import ImageDecoder, latent_size
-from tiue_cli.model.folder import ModelInfo, check_model_folder, read_json
+from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.student import choose_timesteps, refuse_student
+from tiue_cli.model.weights import read_json
 
 _FLOAT32, _HALF = 4, 2
 _ADAM_MOMENTS = 2
@@ -148,9 +149,10 @@ def _add_adapters(unet: Any, settings: LoraSettings) -> None:
     for name in lora_targets(unet, settings.targets):
         layer: Any = unet.get_submodule(name)
         if isinstance(layer, nn.Conv2d):
-            down: nn.Module = nn.Conv2d(
+            conv: Any = nn.Conv2d  # a layer's own numbers are tuples of unknown length to the type checker
+            down: nn.Module = conv(
                 layer.in_channels, settings.rank, layer.kernel_size, layer.stride, layer.padding, bias=False
-            )  # type: ignore[arg-type]
+            )
             up: nn.Module = nn.Conv2d(settings.rank, layer.out_channels, 1, bias=False)
         else:
             down = nn.Linear(layer.in_features, settings.rank, bias=False)

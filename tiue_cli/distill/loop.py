@@ -305,7 +305,8 @@ class Distillation:
     def _images_a_step(self, trainer: Trainer) -> int:
         config = self.config
         batch = config.warm_start.batch_size if trainer.in_warm_start else None
-        return (batch or config.batch_size) * config.accumulation * self._accelerator.num_processes
+        result: int = (batch or config.batch_size) * config.accumulation * self._accelerator.num_processes
+        return result
 
     def _log(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
         step = trainer.state.step
@@ -356,7 +357,8 @@ class Distillation:
             def one_pass(noise: Tensor, states: Tensor) -> Tensor:
                 with self._accelerator.autocast():
                     predictions = trainer.generator(noise, states)
-                return self._networks.combine(noise, predictions)
+                result: Tensor = self._networks.combine(noise, predictions)
+                return result
 
             with trainer.averaged_weights():
                 pixels = validation.grid(one_pass, stop=self._stop)

@@ -312,7 +312,8 @@ class Trainer:
         """Where this process's micro-batch begins in the endless sequence of rows."""
         accelerator = self.accelerator
         group = self.state.step * self.config.accumulation + micro
-        return (group * accelerator.num_processes + accelerator.process_index) * batch
+        result: int = (group * accelerator.num_processes + accelerator.process_index) * batch
+        return result
 
     def _random(self, stream: Stream, micro: int) -> Any:
         return generator(
@@ -329,7 +330,8 @@ class Trainer:
     def _accumulating(self, module: nn.Module, micro: int) -> contextlib.AbstractContextManager[Any]:
         """Gradients travel between processes in the last micro-batch only."""
         if micro + 1 < self.config.accumulation:
-            return self.accelerator.no_sync(module)
+            result: contextlib.AbstractContextManager[Any] = self.accelerator.no_sync(module)
+            return result
         return contextlib.nullcontext()
 
     def _add(self, sums: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:

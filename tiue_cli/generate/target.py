@@ -13,7 +13,7 @@ from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
-from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder, read_json
+from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import (
     EMBEDDED,
     EMBEDDED_GUIDANCE,
@@ -25,6 +25,7 @@ from tiue_cli.model.hub import (
     resolve_vae,
 )
 from tiue_cli.model.identity import model_fingerprint
+from tiue_cli.model.weights import read_json
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,8 @@ def load_vae(folder: Path | str, *, dtype: torch.dtype = torch.float32) -> Autoe
     class_ = _AUTOENCODERS[read_json(folder / "config.json")["_class_name"]]
     variant = inspect_weights(folder, name="vae", class_name=class_.__name__).variant
     with quiet():
-        return _from_pretrained(class_, folder, variant=variant, dtype=dtype)
+        result: AutoencoderKL | AutoencoderTiny = _from_pretrained(class_, folder, variant=variant, dtype=dtype)
+        return result
 
 
 @contextlib.contextmanager

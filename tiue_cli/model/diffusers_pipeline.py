@@ -58,7 +58,8 @@ class TiuePipeline(DiffusionPipeline):
             raise UsageError(
                 "a TiuePipeline needs the student's timesteps", hint="load it: TiuePipeline.from_pretrained(FOLDER)"
             )
-        self.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
+        parts: Any = self  # diffusers annotates it in part only
+        parts.register_modules(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet)
         self._student = student
 
     @classmethod
@@ -164,7 +165,8 @@ class TiuePipeline(DiffusionPipeline):
         noise = self._noise(len(rows), shape, seed=seed, generator=generator, latents=latents)
         found = self._one_pass(rows, noise, num_inference_steps)
         images: Any = found if output_type == "latent" else _finished(decoder, found, output_type)
-        self.maybe_free_model_hooks()
+        parts: Any = self
+        parts.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def _one_pass(self, prompts: list[str], noise: torch.Tensor, steps: int | None) -> torch.Tensor:
@@ -177,7 +179,8 @@ class TiuePipeline(DiffusionPipeline):
         features = UNetEncoder(unet)(noise.to(unet.dtype), text_states, manifest.encoder_timestep)
         timesteps = torch.tensor(combine.timesteps, device=noise.device)
         # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
-        return combine(noise, SharedUNetDecoder(unet)(features, timesteps, text_states))
+        result: torch.Tensor = combine(noise, SharedUNetDecoder(unet)(features, timesteps, text_states))
+        return result
 
     def _size(self, factor: int, height: int | None, width: int | None) -> tuple[int, int]:
         """(H, W) in pixels, the model's own where nothing is said."""
@@ -209,7 +212,10 @@ class TiuePipeline(DiffusionPipeline):
             if isinstance(several, list) and len(several) != count:
                 raise UsageError(f"{len(several)} generators for {count} images", hint="give one, or one an image")
             try:
-                return randn_tensor((count, *shape), generator=several, device=device, dtype=torch.float32)
+                result: torch.Tensor = randn_tensor(
+                    (count, *shape), generator=several, device=device, dtype=torch.float32
+                )
+                return result
             except ValueError as error:  # it is on another device
                 raise UsageError(str(error), hint='make it there: torch.Generator("cpu")') from error
         first = secrets.randbelow(_RANDOM_SEEDS) if seed is None else check_seed(seed)

@@ -212,7 +212,8 @@ def _betas(config: Mapping[str, Any]) -> Float64:
         return np.linspace(math.sqrt(start), math.sqrt(end), count, dtype=np.float64) ** 2
     if schedule == "squaredcos_cap_v2":
         bar = np.cos((np.arange(count + 1) / count + 0.008) / 1.008 * (math.pi / 2)) ** 2
-        return np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+        result: Float64 = np.minimum(1.0 - bar[1:] / bar[:-1], 0.999)
+        return result
     raise SchedulerError(
         f"beta_schedule {schedule!r} is not supported",
         hint="use a model with linear, scaled_linear, squaredcos_cap_v2 or trained betas",

@@ -69,7 +69,8 @@ class SharedUNetDecoder(nn.Module):
                     hidden = _transformer(attention, hidden, text_states)
             if size is not None:
                 hidden = _upsample(block.upsamplers[0].conv, hidden, size, merged=self.merged_upsampler)
-        return output_layers(unet, hidden).unflatten(0, (batch, steps)).transpose(0, 1)
+        result: Tensor = output_layers(unet, hidden).unflatten(0, (batch, steps)).transpose(0, 1)
+        return result
 
 
 class MergedUpsample(nn.Module):
@@ -98,7 +99,8 @@ def _upsample(conv: nn.Conv2d, hidden: Tensor, size: Sequence[int], *, merged: b
     height, width = hidden.shape[-2:]
     if merged and _is_bare(conv, nn.Conv2d) and (size[0], size[1]) == (2 * height, 2 * width):
         return F.conv_transpose2d(hidden, merged_weight(conv.weight), conv.bias, stride=2, padding=1)
-    return conv(F.interpolate(hidden, size=(size[0], size[1]), mode="nearest"))
+    result: Tensor = conv(F.interpolate(hidden, size=(size[0], size[1]), mode="nearest"))
+    return result
 
 
 def merged_weight(weight: Tensor) -> Tensor:
@@ -152,7 +154,8 @@ def _resnet(resnet: Any, hidden: Tensor, skip: Tensor, embedding: Tensor) -> Ten
 def _whole_resnet(resnet: Any, hidden: Tensor, skip: Tensor, embedding: Tensor) -> Tensor:
     """The resnet as it is, where a layer is not a plain one (LoRA, hooks): reading its weights would miss that."""
     row_embedding = embedding[None].expand(skip.shape[0], -1, -1).flatten(0, 1)
-    return resnet(torch.cat([hidden, _repeated(skip, embedding)], dim=1), row_embedding)
+    result: Tensor = resnet(torch.cat([hidden, _repeated(skip, embedding)], dim=1), row_embedding)
+    return result
 
 
 def _norm_act_conv(resnet: Any, inputs: Tensor, channels: slice, *, bias: Tensor | None) -> Tensor:
@@ -166,12 +169,14 @@ def _norm_act_conv(resnet: Any, inputs: Tensor, channels: slice, *, bias: Tensor
 def _time_bias(resnet: Any, embedding: Tensor) -> Tensor:
     """What the resnet adds at each timestep, (K, T) → (1, K, C, 1, 1)."""
     activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-    return resnet.time_emb_proj(activated)[None, :, :, None, None]
+    result: Tensor = resnet.time_emb_proj(activated)[None, :, :, None, None]
+    return result
 
 
 def _after_time(resnet: Any, hidden: Tensor) -> Tensor:
     """The rest of the resnet's body once the time embedding is in; (rows, C, h, w) → the same."""
-    return resnet.conv2(resnet.dropout(resnet.nonlinearity(resnet.norm2(hidden))))
+    result: Tensor = resnet.conv2(resnet.dropout(resnet.nonlinearity(resnet.norm2(hidden))))
+    return result
 
 
 def _scaled(resnet: Any, output: Tensor) -> Tensor:
@@ -193,7 +198,8 @@ def _transformer(attention: Any, hidden: Tensor, text_states: Tensor) -> Tensor:
     else:
         output = attention.proj_out(tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2))
     # In this order the sum keeps the memory format of `hidden`.
-    return hidden + output
+    result: Tensor = hidden + output
+    return result
 
 
 def _transformer_block(block: Any, tokens: Tensor, text_states: Tensor) -> Tensor:
@@ -203,13 +209,15 @@ def _transformer_block(block: Any, tokens: Tensor, text_states: Tensor) -> Tenso
     queries = block.norm2(tokens).reshape(text_states.shape[0], -1, tokens.shape[-1])
     answers = block.attn2(queries, encoder_hidden_states=text_states)
     tokens = tokens + answers.reshape(tokens.shape)
-    return tokens + block.ff(block.norm3(tokens))
+    result: Tensor = tokens + block.ff(block.norm3(tokens))
+    return result
 
 
 def _checkpointed(owner: Any, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """Call, recomputing in the backward pass where the UNet was asked to (``enable_gradient_checkpointing``)."""
     if torch.is_grad_enabled() and owner.gradient_checkpointing:
-        return owner._gradient_checkpointing_func(function, *args)
+        result: Tensor = owner._gradient_checkpointing_func(function, *args)
+        return result
     return function(*args)
 
 
@@ -220,7 +228,8 @@ def _is_bare(module: nn.Module | None, type_: type[nn.Module]) -> bool:
 
 def _by_image(rows: Tensor, embedding: Tensor) -> Tensor:
     """(B·K, …) → (B, K, …), a view."""
-    return rows.unflatten(0, (-1, embedding.shape[0]))
+    result: Tensor = rows.unflatten(0, (-1, embedding.shape[0]))
+    return result
 
 
 def _repeated(tensor: Tensor, embedding: Tensor) -> Tensor:

@@ -82,14 +82,16 @@ class UNetDecoder(nn.Module):
                 hidden = block(hidden, row_skips, embedding, encoder_hidden_states=row_states, upsample_size=size)
             else:
                 hidden = block(hidden, row_skips, embedding, upsample_size=size)
-        return output_layers(unet, hidden).unflatten(0, (steps, batch))
+        result: Tensor = output_layers(unet, hidden).unflatten(0, (steps, batch))
+        return result
 
 
 def time_embedding(unet: UNet2DConditionModel, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
     """The embedding of each timestep, (K,) → (K, T), in ``dtype``; as the UNet makes it."""
     # time_proj has no weights and answers in float32, the layers after it may hold another precision.
     embedding = unet.time_embedding(unet.time_proj(timesteps).to(dtype))
-    return embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
+    result: Tensor = embedding if unet.time_embed_act is None else unet.time_embed_act(embedding)
+    return result
 
 
 def decoder_levels(
@@ -110,7 +112,8 @@ def output_layers(unet: UNet2DConditionModel, hidden: Tensor) -> Tensor:
     """Predictions (rows, C, h, w) from the last up block's output."""
     if unet.conv_norm_out is not None:
         hidden = unet.conv_act(unet.conv_norm_out(hidden))
-    return unet.conv_out(hidden)
+    result: Tensor = unet.conv_out(hidden)
+    return result
 
 
 def has_cross_attention(block: nn.Module) -> bool:

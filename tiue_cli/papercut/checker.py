@@ -58,7 +58,8 @@ class Checker(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Penultimate features (N, 192) of images (N, 3, 64, 64) in [-1, 1]."""
-        return self.trunk(images)
+        result: Tensor = self.trunk(images)
+        return result
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.features(images)
@@ -120,7 +121,8 @@ def judge(found: Mapping[str, NDArray[np.int64]], specs: Sequence[SceneSpec]) ->
     pair = np.array([spec.relation is not None for spec in specs])
 
     def right(name: str) -> NDArray[np.bool_]:
-        return (wanted[name] == IGNORE) | (wanted[name] == found[name])
+        result: NDArray[np.bool_] = (wanted[name] == IGNORE) | (wanted[name] == found[name])
+        return result
 
     objects, colors = right("object_0") & right("object_1"), right("color_0") & right("color_1")
     things_found = [(found["object_0"], found["color_0"]), (found["object_1"], found["color_1"])]
@@ -128,7 +130,8 @@ def judge(found: Mapping[str, NDArray[np.int64]], specs: Sequence[SceneSpec]) ->
 
     def agreement(order: tuple[int, int]) -> NDArray[np.int64]:
         parts = [a == b for i, j in enumerate(order) for a, b in zip(things_found[j], things_wanted[i], strict=True)]
-        return np.sum(parts, axis=0)
+        result: NDArray[np.int64] = np.sum(parts, axis=0)
+        return result
 
     axis = wanted["axis"] == found["axis"]
     relation = ~pair | (axis & (agreement((0, 1)) >= agreement((1, 0))))

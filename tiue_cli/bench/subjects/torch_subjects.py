@@ -194,7 +194,8 @@ class PlainUNetSubject(_TorchSubject):
         if self._steps is None:
             return None
         # At one timestep the sum is a step of the sampler.
-        step = (self._combine.timesteps[0], *self._combine.weights)
+        noise_weight, weight = self._combine.weights
+        step = (self._combine.timesteps[0], noise_weight, weight)
         return self._steps(prompts, noise, [step], guidance=1.0, clock=self._clock)
 
     def _draw(self, prompts: list[str], noise: torch.Tensor) -> np.ndarray:

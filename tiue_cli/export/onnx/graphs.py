@@ -84,7 +84,8 @@ class UNetDecoderGraph(nn.Module):
         predictions = self.decoder(UNetFeatures(mid, tuple(skips)), timesteps, text_states)
         # Multiply and add, no matmul: that could run in TF32.
         terms = weights[1:, None, None, None, None] * predictions.float()
-        return weights[0] * noise + terms.sum(0)
+        result: Tensor = weights[0] * noise + terms.sum(0)
+        return result
 
 
 class VaeDecoderGraph(nn.Module):

@@ -203,7 +203,7 @@ def _config(
             profile.add(name, min=low, opt=opt, max=high)
         profiles.append(profile)
     create = CreateConfigRTX if polygraphy_config.USE_TENSORRT_RTX else CreateConfig
-    return create(
+    result: Callable[..., Any] = create(
         profiles=profiles,
         load_timing_cache=str(timing_cache) if timing_cache is not None and timing_cache.is_file() else None,
         # Polygraphy's default keeps every detail in the plan, which slows each launch.
@@ -211,6 +211,7 @@ def _config(
         memory_pool_limits={trt.MemoryPoolType.WORKSPACE: workspace_bytes},
         progress_monitor=monitor,
     )
+    return result
 
 
 def builder_module() -> Any:
@@ -284,7 +285,7 @@ class BuildWatch:
 def build_monitor(trt: Any, watch: BuildWatch) -> Any:
     """TensorRT's IProgressMonitor that reports to ``watch``."""
 
-    class Monitor(trt.IProgressMonitor):
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]  # TensorRT may be absent: its types are unknown
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 

@@ -31,6 +31,7 @@ def fast_decoder(vae: AutoencoderKL | AutoencoderTiny, ops: Ops, *, merged: bool
     """
     if isinstance(vae, AutoencoderTiny):
         return TinyDecoder(vae, ops)
+    assert isinstance(vae, AutoencoderKL), "the two that components.load_vae knows"
     return KLDecoder(vae, ops, merged=merged)
 
 

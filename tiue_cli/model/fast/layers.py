@@ -44,7 +44,8 @@ def as_tokens(image: Tensor) -> Tensor:
 
 def as_image(tokens: Tensor, size: Sequence[int]) -> Tensor:
     """(rows, h·w, C) → (rows, C, h, w) in channels-last memory, a view."""
-    return tokens.unflatten(1, (size[0], size[1])).permute(0, 3, 1, 2)
+    result: Tensor = tokens.unflatten(1, (size[0], size[1])).permute(0, 3, 1, 2)
+    return result
 
 
 class GroupNorm:
@@ -127,7 +128,8 @@ class Resnet:
     @property
     def still_shift(self) -> Tensor:
         """(1, C): the shift of a resnet without a timestep."""
-        return self._conv1_bias[None]
+        result: Tensor = self._conv1_bias[None]
+        return result
 
     def __call__(self, inputs: Tensor, shift: Tensor, *, skip: Tensor | None = None, repeats: int = 1) -> Tensor:
         """(R, C', h, w), ``shift`` (S, C), ``skip`` (R / repeats, …) → (R, C, h, w); see ``Ops.group_norm``."""

@@ -106,11 +106,12 @@ class FastUNet:
                 assert upsampler is not None, "every block but the last one has an upsampler"
                 hidden = upsampler(hidden, size)
         predictions = self._conv_out(self._norm_out(hidden))
-        return predictions.unflatten(0, (-1, steps)).transpose(0, 1)
+        result: Tensor = predictions.unflatten(0, (-1, steps)).transpose(0, 1)
+        return result
 
     def _block(self, block: Any, ops: Ops, *, own: int | None = None) -> _Levels:
         attentions = block.attentions if has_cross_attention(block) else (None,) * len(block.resnets)
-        made = []
+        made: list[tuple[Any, ...]] = []
         for resnet, attention in zip(block.resnets, attentions, strict=True):
             # The first one of all computes everything once, so its norm is whole.
             shared = self._shared and bool(self._up or made)
@@ -165,7 +166,8 @@ class _Pieces:
 
     def split(self, outputs: Tensor) -> tuple[Tensor, ...]:
         """Each layer's part of an output, views."""
-        return outputs.split(self._sizes, dim=-1)
+        result: tuple[Tensor, ...] = outputs.split(self._sizes, dim=-1)
+        return result
 
 
 def _downsampler(block: Any, ops: Ops) -> Conv | None:
