@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ TENSORRT: Final = ((10, 8), (12, 0))
 POLYGRAPHY: Final = "polygraphy>=0.53,<1"
 """What pip is asked for where something must be installed: the ranges of pyproject.toml, which a test compares."""
 
+_GPU_LIBRARY = re.compile(r"lib(?P<name>cudart|cublas|cudnn|nvinfer)\.so\.(?P<major>\d+)")
+_SYSTEM_LIBRARIES = (Path("/usr/local/cuda/lib64"), Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
 _MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -126,6 +129,37 @@ def gpus(run: Callable[[list[str]], str] | None = None) -> tuple[GpuInfo, ...]:
             name, driver, total, free, capability = parts
             found.append(GpuInfo(name, driver, _mebibytes(total), _mebibytes(free), _known(capability)))
     return tuple(found)
+
+
+def gpu_libraries() -> tuple[tuple[str, Path], ...]:
+    """The CUDA, cuDNN and TensorRT libraries that lie here, as (name and major version, file); nothing is loaded.
+
+    Those of Python packages come first, then ``LD_LIBRARY_PATH`` and the systems' usual folders.
+    """
+    packages = [folder for entry in sys.path for folder in _library_folders(Path(entry or "."))]
+    listed = [Path(folder) for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    found: dict[str, Path] = {}
+    for folder in (*packages, *listed, *_SYSTEM_LIBRARIES):
+        for file in _files(folder):
+            match = _GPU_LIBRARY.fullmatch(file.name)
+            if match is not None:
+                found.setdefault(f"{match['name']} {match['major']}", file)
+    return tuple(sorted(found.items()))
+
+
+def _library_folders(entry: Path) -> list[Path]:
+    """Where NVIDIA's wheels keep their libraries, below one entry of ``sys.path``."""
+    try:
+        return [*sorted(entry.glob("nvidia/*/lib")), *sorted(entry.glob("tensorrt*_libs"))]
+    except OSError:
+        return []
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:
+        return []
 
 
 def torch_info() -> TorchInfo:

@@ -147,6 +147,26 @@ def test_onnx_runtime_that_does_not_start_on_the_gpu_is_said_with_the_command(
     assert check(monkeypatch, "ONNX Runtime", found=replace(MACHINE, gpus=(H200,))).status == "ok"
 
 
+def test_the_cuda_libraries_that_lie_here_are_named_with_their_folders(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = (
+        "site/nvidia/cudnn/lib/libcudnn.so.9",
+        "site/nvidia/cudnn/lib/libcudnn_ops.so.9",  # a part of it
+        "site/tensorrt_libs/libnvinfer.so.10",
+        "system/libcudart.so.12",
+        "system/libcudnn.so.9",  # behind the package's
+    )
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "site"), str(tmp_path / "none")])
+    monkeypatch.setattr(machine, "_SYSTEM_LIBRARIES", ())
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path / "system"))
+    expected = {"cudart 12": files[3], "cudnn 9": files[0], "nvinfer 10": files[2]}
+    assert machine.gpu_libraries() == tuple((name, tmp_path / file) for name, file in expected.items())
+
+
 def test_tensorrt_is_named_as_the_driver_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trt_device, "driver_library", object)
     monkeypatch.setattr(trt_device, "driver_cuda", lambda: 12)

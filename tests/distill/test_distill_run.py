@@ -29,6 +29,7 @@ from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderErro
 from tiue_cli.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
+from tiue_cli.model.folder import check_model_folder
 
 MakeConfig = Callable[..., Any]
 
@@ -503,6 +504,27 @@ def test_tensorboard_gets_figures_and_grids(make_config: MakeConfig, tmp_path: P
     grids = events.Images("teacher above student")
     with Image.open(tmp_path / "run" / "grids" / "step_00000002.png") as grid:
         assert [(shown.step, shown.width, shown.height) for shown in grids] == [(step, *grid.size) for step in (0, 2)]
+
+
+def test_a_compiled_run_trains_as_a_plain_one_and_saves_the_same_names(
+    make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Traced and run without a code generator, which would take minutes.
+    compile_, compiled = torch.compile, []
+    monkeypatch.setattr(
+        torch, "compile", lambda module: compiled.append(type(module).__name__) or compile_(module, backend="eager")
+    )
+    losses = {}
+    for wish in (False, True):
+        folder = tmp_path / str(wish)
+        config = make_config(compile=wish, max_steps=3)
+        finished = [event for event in Distillation(config, folder).events() if isinstance(event, Finished)]
+        assert finished[0].student is not None
+        check_model_folder(finished[0].student)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        losses[wish] = [line["vsd"] for line in lines if "vsd" in line]
+    assert compiled == ["StudentGenerator"]
+    assert losses[False] and losses[True] == pytest.approx(losses[False], rel=1e-3)
 
 
 def test_compiler_that_does_not_work_is_one_error(

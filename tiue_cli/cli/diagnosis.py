@@ -16,6 +16,7 @@ from tiue_cli.machine import (
     TORCH,
     MachineInfo,
     TorchInfo,
+    gpu_libraries,
     machine_info,
     onnxruntime_providers,
     package_version,
@@ -69,6 +70,7 @@ def diagnose() -> Diagnosis:
         *libraries,
         _gpu_check(machine),
         _cuda_check(torch_found, machine),
+        *_library_check(machine),
         _onnxruntime_check(machine),
         _tensorrt_check(machine),
         _memory_check(machine),
@@ -147,6 +149,16 @@ def _cuda_check(found: TorchInfo | None, machine: MachineInfo) -> Check:
         f"torch is built for CUDA {found.cuda} and cannot use it: {found.problem}",
         f"update the driver (now {machine.gpus[0].driver}): https://www.nvidia.com/drivers",
     )
+
+
+def _library_check(machine: MachineInfo) -> list[Check]:
+    """Which libraries of NVIDIA's lie where; nothing is said without a GPU."""
+    if not machine.gpus:
+        return []
+    found = gpu_libraries()
+    if not found:
+        return [Check("CUDA libraries", "missing", "none beside torch's own: ONNX Runtime and TensorRT need them")]
+    return [Check("CUDA libraries", "ok", ", ".join(f"{name} ({path.parent})" for name, path in found))]
 
 
 def _onnxruntime_check(machine: MachineInfo) -> Check:
