@@ -18,10 +18,9 @@ from tiue_cli.generate.drawing import Pipeline
 
 if TYPE_CHECKING:
     from tiue_cli.bench.config import BenchConfig
-    from tiue_cli.bench.events import Event as BenchEvent
     from tiue_cli.bench.report.schema import BenchReport
     from tiue_cli.distill.config import DistillConfig
-    from tiue_cli.events import Event, Finished
+    from tiue_cli.events import BenchEvent, Event, Finished
     from tiue_cli.export.onnx.export import ExportResult
     from tiue_cli.export.trt.engine import EngineResult
     from tiue_cli.files.exports import Precision
@@ -218,7 +217,7 @@ def bench(
 
     ``config`` names one model or several, or is a `BenchConfig` with all that ``tiue bench`` can be asked. With ``out``
     the report is written into that folder as JSON, Markdown and HTML. ``on_event`` is called with ``Note`` and
-    ``Progress`` of ``tiue_cli.bench.events``. Figures in the report carry their units in their names (``p50_ms``, …).
+    ``Progress`` of ``tiue_cli.events``. Figures in the report carry their units in their names (``p50_ms``, …).
 
     Raises UsageError, and what loading and running the models raise.
 

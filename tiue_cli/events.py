@@ -1,8 +1,8 @@
-"""What a distillation tells its caller while it runs; the caller owns the display."""
+"""What a distillation or a bench tells its caller while it runs; the caller owns the display."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,11 +17,15 @@ class Note:
 
 @dataclass(frozen=True)
 class Progress:
-    """``done`` of ``total`` units of a stage. ``figures`` are its numbers of now, e.g. losses by name."""
+    """``done`` of ``total`` units of a stage: steps, parts loaded, runs timed, images drawn.
 
-    stage: Literal["text states", "pairs", "warm start", "distillation"]
+    ``detail`` says what runs, ``figures`` are numbers of now, e.g. losses by name.
+    """
+
+    stage: str
     done: int
     total: int
+    detail: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -44,4 +48,6 @@ class Finished:
     signal: int | None = None
 
 
+BenchEvent = Note | Progress
+Emit = Callable[[BenchEvent], None]
 Event = Note | Progress | Saved | Finished

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 import yaml
 from evaluate import BATCH, contact_sheet, draw
+from papercut_quality import papercut_metrics
 from PIL import Image, ImageDraw
 
 import tiue_cli
-from tiue_cli.bench.quality.papercut import papercut_metrics
 from tiue_cli.model.hub import resolve_model
 from tiue_cli.model.identity import model_fingerprint
 from tiue_cli.model.noise import draw_noise
@@ -218,7 +218,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.name}.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     (args.out / f"{args.name}.md").write_text(table(rows))
-    grid(shown).save(args.out / f"{args.name}.png", optimize=True)
+    grid(shown).save(args.out / f"{args.name}.webp", quality=92, method=6)
 
 
 if __name__ == "__main__":

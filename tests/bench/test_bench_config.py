@@ -51,7 +51,7 @@ def test_unknown_backend_is_refused_with_the_known_ones() -> None:
     ("options", "message"),
     [
         ({"models": ()}, "no model"),
-        ({"models": ("a", "a")}, "given twice"),
+        ({"models": ("a", "a")}, "named twice"),
         ({"models": ("sd15",)}, "--random-weights"),
         ({"models": ("sdxl",), "random_weights": True}, "not sdxl"),
         ({"models": ("sd15",), "random_weights": True, "teacher": "x"}, "--teacher"),
@@ -66,7 +66,7 @@ def test_unknown_backend_is_refused_with_the_known_ones() -> None:
         ({"peers": (PeerSpec("a", "x", 1), PeerSpec("a", "y", 1))}, "--peer"),
     ],
 )
-def test_impossible_request_is_one_error_with_a_hint(options: dict[str, Any], message: str) -> None:
+def test_a_request_that_makes_no_sense_is_one_error_with_a_hint(options: dict[str, Any], message: str) -> None:
     config = BenchConfig(**{"models": ("papercut",), **options})
     with pytest.raises(UsageError) as caught:
         config.validate()

@@ -13,13 +13,13 @@ from exports import build_small_student, exported
 from helpers import edit_json
 
 from tiue_cli.bench.config import BenchConfig
-from tiue_cli.bench.events import Event, Note
 from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.run import run_bench
-from tiue_cli.bench.subjects import lineup
+from tiue_cli.bench.subjects import opening
 from tiue_cli.bench.subjects.loading import ReadyExport
 from tiue_cli.errors import UsageError
+from tiue_cli.events import Event, Note
 from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
 
 pytestmark = pytest.mark.slow
@@ -108,7 +108,7 @@ def test_an_export_that_was_asked_for_is_made_for_the_run(
         asked.append(folder)
         return ReadyExport(ready, read_export_manifest(ready), build_s=7.0)
 
-    monkeypatch.setattr(lineup, "export_now", export_now)
+    monkeypatch.setattr(opening, "export_now", export_now)
     report, _ = run(config(student, backends=("onnx",)))
     onnx = next(subject for subject in report.subjects if subject.backend == "onnx")
     assert onnx.build_s == 7.0

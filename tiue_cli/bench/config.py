@@ -83,7 +83,7 @@ class BenchConfig:
     """What was typed, for the record."""
 
     def validate(self) -> None:
-        """Refuse what cannot be, before anything heavy is loaded. Raises UsageError."""
+        """Check the values, before anything heavy is loaded. Raises UsageError."""
         if not self.models:
             raise UsageError("no model was given", hint="say what to measure: tiue bench papercut")
         _refuse_twice("model", self.models)
@@ -94,12 +94,9 @@ class BenchConfig:
         if self.backends is not None:
             _refuse_twice("backend", self.backends)
         _refuse_twice("name of a --peer", [peer.name for peer in self.peers])
-        if not 0 < self.duration_s <= 3600:
-            raise UsageError(f"--duration {self.duration_s:g} is impossible", hint="give seconds, e.g. --duration 3")
-        if self.guidance is not None and not 0 <= self.guidance <= 100:
-            raise UsageError(f"--guidance {self.guidance:g} is impossible", hint="give 1 (none) to 100; 7.5 is usual")
-        if self.threads is not None and self.threads < 1:
-            raise UsageError(f"--threads {self.threads} is impossible", hint="give 1 or more, or leave it out")
+        _check_range("--duration", self.duration_s, 1e-3, 3600, hint="give seconds, e.g. --duration 3")
+        _check_range("--guidance", self.guidance, 0, 100, hint="1 is none; 7.5 is usual")
+        _check_range("--threads", self.threads, 1, 2**16, hint="leave it out for every core")
         check_seed(self.seed)
         self._check_random_weights()
         self._check_quality()
@@ -136,12 +133,8 @@ class BenchConfig:
                 raise UsageError(f"{option} is for --quality", hint=f"add --quality, or leave {option} out")
         if not self.quality and not self.latency:
             raise UsageError("with --no-latency and without --quality nothing is measured", hint="add --quality")
-        if not 1 <= self.repetitions <= 100:
-            raise UsageError(f"--repetitions {self.repetitions} is impossible", hint="give 1 to 100")
-        if self.images < 2:
-            raise UsageError(
-                f"--images {self.images} is impossible", hint="give at least 2; 256 and more say something"
-            )
+        _check_range("--repetitions", self.repetitions, 1, 100, hint="3 show the noise of a figure")
+        _check_range("--images", self.images, 2, 10**7, hint="figures of fewer than 256 say little")
 
 
 def parse_numbers(text: str, option: str) -> tuple[int, ...]:
@@ -160,7 +153,7 @@ def parse_backends(text: str) -> tuple[StudentBackend, ...]:
     for word in (word.strip() for word in text.split(",")):
         backend = next((name for name in BACKENDS if name == word), None)
         if backend is None:
-            raise UsageError(f"--backend {word!r} is not there", hint=f"choose among {', '.join(BACKENDS)}")
+            raise UsageError(f"unknown backend {word!r}", hint=f"choose among {', '.join(BACKENDS)}")
         found.append(backend)
     _refuse_twice("backend", found)
     return tuple(found)
@@ -182,12 +175,16 @@ def _check_numbers(option: str, numbers: Sequence[int], *, largest: int) -> None
     if not numbers:
         raise UsageError(f"{option} names nothing", hint=f"write numbers with commas: {option} 1,4,16")
     for number in numbers:
-        if not 1 <= number <= largest:
-            raise UsageError(f"{option} {number} is impossible", hint=f"give 1 to {largest}")
+        _check_range(option, number, 1, largest, hint="write numbers with commas")
     _refuse_twice(option, numbers)
+
+
+def _check_range(option: str, value: float | None, least: float, most: float, *, hint: str) -> None:
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{option} {value:g} is outside {least:g} to {most:.10g}", hint=hint)
 
 
 def _refuse_twice(what: str, items: Sequence[object]) -> None:
     for item in items:
         if items.count(item) > 1:
-            raise UsageError(f"the same {what} was given twice: {item}", hint="name each once")
+            raise UsageError(f"{what} {item} is named twice", hint="name each once")

@@ -13,7 +13,6 @@ from tiue_cli import __version__
 from tiue_cli.allocator import keep_freed_memory
 from tiue_cli.backends.torch_backend import choose_device
 from tiue_cli.bench.config import BenchConfig
-from tiue_cli.bench.events import Emit, Note, Progress
 from tiue_cli.bench.measure.machine import machine_record, measure_peak, report_name, source_commit
 from tiue_cli.bench.quality.drawing import Processes
 from tiue_cli.bench.quality.measure import QualityResult, measure_quality, quality_subjects
@@ -31,9 +30,10 @@ from tiue_cli.bench.records import (
 )
 from tiue_cli.bench.report.schema import BenchReport, PeakRecord
 from tiue_cli.bench.rounds import BatchTiming, measure_batch
-from tiue_cli.bench.subjects.lineup import Lineup, open_lineup
+from tiue_cli.bench.subjects.opening import OpenedSubjects, open_subjects
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
+from tiue_cli.events import Emit, Note, Progress
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs
@@ -68,29 +68,29 @@ def run_bench(
         # As in a process that goes on drawing; else it is chance which subject pays for fresh pages.
         keep_freed_memory()
     with ExitStack() as stack:
-        lineup = open_lineup(config, stack, say=lambda text: emit(Progress("loading", 0, 1, text)))
+        opened = open_subjects(config, stack, say=lambda text: emit(Progress("loading", 0, 1, text)))
         emit(Progress("loading", 1, 1))
-        for text in lineup.notes:
+        for text in opened.notes:
             emit(Note(text))
-        peak = measure_peak(lineup.device, lineup.precision) if config.latency else None
+        peak = measure_peak(opened.device, opened.precision) if config.latency else None
         timings: dict[int, BatchTiming] = {}
         try:
             if config.latency:
-                _time(config, lineup, prompts, emit, timings)
-            result = None if quality is None else _measure_quality(quality, config, lineup, processes, emit)
+                _time(config, opened, prompts, emit, timings)
+            result = None if quality is None else _measure_quality(quality, config, opened, processes, emit)
         except (KeyboardInterrupt, SystemExit):
-            report = _report(config, lineup, prompts, timings, peak=peak, result=None, interrupted=True)
+            report = _report(config, opened, prompts, timings, peak=peak, result=None, interrupted=True)
             if keep is not None and report.latency and processes.is_main:
                 keep(report)
             raise
         if not processes.is_main:
             return None
-        return _report(config, lineup, prompts, timings, peak=peak, result=result)
+        return _report(config, opened, prompts, timings, peak=peak, result=result)
 
 
 def _report(
     config: BenchConfig,
-    lineup: Lineup,
+    opened: OpenedSubjects,
     prompts: Sequence[str],
     timings: Timings,
     *,
@@ -98,16 +98,16 @@ def _report(
     result: QualityResult | None,
     interrupted: bool = False,
 ) -> BenchReport:
-    parity = parities(lineup, timings)
-    records = subject_records(lineup, timings, parity)
-    latency = latency_records(lineup, timings)
-    machine = machine_record(lineup.device)
-    failures = {} if result is None else quality_failures(lineup.subjects, result.records)
+    parity = parities(opened, timings)
+    records = subject_records(opened, timings, parity)
+    latency = latency_records(opened, timings)
+    machine = machine_record(opened.device)
+    failures = {} if result is None else quality_failures(opened.subjects, result.records)
     created = datetime.datetime.now(datetime.UTC)
     warnings = [INTERRUPTED] if interrupted else []
-    warnings += [*lineup.warnings, *timing_warnings(lineup, timings), *parity_warnings(records)]
+    warnings += [*opened.warnings, *timing_warnings(opened, timings), *parity_warnings(records)]
     return BenchReport(
-        name=report_name(lineup.names, machine.name, created, random_weights=config.random_weights),
+        name=report_name(opened.names, machine.name, created, random_weights=config.random_weights),
         created=created.isoformat(timespec="seconds"),
         command=config.command,
         tiue_version=__version__,
@@ -118,11 +118,11 @@ def _report(
         peak=peak,
         subjects=records,
         latency=latency,
-        ratios=all_ratios(lineup.subjects, latency, parity, failures, seed=config.seed),
+        ratios=all_ratios(opened.subjects, latency, parity, failures, seed=config.seed),
         control_samples_ms=control_samples(timings),
         quality_protocol=None if result is None else result.protocol,
         quality=() if result is None else result.records,
-        grid=grid_record(lineup, timings, prompts, keys=_picture_keys(lineup), seed=config.seed),
+        grid=grid_record(opened, timings, prompts, keys=_picture_keys(opened), seed=config.seed),
         interrupted=interrupted,
         warnings=tuple(warnings),
     )
@@ -138,15 +138,15 @@ def bench_prompts(config: BenchConfig) -> list[str]:
 
 
 def _time(
-    config: BenchConfig, lineup: Lineup, prompts: Sequence[str], emit: Emit, timings: dict[int, BatchTiming]
+    config: BenchConfig, opened: OpenedSubjects, prompts: Sequence[str], emit: Emit, timings: dict[int, BatchTiming]
 ) -> None:
     """Fill ``timings``, so that an interruption leaves there what was measured."""
     for batch in config.batches:
         timings[batch] = timing = measure_batch(
-            lineup.subjects,
+            opened.subjects,
             prompts[:batch],
-            draw_noise(range(config.seed, config.seed + batch), lineup.latent),
-            device=lineup.device,
+            draw_noise(range(config.seed, config.seed + batch), opened.latent),
+            device=opened.device,
             duration_s=config.duration_s,
             seed=config.seed,
             progress=lambda stage, done, total, detail: emit(Progress(stage, done, total, detail)),
@@ -176,29 +176,29 @@ def _quality_config(config: BenchConfig) -> QualityConfig:
 
 
 def _measure_quality(
-    quality: QualityConfig, config: BenchConfig, lineup: Lineup, processes: Processes, emit: Emit
+    quality: QualityConfig, config: BenchConfig, opened: OpenedSubjects, processes: Processes, emit: Emit
 ) -> QualityResult | None:
-    subjects = quality_subjects(_with_pictures(lineup), size=lineup.size, latent_shape=lineup.latent)
+    subjects = quality_subjects(_with_pictures(opened), size=opened.size, latent_shape=opened.latent)
     result = measure_quality(quality, subjects, emit=emit, processes=processes)
     if processes.is_main:
         shutil.rmtree(quality.cache, ignore_errors=True)
     return result
 
 
-def _with_pictures(lineup: Lineup) -> list[Subject]:
+def _with_pictures(opened: OpenedSubjects) -> list[Subject]:
     """Who is worth looking at: of a teacher the first of its numbers of steps, as each costs what all students do."""
     first: dict[str, str] = {}
-    for subject in lineup.subjects:
+    for subject in opened.subjects:
         if subject.record.kind == "teacher":
             first.setdefault(subject.record.model, subject.key)
     return [
         subject
-        for subject in lineup.subjects
+        for subject in opened.subjects
         if subject.record.kind != "teacher" or first[subject.record.model] == subject.key
     ]
 
 
-def _picture_keys(lineup: Lineup) -> list[str]:
+def _picture_keys(opened: OpenedSubjects) -> list[str]:
     """Columns of the grid."""
-    shown = [subject for subject in _with_pictures(lineup) if not subject.record.random_weights]
-    return [subject.key for subject in quality_subjects(shown, size=lineup.size, latent_shape=lineup.latent)]
+    shown = [subject for subject in _with_pictures(opened) if not subject.record.random_weights]
+    return [subject.key for subject in quality_subjects(shown, size=opened.size, latent_shape=opened.latent)]

@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
     from tiue_cli.bench.compare.conditions import Check, Condition
     from tiue_cli.bench.compare.reports import Comparison
     from tiue_cli.bench.config import BenchConfig
-    from tiue_cli.bench.events import Event
     from tiue_cli.bench.report.files import ReportFiles
     from tiue_cli.bench.report.schema import BenchReport
     from tiue_cli.bench.report.tables import Table as BenchTable
+    from tiue_cli.events import BenchEvent
 
 
 _BENCH = BenchConfig(models=())
@@ -339,8 +340,8 @@ def _judge(old: BenchReport, new: BenchReport, conditions: Sequence[Condition]) 
     return comparison, check_conditions(comparison, conditions)
 
 
-def _show(event: Event, console: Console, stages: Callable[[str, int, int, str], None]) -> None:
-    from tiue_cli.bench.events import Note
+def _show(event: BenchEvent, console: Console, stages: Callable[[str, int, int, str], None]) -> None:
+    from tiue_cli.events import Note
 
     if isinstance(event, Note):
         console.note(event.text)
@@ -366,7 +367,7 @@ def show_comparison(console: Console, comparison: Comparison, checks: Sequence[C
     from tiue_cli.bench.compare.table import comparison_table, offender_text
     from tiue_cli.text import plain
 
-    console.document({**comparison.as_dict(), "checks": [check.as_dict() for check in checks]})
+    console.document({**asdict(comparison), "checks": [check.as_dict() for check in checks]})
     if console.format == "human":
         for note in (*comparison.differences, *comparison.notes):
             console.note(note)

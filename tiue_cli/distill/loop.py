@@ -293,9 +293,9 @@ class Distillation:
             figures |= {"seconds_per_step": spent, "images_per_s": images / spent, "memory_bytes": memory_bytes()}
             self._log(trainer, figures)
             if step <= config.warm_start.steps:
-                yield Progress("warm start", step, min(config.warm_start.steps, config.max_steps), figures)
+                yield Progress("warm start", step, min(config.warm_start.steps, config.max_steps), figures=figures)
             else:
-                yield Progress("distillation", step, config.max_steps, figures)
+                yield Progress("distillation", step, config.max_steps, figures=figures)
             self._stopping = self._agree(bool(self._stop))
             if step % config.checkpoint.every == 0 or step == config.max_steps or self._stopping:
                 yield from self._save(trainer)

@@ -130,7 +130,8 @@ class Versions(_Model):
 
 
 class OutputParity(_Model):
-    """One output of one graph in ONNX Runtime against torch in float32, the worst over all cases.
+    """One output of one graph in ONNX Runtime against torch in float32, or of its plan against ONNX Runtime; the worst
+    over all cases.
 
     ``max_error`` is absolute, in the output's unit; ``relative_error`` is the norm of the difference over the norm.
     """
@@ -312,22 +313,12 @@ class PlanSpec(_Model):
         return self.distinct_shapes.index(self.shapes[index])
 
 
-class PlanParity(_Model):
-    """One output of one plan against ONNX Runtime, the worst over all cases; errors as in ``OutputParity``."""
-
-    graph: GraphName
-    output: str
-    cases: tuple[str, ...]
-    max_error: float
-    relative_error: float
-
-
 class EngineParity(_Model):
     """What was compared after the build."""
 
     reference: str
     """The ONNX Runtime provider."""
-    outputs: tuple[PlanParity, ...]
+    outputs: tuple[OutputParity, ...]
     image_psnr_db: float
     required_psnr_db: float
 

@@ -124,10 +124,6 @@ def check_export_options(
     return device if provider == "auto" else provider
 
 
-RELEASED_STUDENT_STEPS = 4
-"""Decoder timesteps of a student that was released without a manifest."""
-
-
 @dataclass(frozen=True)
 class ModelTarget:
     """The model that a session uses, checked and not loaded."""
@@ -221,11 +217,12 @@ def student_timesteps(info: ModelInfo | ExportInfo, steps: int | None) -> tuple[
     """The decoder timesteps of a run with ``steps`` of them (None: the student's own). Raises UsageError."""
     if isinstance(info, ExportInfo):
         return info.manifest.combine(steps).timesteps
-    from tiue_cli.model.schedule import combine_for_run, decoder_timesteps
+    from tiue_cli.model.schedule import RELEASED_SPACING, STEPS, combine_for_run, decoder_timesteps
 
     scheduler_config = read_json(info.path / "scheduler" / "scheduler_config.json")
     if info.manifest is None:
-        trained, spacing = decoder_timesteps(scheduler_config, RELEASED_STUDENT_STEPS, spacing="leading"), "leading"
+        spacing: str = RELEASED_SPACING
+        trained = decoder_timesteps(scheduler_config, STEPS, spacing=spacing)
     else:
         trained, spacing = info.manifest.decoder_timesteps, info.manifest.spacing
     return combine_for_run(scheduler_config, trained, spacing=spacing, steps=steps).timesteps

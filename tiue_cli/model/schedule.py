@@ -33,6 +33,10 @@ else:
 Float64 = npt.NDArray[np.float64]
 
 SPACINGS: Final = ("leading", "trailing")
+STEPS: Final = 4
+"""Decoder timesteps of the paper and of the authors' released students."""
+RELEASED_SPACING: Final = "leading"
+"""Of those, which say nothing about themselves."""
 
 # Solvers over the discrete variance-preserving schedule. What is missing here (flow matching, EDM, …) has another one.
 _SOLVERS: Final = frozenset(

@@ -21,8 +21,9 @@ unseen when weights change through ``.data`` (EMA swaps do that), and gradients 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.unet import UNetFeatures, decoder_levels, has_cross_attention, output_layers, time_embedding
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _ResnetKind = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -92,6 +94,12 @@ def merge_upsamplers(unet: UNet2DConditionModel) -> None:
     for block in blocks:
         if block.upsamplers is not None:
             block.upsamplers = nn.ModuleList(MergedUpsample(upsampler) for upsampler in block.upsamplers)
+
+
+def with_same_weights(module: _Module) -> _Module:
+    """A copy whose layers may be exchanged; parameters and buffers are the original's own, not copies."""
+    memo = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo)
 
 
 def _upsample(conv: nn.Conv2d, hidden: Tensor, size: Sequence[int], *, merged: bool) -> Tensor:

@@ -24,7 +24,15 @@ from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import is_hub_id, resolve_model
 from tiue_cli.model.identity import model_sha256
-from tiue_cli.model.schedule import SPACINGS, LinearCombine, combine_for_run, ddim_config, decoder_timesteps
+from tiue_cli.model.schedule import (
+    RELEASED_SPACING,
+    SPACINGS,
+    STEPS,
+    LinearCombine,
+    combine_for_run,
+    ddim_config,
+    decoder_timesteps,
+)
 from tiue_cli.model.text import cut_text, encode_prompts
 from tiue_cli.model.weights import read_json
 
@@ -37,10 +45,6 @@ __all__ = [
     "save_student",
     "student_from_teacher",
 ]
-
-STEPS = 4
-"""Decoder timesteps of the paper and of the authors' released students."""
-RELEASED_SPACING = "leading"
 
 
 @dataclass
@@ -97,7 +101,7 @@ def student_of(components: Components, *, source: str) -> StudentModel:
     """``load_student`` once the parts are there; ``source`` is what notes call them."""
     manifest, notes = components.info.manifest, list(components.info.notes)
     if manifest is None:
-        manifest = _default_manifest(components)
+        manifest = assumed_manifest(components)
         notes.append(
             f"no {STUDENT_MANIFEST} in {source}: taken as trained with the timesteps"
             f" {list(manifest.decoder_timesteps)}; a model that is no one-pass student makes noise that way"
@@ -201,15 +205,15 @@ def _student(components: Components, manifest: StudentManifest, *, source: str, 
     )
 
 
-def _default_manifest(components: Components) -> StudentManifest:
-    """What a student without tiue.json is taken for: method.md's defaults, the settings of the released ones."""
-    config = components.scheduler_config
-    return _manifest_of(
-        components,
-        timesteps=decoder_timesteps(config, STEPS, spacing=RELEASED_SPACING),
-        spacing=RELEASED_SPACING,
-        teacher="unknown",
-    )
+def assumed_manifest(
+    components: Components, *, spacing: str = RELEASED_SPACING, teacher: str = "unknown"
+) -> StudentManifest:
+    """What a model without tiue.json is taken for: the paper's number of timesteps, spaced as the released students'.
+
+    Raises SchedulerError for a schedule that has no such timesteps.
+    """
+    timesteps = decoder_timesteps(components.scheduler_config, STEPS, spacing=spacing)
+    return _manifest_of(components, timesteps=timesteps, spacing=spacing, teacher=teacher)
 
 
 def _manifest(

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 from drawn_scenes import LATENT, scenes, small, subject
 from feature_graphs import mean_color_graph
+from papercut_quality import papercut_features, papercut_metrics
 from PIL import Image
 
-from tiue_cli.bench.events import Event, Note, Progress
 from tiue_cli.bench.quality import measure as quality
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject
 from tiue_cli.bench.quality.extractors import Sharpness
@@ -30,10 +30,10 @@ from tiue_cli.bench.quality.features import Resizing
 from tiue_cli.bench.quality.measure import QualityResult, measure_quality
 from tiue_cli.bench.quality.metrics import FeatureSet, compare_sets, diversity
 from tiue_cli.bench.quality.onnx_features import OnnxExtractor
-from tiue_cli.bench.quality.papercut import papercut_features, papercut_metrics
 from tiue_cli.bench.quality.plan import QualityConfig, Row, plan_quality
 from tiue_cli.bench.quality.references import REFERENCE_SEED, Reference, rendered_chunks, write_statistics
 from tiue_cli.errors import PromptError, QualityError, UsageError
+from tiue_cli.events import Event, Note, Progress
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.evaluation import balanced_specs
 
@@ -331,7 +331,7 @@ def test_accelerate_launch_with_two_processes_equals_one(tmp_path: Path) -> None
 
 
 def test_subjects_with_one_key_and_no_subject_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="given twice"):
+    with pytest.raises(UsageError, match="named twice"):
         run(small(tmp_path), subject(), subject())
     with pytest.raises(UsageError, match="no subject"):
         run(small(tmp_path))

@@ -15,7 +15,6 @@ from tiue_cli.bench.measure.flops import StageFlops
 from tiue_cli.bench.ratios import compare_images
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
-from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights
 from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, random_model, student_steps
 from tiue_cli.bench.subjects.peers import PeerSubject, load_peer
 from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
@@ -23,6 +22,7 @@ from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise
+from tiue_cli.model.shared import merge_upsamplers, with_same_weights
 
 PROMPTS = ["a red star", "a blue house above a tree"]
 NOISE = draw_noise([0, 1], (4, 8, 8))
@@ -134,7 +134,8 @@ def test_a_plain_pass_is_the_student_at_one_step(merged: bool, student: LoadedMo
 
 def test_merged_upsamplers_change_no_prediction_and_hold_no_weights_of_their_own(student: LoadedModel) -> None:
     unet = student.components.unet
-    merged = merged_upsamplers(unet)
+    merged = with_same_weights(unet)
+    merge_upsamplers(merged)
     assert {id(parameter) for parameter in merged.parameters()} == {id(parameter) for parameter in unet.parameters()}
     text_states = torch.randn(1, 16, 32, generator=torch.Generator().manual_seed(0))
     for size in ((8, 8), (7, 5)):  # the odd one upsamples to other than the double

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from tiue_cli.bench.compare.reports import Comparison, Row, row_as_dict
+from tiue_cli.bench.compare.reports import Comparison, Row
 from tiue_cli.bench.stats import LEAST_SAMPLES, Estimate
 from tiue_cli.errors import UsageError
 
@@ -69,12 +69,8 @@ class Check:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for ``--format json``."""
-        return {
-            "condition": self.condition.text,
-            "judged": self.judged,
-            "failed": self.failed,
-            "offenders": [row_as_dict(row) for row in self.offenders],
-        }
+        offenders = [asdict(row) for row in self.offenders]
+        return {"condition": self.condition.text, "judged": self.judged, "failed": self.failed, "offenders": offenders}
 
 
 def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
@@ -122,7 +118,7 @@ def _check(comparison: Comparison, condition: Condition) -> Check:
     rows = [row for row in comparison.rows if condition.applies_to(row)]
     if not rows:
         raise UsageError(
-            f"{condition.text!r} is about nothing that both reports have{_reason(comparison, condition)}",
+            f"{condition.text!r} matches no figure that both reports have{_reason(comparison, condition)}",
             hint=f"there are: {_listing(comparison)}",
         )
     offenders = []
@@ -130,7 +126,7 @@ def _check(comparison: Comparison, condition: Condition) -> Check:
         estimate: Estimate | None = getattr(row, condition.of)
         if estimate is None or estimate.low is None:
             raise UsageError(
-                f"{condition.text!r} cannot be judged for {row.place}: {_why_not(row, estimate)}",
+                f"{condition.text!r} cannot be judged for {row.where}: {_why_not(row, estimate)}",
                 hint="measure both with --repetitions 3 or more, or leave this condition out",
             )
         if condition.is_met_by(estimate):

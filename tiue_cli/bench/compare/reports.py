@@ -13,12 +13,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from tiue_cli.bench.compare.differences import quality_obstacle, report_differences
 from tiue_cli.bench.report.schema import BenchReport, LatencyRecord, QualityRecord
+from tiue_cli.bench.report.view import Setting
 from tiue_cli.bench.stats import LEAST_SAMPLES, Estimate, block_bootstrap, exact, hull, mean_interval, welch_difference
 from tiue_cli.text import plain
 
@@ -31,8 +32,6 @@ LOWER_IS_BETTER = frozenset({"fid", "kid"})
 HIGHER_IS_BETTER = frozenset({"clip_score", "precision", "recall", "density", "coverage", "diversity"})
 CHECKER_PREFIX = "checker_"
 
-_Rounds = tuple[int, tuple[int, int]]
-"""Batch and size: what the rounds of a report are of."""
 Verdict = Literal["faster", "slower", "better", "worse", "more", "less", "changed", "within noise", "not judged"]
 
 
@@ -57,7 +56,7 @@ class Row:
     verdict: Verdict
 
     @property
-    def place(self) -> str:
+    def where(self) -> str:
         """Where the figure is from, for people: e.g. ``papercut/torch/k4, batch 1, 64x64, vae``."""
         parts = [self.subject]
         if self.batch is not None and self.size is not None:
@@ -69,10 +68,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two reports beside each other. ``differences`` say what else changed (machine, versions, settings, models)."""
+    """Two reports, by name. ``differences`` say what else changed (machine, versions, settings, models)."""
 
-    old_name: str
-    new_name: str
+    old: str
+    new: str
     differences: tuple[str, ...]
     notes: tuple[str, ...]
     rows: tuple[Row, ...]
@@ -80,45 +79,17 @@ class Comparison:
     """Why quality is not compared although both reports have it."""
     confidence: float = CONFIDENCE
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data: the document of ``--format json``."""
-        return {
-            "old": self.old_name,
-            "new": self.new_name,
-            "confidence": self.confidence,
-            "differences": list(self.differences),
-            "notes": list(self.notes),
-            "quality_obstacle": self.quality_obstacle,
-            "rows": [row_as_dict(row) for row in self.rows],
-        }
-
-
-def row_as_dict(row: Row) -> dict[str, Any]:
-    """A row as plain data."""
-    return {
-        "subject": row.subject,
-        "batch": row.batch,
-        "size": None if row.size is None else list(row.size),
-        "scope": row.scope,
-        "figure": row.figure,
-        "old": row.old,
-        "new": vars(row.new),
-        "difference": vars(row.difference),
-        "relative": None if row.relative is None else vars(row.relative),
-        "verdict": row.verdict,
-    }
-
 
 def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Comparison:
     """Compare what both reports measured; ``seed`` draws the bootstrap, so the same call gives the same intervals."""
     generator = np.random.default_rng(seed)
     paces = _paces(old, new, generator)
-    before = {_place(record): record for record in old.latency}
+    before = {_key(record): record for record in old.latency}
     rows: list[Row] = []
     for record in new.latency:
-        if _place(record) in before:
-            pace = paces.get((record.batch, record.size))
-            rows += _latency_rows(before[_place(record)], record, pace, generator)
+        if _key(record) in before:
+            pace = paces.get(_setting(record))
+            rows += _latency_rows(before[_key(record)], record, pace, generator)
     obstacle = quality_obstacle(old, new)
     if obstacle is None:
         quality_before = {record.subject: record for record in old.quality}
@@ -126,8 +97,8 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
             if quality.subject in quality_before:
                 rows += _quality_rows(quality_before[quality.subject], quality)
     return Comparison(
-        old_name=old.name,
-        new_name=new.name,
+        old=old.name,
+        new=new.name,
         differences=report_differences(old, new),
         notes=(*_few_samples(before, new.latency), *_notes(rows, paces)),
         rows=tuple(rows),
@@ -135,8 +106,12 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
     )
 
 
-def _place(record: LatencyRecord) -> tuple[str, int, tuple[int, int]]:
-    return record.subject, record.batch, record.size
+def _setting(record: LatencyRecord) -> Setting:
+    return Setting(record.batch, record.size)
+
+
+def _key(record: LatencyRecord) -> tuple[str, Setting]:
+    return record.subject, _setting(record)
 
 
 # --- latency -------------------------------------------------------------------------------------------------------
@@ -169,27 +144,27 @@ def _series(
     return [_Series(*parts) for parts in zip(*found, *drawn, strict=True)]
 
 
-def _paces(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> dict[_Rounds, _Series]:
+def _paces(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> dict[Setting, _Series]:
     """The median time of the control product in both reports, by batch and size."""
     before, after = _control_samples(old), _control_samples(new)
     return {
-        place: _series(before[place], samples, ["p50"], generator)[0]
-        for place, samples in after.items()
-        if place in before and min(len(before[place]), len(samples)) >= LEAST_SAMPLES["p50"]
+        setting: _series(before[setting], samples, ["p50"], generator)[0]
+        for setting, samples in after.items()
+        if setting in before and min(len(before[setting]), len(samples)) >= LEAST_SAMPLES["p50"]
     }
 
 
-def _control_samples(report: BenchReport) -> dict[_Rounds, tuple[float, ...]]:
+def _control_samples(report: BenchReport) -> dict[Setting, tuple[float, ...]]:
     """The control product's samples by the rounds that they opened; all of them where that cannot be told."""
-    counts: dict[_Rounds, int] = {}
+    counts: dict[Setting, int] = {}
     for record in report.latency:
         rounds = max(record.rounds, default=len(record.samples_ms) - 1) + 1
-        counts[record.batch, record.size] = max(rounds, counts.get((record.batch, record.size), 0))
+        counts[_setting(record)] = max(rounds, counts.get(_setting(record), 0))
     samples = report.control_samples_ms
     if sum(counts.values()) != len(samples):
         return dict.fromkeys(counts, samples)
     ends = itertools.accumulate(counts.values())
-    return {place: samples[end - count : end] for (place, count), end in zip(counts.items(), ends, strict=True)}
+    return {setting: samples[end - count : end] for (setting, count), end in zip(counts.items(), ends, strict=True)}
 
 
 def _latency_rows(
@@ -270,30 +245,23 @@ def _verdict(estimate: Estimate, *, up: Verdict, down: Verdict, threshold: float
 # --- quality -------------------------------------------------------------------------------------------------------
 
 
-def direction(metric: str) -> Literal["lower", "higher"] | None:
-    """What is better of a quality metric; None for one that this module does not know."""
+def _verdicts(metric: str) -> tuple[Verdict, Verdict]:
+    """What a rise and what a fall of a quality metric mean."""
     if metric in LOWER_IS_BETTER:
-        return "lower"
-    return "higher" if metric in HIGHER_IS_BETTER or metric.startswith(CHECKER_PREFIX) else None
+        return "worse", "better"
+    known = metric in HIGHER_IS_BETTER or metric.startswith(CHECKER_PREFIX)
+    return ("better", "worse") if known else ("changed", "changed")
 
 
 def _quality_rows(old: QualityRecord, new: QualityRecord) -> Iterator[Row]:
     for metric, after in new.metrics.items():
         if metric not in old.metrics:
             continue
-        before = old.metrics[metric]
-        difference = welch_difference(
-            old.repetitions.get(metric, ()), new.repetitions.get(metric, ()), confidence=CONFIDENCE
-        )
+        before, repeated = old.metrics[metric], new.repetitions.get(metric, ())
+        difference = welch_difference(old.repetitions.get(metric, ()), repeated, confidence=CONFIDENCE)
         if difference is None:
             difference = Estimate(after - before)
-        better = direction(metric)
-        names: Mapping[str | None, tuple[Verdict, Verdict]] = {
-            "lower": ("worse", "better"),
-            "higher": ("better", "worse"),
-            None: ("changed", "changed"),
-        }
-        up, down = names[better]
+        up, down = _verdicts(metric)
         yield Row(
             subject=new.subject,
             batch=None,
@@ -301,19 +269,17 @@ def _quality_rows(old: QualityRecord, new: QualityRecord) -> Iterator[Row]:
             scope="image",
             figure=metric,
             old=before,
-            new=mean_interval(new.repetitions.get(metric, ()), confidence=CONFIDENCE) or Estimate(after),
+            new=mean_interval(repeated, confidence=CONFIDENCE) or Estimate(after),
             difference=difference,
             relative=None if before == 0 else difference.scaled(1 / abs(before)),
             verdict=_verdict(difference, up=up, down=down, threshold=0.0),
         )
 
 
-def _few_samples(
-    before: Mapping[tuple[str, int, tuple[int, int]], LatencyRecord], after: Sequence[LatencyRecord]
-) -> Iterator[str]:
+def _few_samples(before: Mapping[tuple[str, Setting], LatencyRecord], after: Sequence[LatencyRecord]) -> Iterator[str]:
     """What both reports measured, too seldom to be compared."""
     least = LEAST_SAMPLES["p50"]
-    pairs = [(before[_place(record)], record) for record in after if _place(record) in before]
+    pairs = [(before[_key(record)], record) for record in after if _key(record) in before]
     few = {new.subject for old, new in pairs if min(len(old.samples_ms), len(new.samples_ms)) < least}
     if few:
         yield plain(f"not compared, with fewer than {least} runs: {', '.join(sorted(few))}")
@@ -322,10 +288,10 @@ def _few_samples(
 # --- what the rows say together ------------------------------------------------------------------------------------
 
 
-def _notes(rows: Sequence[Row], paces: Mapping[_Rounds, _Series]) -> Iterator[str]:
+def _notes(rows: Sequence[Row], paces: Mapping[Setting, _Series]) -> Iterator[str]:
     changes = [
-        f"{abs(pace.ratio - 1):.1%} {'longer' if pace.ratio > 1 else 'shorter'} at batch {batch}"
-        for (batch, _), pace in paces.items()
+        f"{abs(pace.ratio - 1):.1%} {'longer' if pace.ratio > 1 else 'shorter'} at batch {setting.batch}"
+        for setting, pace in paces.items()
         if abs(pace.ratio - 1) > THRESHOLD
     ]
     if changes:

@@ -13,13 +13,7 @@ from tiue_cli.text import bytes_text, number
 
 def comparison_table(comparison: Comparison) -> Table:
     """The medians of whole images, and whatever else changed; each subject's rows stand under its name."""
-    columns = (
-        Column("", "left"),
-        Column("old"),
-        Column("new"),
-        Column("change"),
-        Column("verdict", "left"),
-    )
+    columns = (Column("", "left"), Column("old"), Column("new"), Column("change"), Column("verdict", "left"))
     shown = [row for row in comparison.rows if _is_shown(row)]
     rows: list[tuple[str, ...]] = []
     for subject in dict.fromkeys(row.subject for row in shown):
@@ -32,13 +26,13 @@ def comparison_table(comparison: Comparison) -> Table:
         notes.append(f"{len(comparison.rows) - len(shown)} more figures are in --format json.")
     if comparison.quality_obstacle is not None:
         notes.append(f"Quality is not compared: {comparison.quality_obstacle}")
-    return Table(f"{comparison.old_name} → {comparison.new_name}", columns, tuple(rows), tuple(notes))
+    return Table(f"{comparison.old} → {comparison.new}", columns, tuple(rows), tuple(notes))
 
 
 def offender_text(row: Row) -> str:
     """A row in a sentence: where, and what changed from what to what."""
     _, old, new, change, _ = _comparison_row(row)
-    return f"{row.place}: {_figure_name(row)} {old} → {new}{f', {change}' if change else ''}"
+    return f"{row.where}: {_figure_name(row)} {old} → {new}{f', {change}' if change else ''}"
 
 
 def _is_shown(row: Row) -> bool:

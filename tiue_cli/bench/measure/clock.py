@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 
@@ -18,22 +18,8 @@ from tiue_cli.bench.report.schema import Stage
 StageMs = dict[Stage, float]
 
 
-class StageClock(Protocol):
-    """Times named stages of one run at a time; a stage that comes several times adds up."""
-
-    @property
-    def kind(self) -> Literal["wall", "cuda-events"]:
-        """What ``LatencyRecord.clock`` calls it."""
-
-    def stage(self, name: Stage) -> contextlib.AbstractContextManager[None]:
-        """Time the block as part of ``name``."""
-
-    def take_ms(self) -> StageMs:
-        """Milliseconds of each stage since the last call; waits for the device."""
-
-
 class WallClock:
-    """Stages by ``time.perf_counter``: for whatever computes before it returns."""
+    """Times named stages of one run at a time, by ``time.perf_counter``: for whatever computes before it returns."""
 
     kind: Literal["wall", "cuda-events"] = "wall"
 
@@ -82,6 +68,9 @@ class CudaClock:
             taken[name] = taken.get(name, 0.0) + float(start.elapsed_time(end))
         self._events.clear()
         return taken
+
+
+StageClock = WallClock | CudaClock
 
 
 def clock_for(device: str) -> StageClock:

@@ -18,10 +18,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tiue_cli.bench.subjects.merged import merged_upsamplers
+from tiue_cli.bench.report.schema import Stage
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, quiet
-from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.shared import SharedUNetDecoder, merge_upsamplers, with_same_weights
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 DecoderKind = Literal["shared", "plain", "merged"]
@@ -53,6 +53,16 @@ class StageFlops:
     def unet_decoder(self, batch: int, steps: int, kind: DecoderKind) -> float:
         """The UNet decoder at ``steps`` timesteps on ``batch`` images; the weighted sum does not count."""
         return _count_decoder(self._unet, batch, steps=steps, kind=kind)
+
+    def student(self, batch: int, steps: int, kind: DecoderKind) -> dict[Stage, float]:
+        """Each stage of a student's pass."""
+        decoder = self.unet_decoder(batch, steps, kind)
+        return {
+            "text": self.text(batch),
+            "unet_encoder": self.unet_encoder(batch),
+            "unet_decoder": decoder,
+            "vae": self.vae(batch),
+        }
 
     def vae(self, batch: int) -> float:
         """The autoencoder's decoder on ``batch`` images."""
@@ -92,11 +102,13 @@ def _count_vae(config: str, latent: tuple[int, int], *, tiny: bool) -> float:
 
 @functools.lru_cache(maxsize=256)
 def _count_unet(shape: _UNetShape, rows: int, *, merged: bool) -> float:
-    unet = _meta_unet(shape.config)
-    module: Any = merged_upsamplers(unet) if merged else unet
+    unet: Any = _meta_unet(shape.config)
+    if merged:
+        unet = with_same_weights(unet)
+        merge_upsamplers(unet)
     noise, text_states = _inputs(unet, shape, rows)
     with torch.device("meta"):
-        return _count(lambda: module(noise, torch.tensor(1), encoder_hidden_states=text_states))
+        return _count(lambda: unet(noise, torch.tensor(1), encoder_hidden_states=text_states))
 
 
 @functools.lru_cache(maxsize=256)

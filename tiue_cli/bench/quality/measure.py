@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_cli.bench.events import Emit, Note, Progress
 from tiue_cli.bench.quality.clip_features import ClipExtractor
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject, slug
 from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness, open_extractor
@@ -25,6 +24,7 @@ from tiue_cli.bench.quality.references import CEILING_SEED, Reference, open_refe
 from tiue_cli.bench.report.schema import QualityProtocol, QualityRecord
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
+from tiue_cli.events import Emit, Note, Progress
 from tiue_cli.papercut.evaluation import prompt_following_of_features
 from tiue_cli.papercut.scenes import SIZE
 
@@ -98,7 +98,7 @@ class _Measurement:
     def measure(self, subject: QualitySubject) -> None:
         """Draw a subject's images and, in the main process, add its record."""
         if subject.key in {record.subject for record in self._records}:
-            raise UsageError(f"{subject.key} was given twice", hint="name each subject once")
+            raise UsageError(f"{subject.key} is named twice", hint="name each subject once")
         self._check_size(subject)
         if self._processes.is_main and self._reference is None:
             self._open_reference(subject.size)
@@ -123,7 +123,7 @@ class _Measurement:
         if not self._processes.is_main:
             return None
         if self._reference is None:
-            raise UsageError("no subject was given whose quality to measure", hint="name a model")
+            raise UsageError("there is no subject whose quality could be measured", hint="name a trained model")
         return QualityResult(self._protocol(self._reference), tuple(self._records))
 
     # --- before drawing ---

@@ -162,11 +162,11 @@ def _check(config: QualityConfig) -> None:
         ("diversity_images", config.diversity_images, 1),
     ):
         if value < least:
-            raise UsageError(f"{name} {value} is impossible", hint=f"give {least} or more")
+            raise UsageError(f"{name} {value} is less than {least}", hint=f"give {least} or more")
     if config.resize is not None and not 8 <= config.resize <= 4096:
-        raise UsageError(f"resize {config.resize} is impossible", hint="give pixels, for example 256")
+        raise UsageError(f"--resize {config.resize} is outside 8 to 4096 pixels", hint="256 is usual")
     if not config.seeds:
-        raise UsageError("no first seed was given", hint="give one a repetition, for example 0")
+        raise UsageError("there are no first seeds", hint="give one for each repetition, for example 0")
 
 
 def _check_seeds(plan: QualityPlan) -> None:

@@ -49,7 +49,7 @@ def write_report(report: BenchReport, out_folder: Path) -> ReportFiles:
     Nothing is overwritten, also where several benches end at once. Raises OutputError.
     """
     if not report.name or report.name.startswith(".") or Path(report.name).name != report.name:
-        raise OutputError(f"{report.name!r} is no name for a file", hint="leave slashes and leading dots out")
+        raise OutputError(f"{report.name!r} cannot be a file's name", hint="leave slashes and leading dots out")
     path = _reserve(out_folder, report.name)
     try:
         # The samples first: they took hours, and the pages can be made from them again.

@@ -48,6 +48,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
+def _columns(*heads: str, words: int = 1) -> tuple[Column, ...]:
+    """The first ``words`` columns hold words, the others figures."""
+    return tuple(Column(head, "left" if index < words else "right") for index, head in enumerate(heads))
+
+
 def latency_tables(view: ReportView) -> list[Table]:
     """One a setting: median, percentiles, spread, throughput, share of peak, memory; then the stages."""
     return [
@@ -56,16 +61,8 @@ def latency_tables(view: ReportView) -> list[Table]:
 
 
 def _latency_table(view: ReportView, setting: Setting) -> Table:
-    columns = (
-        Column("subject", "left"),
-        Column("median, ms"),
-        Column("p90, ms"),
-        Column("p99, ms"),
-        Column("IQR, ms"),
-        Column("runs"),
-        Column("images/s"),
-        Column("of peak"),
-        Column("memory"),
+    columns = _columns(
+        "subject", "median, ms", "p90, ms", "p99, ms", "IQR, ms", "runs", "images/s", "of peak", "memory"
     )
     rows, few = [], False
     for record in view.records(setting):
@@ -106,14 +103,8 @@ def _memory(record: LatencyRecord) -> str:
 def _stage_table(view: ReportView, setting: Setting) -> Table:
     records = view.records(setting)
     stages = [stage for stage in STAGE_NAMES if any(record.stage_samples_ms.get(stage) for record in records)]
-    columns = (
-        Column("subject", "left"),
-        *(Column(STAGE_NAMES[stage]) for stage in stages),
-        Column("rest"),
-        Column("GFLOP"),
-        Column("floor"),
-        Column("median / floor"),
-    )
+    names = [STAGE_NAMES[stage] for stage in stages]
+    columns = _columns("subject", *names, "rest", "GFLOP", "floor", "median / floor")
     rows = tuple(_stage_row(view, record, stages) for record in records)
     clocks = sorted({record.clock for record in records if record.stage_samples_ms})
     words = {"wall": "the wall clock", "cuda-events": "CUDA events"}
@@ -152,12 +143,8 @@ def ratio_tables(view: ReportView) -> list[Table]:
 
 
 def _ratio_table(view: ReportView, setting: Setting) -> Table:
-    columns = (
-        Column("subject", "left"),
-        *(Column(f"speed-up over {view.label(teacher)}") for teacher in view.teachers),
-        Column("whole image, in plain passes"),
-        Column("UNet alone, in plain UNet passes"),
-    )
+    over = [f"speed-up over {view.label(teacher)}" for teacher in view.teachers]
+    columns = _columns("subject", *over, "whole image, in plain passes", "UNet alone, in plain UNet passes")
     rows: list[tuple[str, ...]] = []
     withheld: dict[str, str] = {}
     confidence: set[float] = set()
@@ -194,13 +181,8 @@ def _ratio_cell(ratio: RatioRecord | None, form: Callable[[RatioRecord], Shown],
 
 def load_table(view: ReportView) -> Table:
     """Loading, building and first calls."""
-    columns = (
-        Column("subject", "left"),
-        Column("load, s"),
-        Column("build, s"),
-        *(Column(f"first call, {setting.words}, ms") for setting in view.settings),
-        Column("weights"),
-    )
+    first_calls = [f"first call, {setting.words}, ms" for setting in view.settings]
+    columns = _columns("subject", "load, s", "build, s", *first_calls, "weights")
     rows = []
     for subject in view.report.subjects:
         records = [view.latency(subject.key, setting) for setting in view.settings]
@@ -236,7 +218,7 @@ def subject_table(view: ReportView) -> Table:
         for subject in view.report.subjects
     )
     notes = tuple(f"{view.label(subject.key)}: {note}" for subject in view.report.subjects for note in subject.notes)
-    return Table("Subjects", tuple(Column(head, "left") for head in heads), rows, notes)
+    return Table("Subjects", _columns(*heads, words=len(heads)), rows, notes)
 
 
 def _pictures(view: ReportView, subject: SubjectRecord) -> str:
@@ -269,7 +251,7 @@ def quality_table(view: ReportView, metrics: Sequence[str], *, spread: bool = Tr
     """These metrics of every subject, with the spread of the repetitions if wanted."""
     if not view.report.quality:
         return None
-    columns = (Column("subject", "left"), *(Column(metric_name(metric)) for metric in metrics), Column("images/s"))
+    columns = _columns("subject", *map(metric_name, metrics), "images/s")
     rows = []
     for record in view.report.quality:
         cells = [_quality_cell(record, metric, spread=spread) for metric in metrics]
@@ -293,7 +275,7 @@ def _checker_table(view: ReportView) -> Table | None:
             cells = [_quality_cell(record, f"{_CHECKER}{kind}{name}", spread=True) for name in attributes]
             if any(cells):
                 rows.append((view.label(record.subject), captions, *cells))
-    columns = (Column("subject", "left"), Column("captions", "left"), *(Column(f"{name} ↑") for name in attributes))
+    columns = _columns("subject", "captions", *(f"{name} ↑" for name in attributes), words=2)
     note = "Share of images in which papercut's checker reads what the caption says. Relation: of two objects."
     return Table("Checker", columns, tuple(rows), (note,))
 
@@ -329,9 +311,8 @@ def terminal_tables(view: ReportView) -> list[Table]:
 
 def _terminal_table(view: ReportView, setting: Setting) -> Table:
     teacher = view.teachers[0] if view.teachers else None
-    columns = [Column("subject", "left"), Column("median, ms"), Column("images/s")]
-    columns += [] if teacher is None else [Column("speed-up")]
-    columns.append(Column("UNet passes"))
+    speedup = [] if teacher is None else ["speed-up"]
+    columns = _columns("subject", "median, ms", "images/s", *speedup, "UNet passes")
     rows = []
     for record in view.records(setting):
         ratio = None if teacher is None else view.ratio(record.subject, teacher, setting, "image")
@@ -342,7 +323,7 @@ def _terminal_table(view: ReportView, setting: Setting) -> Table:
     note = "UNet passes: time of the UNet in plain passes of it."
     if teacher is not None:
         note = f"Speed-up: over {view.label(teacher)}, prompt to pixels. {note}"
-    return Table(f"Latency, {setting.words}", tuple(columns), tuple(rows), (note,))
+    return Table(f"Latency, {setting.words}", columns, tuple(rows), (note,))
 
 
 def percent(share: float) -> str:

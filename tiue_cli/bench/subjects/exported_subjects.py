@@ -56,12 +56,4 @@ class ExportedSubject(Subject):
 
     def flops(self, batch: int) -> dict[Stage, float]:
         """See ``Subject.flops``: those of the student, as an export computes what the student computes."""
-        counted = self._flops
-        if counted is None:
-            return {}
-        return {
-            "text": counted.text(batch),
-            "unet_encoder": counted.unet_encoder(batch),
-            "unet_decoder": counted.unet_decoder(batch, self.record.steps, "shared"),
-            "vae": counted.vae(batch),
-        }
+        return {} if self._flops is None else self._flops.student(batch, self.record.steps, "shared")

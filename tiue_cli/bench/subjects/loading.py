@@ -21,8 +21,8 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """One MODEL. ``model`` None: an export whose student is not at hand; ``export``: MODEL is an export itself."""
+class ModelArgument:
+    """What one MODEL names. ``model`` None: an export whose student was not found; ``export``: MODEL is an export."""
 
     name: str
     source: str
@@ -33,7 +33,7 @@ class Contestant:
         """Pixels (H, W) that it was made for."""
         if self.export is not None:
             return self.export.manifest.default_size
-        assert self.model is not None, "a contestant is a model or an export"
+        assert self.model is not None, "an argument is a model or an export"
         return self.model.image_size()
 
 
@@ -49,27 +49,27 @@ class Loader:
         self.warnings: list[str] = []
         self.notes: list[str] = []
 
-    def contestants(self) -> list[Contestant]:
+    def arguments(self) -> list[ModelArgument]:
         """Every MODEL. Raises what loading raises."""
         names: list[str] = []
         for source in self._config.models:
             names.append(named(source, names))
-        return [self._contestant(name, source) for name, source in zip(names, self._config.models, strict=True)]
+        return [self._argument(name, source) for name, source in zip(names, self._config.models, strict=True)]
 
-    def teachers(self, contestants: Sequence[Contestant]) -> list[LoadedModel]:
+    def teachers(self, arguments: Sequence[ModelArgument]) -> list[LoadedModel]:
         """The many-step models to compare with, each once: the one that was named, else what each student knows."""
         asked = self._config.teacher
         if asked == NO_TEACHER:
             return []
         if asked is not None:
-            name = named(asked, [contestant.name for contestant in contestants])
+            name = named(asked, [argument.name for argument in arguments])
             return [self._many_steps(self._load(name, asked), asked)]
-        found = [self._own_teacher(contestant) for contestant in contestants]
+        found = [self._own_teacher(argument) for argument in arguments]
         return list({id(model.components): model for model in found if model is not None}.values())
 
-    def _contestant(self, name: str, source: str) -> Contestant:
+    def _argument(self, name: str, source: str) -> ModelArgument:
         if self._config.random_weights:
-            return Contestant(name, source, self._random(source))
+            return ModelArgument(name, source, self._random(source))
         export = find_export(source)
         if export is not None:
             return self._exported(name, source, export)
@@ -79,7 +79,7 @@ class Loader:
                 f"{source} is a many-step model: its untrained student is measured for speed, and the pictures of that"
                 " student mean nothing"
             )
-        return Contestant(name, source, model)
+        return ModelArgument(name, source, model)
 
     def _random(self, shape: str) -> LoadedModel:
         self._say(f"building {shape} with random weights")
@@ -88,7 +88,7 @@ class Loader:
             shape, device=self._device, precision=self._precision, seed=self._config.seed, vae=self._config.vae
         )
 
-    def _exported(self, name: str, source: str, export: ExportInfo) -> Contestant:
+    def _exported(self, name: str, source: str, export: ExportInfo) -> ModelArgument:
         """An export, with the student that it came from where that is at hand to be compared with."""
         if self._config.vae is not None:
             raise UsageError(f"the autoencoder is part of an export ({source})", hint="leave --vae out")
@@ -97,12 +97,12 @@ class Loader:
         if origin.vae_source is None and (origin.source in EMBEDDED_NAMES or Path(origin.source).is_dir()):
             folder = resolve_model(origin.source)
             if model_sha256(folder) == origin.sha256:
-                return Contestant(name, source, self._load(name, origin.source), ready)
+                return ModelArgument(name, source, self._load(name, origin.source), ready)
         self.warnings.append(
-            f"{source}: the student that it was exported from ({origin.source}) is not at hand, so that its pictures"
-            " are compared with nothing in this run"
+            f"{source}: the student it was exported from ({origin.source}) was not found, so its pictures are not"
+            " compared with a reference in this run"
         )
-        return Contestant(name, source, None, ready)
+        return ModelArgument(name, source, None, ready)
 
     def _load(self, name: str, source: str) -> LoadedModel:
         place = str(resolve_model(source).resolve())
@@ -113,18 +113,18 @@ class Loader:
             )
         return self._loaded[place]
 
-    def _own_teacher(self, contestant: Contestant) -> LoadedModel | None:
-        model = contestant.model
+    def _own_teacher(self, argument: ModelArgument) -> LoadedModel | None:
+        model = argument.model
         if model is not None and (model.random_weights or not model.is_student):
             return model
         manifest = None if model is None else model.components.info.manifest
         known = None if manifest is None else manifest.teacher
-        if contestant.export is not None:
-            known = contestant.export.manifest.student.teacher
-        if known in EMBEDDED_NAMES or contestant.source in EMBEDDED_NAMES:
+        if argument.export is not None:
+            known = argument.export.manifest.student.teacher
+        if known in EMBEDDED_NAMES or argument.source in EMBEDDED_NAMES:
             return self._load(EMBEDDED_TEACHER, EMBEDDED_TEACHER)
         named_by = "" if known in (None, "unknown") else f" (it names {known})"
-        self.notes.append(f"{contestant.source} is compared with no teacher{named_by}: give one with --teacher FOLDER")
+        self.notes.append(f"{argument.source} is compared with no teacher{named_by}: give one with --teacher FOLDER")
         return None
 
     def _many_steps(self, model: LoadedModel, source: str) -> LoadedModel:
@@ -148,7 +148,7 @@ class ReadyExport:
 def find_export_of(model: LoadedModel, *, precision: str, size: Size, vae: str | None) -> ReadyExport | str:
     """The student's export in its usual place (``engines/NAME``), or why there is none that fits, in words."""
     if model.sha256 is None or not model.is_student:
-        return "random and untrained weights have no export" if model.is_student else "it is no trained student"
+        return "random weights have no export" if model.is_student else f"{model.source} is not a trained student"
     folder = ExportConfig(student=model.source).folder
     if not is_export_folder(folder):
         return f"there is no export in {folder} (tiue export {model.source})"
@@ -169,7 +169,9 @@ def find_export_of(model: LoadedModel, *, precision: str, size: Size, vae: str |
 def export_now(model: LoadedModel, folder: Path, *, precision: Any, size: Size, say: Say) -> ReadyExport:
     """Export the student into ``folder``, at one fixed size. Raises what ``export_student`` raises, and UsageError."""
     if precision not in ("fp32", "fp16"):
-        raise UsageError(f"exports have no {precision}", hint="choose --precision fp32 or fp16, or --backend torch")
+        raise UsageError(
+            f"there are no exports in {precision}", hint="choose --precision fp32 or fp16, or --backend torch"
+        )
     from tiue_cli.export.onnx.export import export_student
     from tiue_cli.model.student import save_student
 

@@ -15,22 +15,18 @@ from typing import Final
 import torch
 from torch import nn
 
-from tiue_cli import __version__
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions
 from tiue_cli.bench.subjects.random_weights import random_components
 from tiue_cli.errors import UsageError
-from tiue_cli.files.students import StudentManifest
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
 from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.hub import EMBEDDED_GUIDANCE, EMBEDDED_NAMES, EMBEDDED_STUDENT, TEACHER_GUIDANCE
 from tiue_cli.model.identity import model_sha256
-from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_config, decoder_timesteps
-from tiue_cli.model.student import StudentModel
+from tiue_cli.model.schedule import RELEASED_SPACING, LinearCombine, combine_for_run, ddim_config
+from tiue_cli.model.student import StudentModel, assumed_manifest
 from tiue_cli.model.teacher import Teacher
 
-UNTRAINED_STEPS: Final = 4
-"""Decoder timesteps of a student that is only its teacher's weights: the paper's number."""
 DTYPES: Final = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -65,14 +61,18 @@ class LoadedModel:
     @property
     def student(self) -> StudentModel:
         """The model as a one-pass student, over the same weights; untrained where it is none."""
-        parts = self.components
+        parts, manifest = self.components, self.components.info.manifest
+        if manifest is None:
+            own = str(ddim_config(parts.scheduler_config)["timestep_spacing"])
+            spacing = RELEASED_SPACING if self.is_student else own
+            manifest = assumed_manifest(parts, spacing=spacing, teacher=self.name)
         return StudentModel(
             tokenizer=parts.tokenizer,
             text_encoder=parts.text_encoder,
             unet=parts.unet,
             vae=parts.vae,
             scheduler_config=parts.scheduler_config,
-            manifest=_manifest(parts, name=self.name),
+            manifest=manifest,
             source=self.source,
         )
 
@@ -166,26 +166,6 @@ def check_same_size(sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
         return next(iter(sizes.values()))
     listed = ", ".join(f"{name} {height}x{width}" for name, (height, width) in sizes.items())
     raise UsageError(f"the models were made for different sizes: {listed}", hint="choose one for all: --size 512")
-
-
-def _manifest(components: Components, *, name: str) -> StudentManifest:
-    """A student's own manifest; else one of the paper's number of timesteps, spaced as the scheduler config says."""
-    if components.info.manifest is not None:
-        return components.info.manifest
-    config = components.scheduler_config
-    spacing = "leading" if components.info.kind == "student" else str(ddim_config(config)["timestep_spacing"])
-    timesteps = decoder_timesteps(config, UNTRAINED_STEPS, spacing=spacing)
-    return StudentManifest.model_validate(
-        {
-            "decoder_timesteps": timesteps,
-            "encoder_timestep": timesteps[0],
-            "spacing": spacing,
-            "prediction_type": ddim_config(config)["prediction_type"],
-            "teacher": name,
-            "license": components.info.license,
-            "tiue_version": __version__,
-        }
-    )
 
 
 def _touch(modules: Iterable[nn.Module]) -> None:

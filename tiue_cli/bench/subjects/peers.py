@@ -139,7 +139,7 @@ def load_peer(peer: PeerSpec, *, device: str, precision: str) -> tuple[Any, floa
     looks_local = path.exists() or peer.source.startswith((".", "/", "~")) or peer.source.count("/") != 1
     if looks_local and not (path / "model_index.json").is_file():
         raise ModelFolderError(
-            f"--peer {peer.name}: {path} is no diffusers folder (no model_index.json)",
+            f"--peer {peer.name}: {path} is not a diffusers folder (no model_index.json)",
             hint="give a folder that diffusers wrote, or a hub id OWNER/NAME",
         )
     loader: Any = DiffusionPipeline

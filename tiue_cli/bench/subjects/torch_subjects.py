@@ -23,11 +23,10 @@ from tiue_cli.backends.torch_cuda import FastOptions, StudentPass, TeacherSteps
 from tiue_cli.bench.measure.clock import StageMs, clock_for
 from tiue_cli.bench.measure.flops import StageFlops
 from tiue_cli.bench.report.schema import Stage, SubjectRecord
-from tiue_cli.bench.subjects.merged import merged_upsamplers, with_same_weights
 from tiue_cli.bench.subjects.models import LoadedModel, combine_for
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.schedule import ddim_steps
-from tiue_cli.model.shared import SharedUNetDecoder
+from tiue_cli.model.shared import SharedUNetDecoder, merge_upsamplers, with_same_weights
 from tiue_cli.model.text import encode_prompts
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
@@ -182,8 +181,10 @@ class PlainUNetSubject(_TorchSubject):
         self, record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool | None = None
     ) -> None:
         super().__init__(record, model, flops)
-        unet = model.components.unet
-        self._unet: Any = merged_upsamplers(unet) if record.merged_upsampler else unet
+        self._unet: Any = model.components.unet
+        if record.merged_upsampler:
+            self._unet = with_same_weights(self._unet)
+            merge_upsamplers(self._unet)
         self._combine = combine_for(model.student, 1)
         options = FastOptions(merged=record.merged_upsampler)
         fast = model.fast(options) if _is_prepared(record, prepared) else None
@@ -272,13 +273,7 @@ class StudentSubject(_TorchSubject):
 
     def flops(self, batch: int) -> dict[Stage, float]:
         """See ``Subject.flops``."""
-        counted = self._flops
-        return {
-            "text": counted.text(batch),
-            "unet_encoder": counted.unet_encoder(batch),
-            "unet_decoder": counted.unet_decoder(batch, self.record.steps, self._variant),
-            "vae": counted.vae(batch),
-        }
+        return self._flops.student(batch, self.record.steps, self._variant)
 
 
 def _is_prepared(record: SubjectRecord, asked: bool | None) -> bool:

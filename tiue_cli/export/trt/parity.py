@@ -31,7 +31,7 @@ from tiue_cli.files.exports import (
     EngineParity,
     ExportManifest,
     GraphSpec,
-    PlanParity,
+    OutputParity,
     PlanSpec,
     ProfileSpec,
     Size,
@@ -141,12 +141,12 @@ def check_plans(
     cases: Sequence[PlanCase],
     *,
     say: Callable[[float, str], None] | None = None,
-) -> tuple[tuple[PlanParity, ...], dict[str, int]]:
+) -> tuple[tuple[OutputParity, ...], dict[str, int]]:
     """Compare every plan, given the reference's inputs, in every case; the figures, and each plan's working memory.
 
     Memory is in bytes, by the plan's file name. Raises ParityError naming output and case.
     """
-    found: list[PlanParity] = []
+    found: list[OutputParity] = []
     memory_bytes: dict[str, int] = {}
     with open_stream() as stream:
         for number, spec in enumerate(engine.plans):
@@ -163,7 +163,7 @@ def check_plans(
 
 def _check_plan(
     plan: Plan, spec: PlanSpec, graph: GraphSpec, reference: Reference, cases: Sequence[PlanCase], stream: object
-) -> list[PlanParity]:
+) -> list[OutputParity]:
     worst: dict[str, tuple[float, float]] = {output.name: (0.0, 0.0) for output in graph.outputs}
     labels: list[str] = []
     for profile in dict.fromkeys(case.profile for case in cases if spec.shapes[case.profile]):
@@ -178,7 +178,7 @@ def _check_plan(
                     check_relative_error(errors[1], where=where, precision=graph.precision, hint=_NEXT)
                     worst[name] = (max(worst[name][0], errors[0]), max(worst[name][1], errors[1]))
     return [
-        PlanParity(graph=graph.name, output=name, cases=tuple(labels), max_error=error, relative_error=relative)
+        OutputParity(graph=graph.name, output=name, cases=tuple(labels), max_error=error, relative_error=relative)
         for name, (error, relative) in worst.items()
     ]
 
@@ -223,7 +223,7 @@ def check_engine_images(
 
 
 def engine_parity(
-    reference: Reference, outputs: tuple[PlanParity, ...], worst_psnr_db: float, manifest: ExportManifest
+    reference: Reference, outputs: tuple[OutputParity, ...], worst_psnr_db: float, manifest: ExportManifest
 ) -> EngineParity:
     """The figures as ``engine.json`` keeps them."""
     return EngineParity(

@@ -28,7 +28,6 @@ DEFAULT_BATCHES: Final = ((1, 1, 1), (1, 4, 16))
 """Without --profile and --batch: one image exactly, and up to sixteen."""
 
 MAX_BATCH: Final = 1024
-_BUILD_AGAIN = "build another engine: tiue export {folder} --trt --batch {batch}"
 
 Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 """For each input of a graph its (min, opt, max) shape."""

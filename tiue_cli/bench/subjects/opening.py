@@ -14,7 +14,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,8 +26,8 @@ from tiue_cli.bench.measure.flops import StageFlops
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
 from tiue_cli.bench.subjects.loading import (
-    Contestant,
     Loader,
+    ModelArgument,
     ReadyExport,
     Say,
     engine_now,
@@ -42,6 +42,8 @@ from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, 
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 
+_ExportBackend = Literal["onnx", "trt"]
+_RUN_EXPORTS: tuple[_ExportBackend, ...] = ("onnx", "trt")
 _GRAPHS = "prepared networks, fused kernels and CUDA graphs, as tiue generate runs on CUDA"
 _HOW: dict[Variant, str] = {
     "shared": "sharing decoder",
@@ -51,7 +53,7 @@ _HOW: dict[Variant, str] = {
 
 
 @dataclass
-class Lineup:
+class OpenedSubjects:
     """The subjects in the order of the report, and what they have in common. ``size`` is (H, W) in pixels."""
 
     device: str
@@ -65,7 +67,7 @@ class Lineup:
     notes: list[str] = field(default_factory=list)
 
 
-def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
+def open_subjects(config: BenchConfig, stack: ExitStack, *, say: Say) -> OpenedSubjects:
     """Load everything that ``config`` names; ``stack`` holds it open.
 
     ``say`` is called with what begins. Raises what loading raises, and UsageError for what does not fit together.
@@ -75,67 +77,63 @@ def open_lineup(config: BenchConfig, stack: ExitStack, *, say: Say) -> Lineup:
     if config.backends is not None and "trt" in config.backends:
         require_tensorrt()  # rather than after minutes of exporting
     loader = Loader(config, device=device, precision=precision, say=say)
-    contestants = loader.contestants()
-    teachers = loader.teachers(contestants)
-    size = config.size or check_same_size({one.name: one.image_size() for one in contestants})
-    shapes = {_latent_shape(one, size) for one in contestants}
-    shapes |= {_latent_shape(Contestant(model.name, model.source, model), size) for model in teachers}
+    arguments = loader.arguments()
+    teachers = loader.teachers(arguments)
+    size = config.size or check_same_size({one.name: one.image_size() for one in arguments})
+    shapes = {_latent_shape(one, size) for one in arguments}
+    shapes |= {_latent_shape(ModelArgument(model.name, model.source, model), size) for model in teachers}
     if len(shapes) > 1:
         raise UsageError(
             f"the models' latents have different shapes: {', '.join(map(str, sorted(shapes)))}",
             hint="measure models of one family in one run: the same noise goes into all",
         )
-    lineup = Lineup(
+    opened = OpenedSubjects(
         device,
         precision,
         size,
         shapes.pop(),
-        names=tuple(contestant.name for contestant in contestants),
+        names=tuple(argument.name for argument in arguments),
         warnings=loader.warnings,
         notes=loader.notes,
     )
-    builder = _Builder(config, lineup, stack, say)
+    opener = _Opener(config, opened, stack, say)
     for model in teachers:
-        builder.add_teacher(model)
-    for contestant in contestants:
-        builder.add_contestant(contestant)
+        opener.add_teacher(model)
+    for argument in arguments:
+        opener.add_argument(argument)
     for peer in config.peers:
-        builder.add_peer(peer)
-    _compare_with_a_plain_pass(lineup)
-    return lineup
+        opener.add_peer(peer)
+    _compare_with_a_plain_pass(opened)
+    return opened
 
 
-def _compare_with_a_plain_pass(lineup: Lineup) -> None:
+def _compare_with_a_plain_pass(opened: OpenedSubjects) -> None:
     """Many-step models cost so many plain passes of the first model: guided, about twice their steps."""
-    plain = [subject.key for subject in lineup.subjects if subject.record.kind == "plain-unet"]
-    for subject in lineup.subjects:
+    plain = [subject.key for subject in opened.subjects if subject.record.kind == "plain-unet"]
+    for subject in opened.subjects:
         if plain and subject.record.kind in ("teacher", "peer"):
             subject.plain_pass = plain[0]
 
 
-def _latent_shape(contestant: Contestant, size: tuple[int, int]) -> tuple[int, int, int]:
-    if contestant.model is None:
-        assert contestant.export is not None, "a contestant is a model or an export"
-        return contestant.export.manifest.latent_shape(size)
-    decoder = ImageDecoder(contestant.model.components.vae)
+def _latent_shape(argument: ModelArgument, size: tuple[int, int]) -> tuple[int, int, int]:
+    if argument.model is None:
+        assert argument.export is not None, "an argument is a model or an export"
+        return argument.export.manifest.latent_shape(size)
+    decoder = ImageDecoder(argument.model.components.vae)
     return (decoder.latent_channels, *decoder.latent_size(size))
 
 
-class _Builder:
-    """Adds subjects to a lineup."""
+class _Opener:
+    """Opens subjects, model by model."""
 
-    def __init__(self, config: BenchConfig, lineup: Lineup, stack: ExitStack, say: Say) -> None:
-        self._config = config
-        self._lineup = lineup
-        self._stack = stack
-        self._say = say
+    def __init__(self, config: BenchConfig, opened: OpenedSubjects, stack: ExitStack, say: Say) -> None:
+        self._config, self._opened, self._stack, self._say = config, opened, stack, say
         self._names: dict[int, str] = {}
         """Under which name a model's torch subjects are, by its identity: an export may share its student's."""
-        self._exports: dict[str, ReadyExport | str] = {}
 
     @property
     def _on_gpu(self) -> bool:
-        return self._lineup.device == "cuda"
+        return self._opened.device == "cuda"
 
     # --- many steps ---
 
@@ -160,8 +158,8 @@ class _Builder:
     def add_peer(self, peer: PeerSpec) -> None:
         """Another pipeline under its own sampler."""
         self._say(f"loading {peer.source}")
-        lineup = self._lineup
-        pipeline, load_s = load_peer(peer, device=lineup.device, precision=lineup.precision)
+        opened = self._opened
+        pipeline, load_s = load_peer(peer, device=opened.device, precision=opened.precision)
         how = "its own guidance" if peer.guidance is None else f"guidance {peer.guidance:g}"
         record = SubjectRecord(
             key=f"{peer.name}/diffusers/{peer.steps}-steps",
@@ -172,43 +170,39 @@ class _Builder:
             model_sha256=None,
             steps=peer.steps,
             guidance=peer.guidance,
-            precision=lineup.precision,
-            device=lineup.device,
+            precision=opened.precision,
+            device=opened.device,
             weights_bytes=pipeline_bytes(pipeline),
             load_s=load_s,
             notes=(f"{type(pipeline).__name__} with {type(pipeline.scheduler).__name__}",),
         )
-        self._add(PeerSubject(record, pipeline, size=lineup.size, seed=self._config.seed))
+        self._add(PeerSubject(record, pipeline, size=opened.size, seed=self._config.seed))
 
     # --- one pass ---
 
-    def add_contestant(self, contestant: Contestant) -> None:
-        """A model's plain passes, its student in torch, and its export."""
-        asked = self._config.backends
-        model, name, before = contestant.model, contestant.name, len(self._lineup.subjects)
+    def add_argument(self, argument: ModelArgument) -> None:
+        """A model's plain passes, its student in torch, and its export. Raises UsageError where nothing can run it."""
+        asked, model, before = self._config.backends, argument.model, len(self._opened.subjects)
         if model is None:
-            all_steps = self._export_steps(contestant)
+            all_steps = _export_steps(argument, self._config.steps)
         else:
             all_steps = student_steps(model.student, self._config.steps)
             if id(model) not in self._names:
-                self._names[id(model)] = name
-                self._add_plain_passes(model, name)
-                self._add_torch(model, name, all_steps, ("torch",) if asked is None else asked)
-        for backend in ("onnx", "trt"):
-            if asked is None or backend in asked:
-                self._add_exported(contestant, all_steps, backend, asked=asked is not None)
-        if model is None and len(self._lineup.subjects) == before:
+                self._names[id(model)] = argument.name
+                self._add_plain_passes(model, argument.name)
+                self._add_torch(model, argument.name, all_steps, ("torch",) if asked is None else asked)
+        backends = [name for name in _RUN_EXPORTS if asked is None or name in asked]
+        ready = self._export(argument, asked=asked is not None) if backends else ""
+        for backend in backends:
+            if isinstance(ready, str):
+                self._opened.notes.append(f"{backend} is left out: {ready}")
+            else:
+                self._add_exported(argument, ready, all_steps, backend, asked=asked is not None)
+        if model is None and len(self._opened.subjects) == before:
             raise UsageError(
-                f"{contestant.source} is an export, and nothing that was asked for can run it",
-                hint="leave --backend out, or name onnx or trt",
+                f"{argument.source} is an export, and none of the backends in --backend runs exports",
+                hint="name onnx or trt, or leave --backend out",
             )
-
-    def _export_steps(self, contestant: Contestant) -> tuple[int, ...]:
-        assert contestant.export is not None, "a contestant is a model or an export"
-        manifest = contestant.export.manifest
-        for steps in self._config.steps or ():
-            manifest.combine(steps)
-        return self._config.steps or manifest.steps
 
     def _add_plain_passes(self, model: LoadedModel, name: str) -> None:
         for merged in (False, True):
@@ -250,12 +244,13 @@ class _Builder:
         backend: StudentBackend = "torch",
         timed: bool = True,
     ) -> None:
-        suffix = "" if variant == "shared" else f"-{variant}"
+        suffix, reference = "" if variant == "shared" else f"-{variant}", f"{name}/torch/k{steps}"
         notes: tuple[str, ...] = ()
         if self._on_gpu:
             # There upsamplers are merged in what ships, so that no variant of its own is needed.
             variant = "merged" if variant == "shared" else variant
             notes = ("diffusers' modules in eager mode",) if variant == "plain" else (_GRAPHS,)
+        merged = variant == "merged"
         record = self._record(
             model,
             key=f"{name}/{backend}/k{steps}{suffix}",
@@ -263,109 +258,95 @@ class _Builder:
             kind="student-plain" if variant == "plain" else "student",
             backend=backend,
             steps=steps,
-            merged_upsampler=variant == "merged",
+            merged_upsampler=merged,
             untrained=not model.is_student,
             notes=notes,
         )
         subject = StudentSubject(record, model, self._flops(model), variant=variant)
         subject.timed = timed
-        subject.plain_pass = f"{name}/torch/unet{'-merged' if variant == 'merged' else ''}"
-        subject.reference = _other_than(record.key, f"{name}/torch/k{steps}")
+        subject.plain_pass = f"{name}/torch/unet{'-merged' if merged else ''}"
+        subject.reference = None if record.key == reference else reference
         self._add(subject)
 
     # --- exports ---
 
     def _add_exported(
-        self, contestant: Contestant, all_steps: tuple[int, ...], backend: StudentBackend, *, asked: bool
+        self,
+        argument: ModelArgument,
+        ready: ReadyExport,
+        all_steps: tuple[int, ...],
+        backend: _ExportBackend,
+        *,
+        asked: bool,
     ) -> None:
-        """The student's export, or its engine, at each K; where it was not asked for, only if it lies ready."""
-        ready = self._export(contestant, asked=asked)
-        if isinstance(ready, str):
-            self._lineup.notes.append(f"{backend} is left out: {ready}")
-            return
+        """The student's export, or its engine, at each K; where it was not asked for, only if it can run here."""
         try:
             if backend == "trt":
                 ready = self._with_engine(ready, asked=asked)
             started = time.perf_counter()
-            opened = self._backend(ready, backend)
-            self._stack.enter_context(opened)
+            running = self._backend(ready, backend)
+            self._stack.enter_context(running)
         except (DeviceError, ManifestError, MissingDependencyError) as error:
             # An export that was given as a model is there to be run, and an engine that was named as well.
-            wanted = ready.engine is not None if backend == "trt" else contestant.export is not None
+            wanted = ready.engine is not None if backend == "trt" else argument.export is not None
             if asked or wanted:
                 raise
-            self._lineup.notes.append(f"{backend} is left out: {error.message}")
+            self._opened.notes.append(f"{backend} is left out: {error.message}")
             return
         load_s = time.perf_counter() - started
+        name, model, manifest = argument.name, argument.model, ready.manifest
         for steps in all_steps:
-            self._add_exported_at(contestant, ready, opened, backend, steps=steps, load_s=load_s)
-
-    def _add_exported_at(
-        self,
-        contestant: Contestant,
-        ready: ReadyExport,
-        opened: TimedOnnxBackend | TrtBackend,
-        backend: StudentBackend,
-        *,
-        steps: int,
-        load_s: float,
-    ) -> None:
-        name, model, manifest = contestant.name, contestant.model, ready.manifest
-        runtime = "ONNX Runtime" if backend == "onnx" else "TensorRT"
-        record = SubjectRecord(
-            key=f"{name}/{backend}/k{steps}",
-            label=f"{name}, K = {steps}, {runtime}",
-            kind="student",
-            backend=backend,
-            model=contestant.source,
-            model_sha256=manifest.student.sha256 if model is None else model.sha256,
-            steps=steps,
-            guidance=None,
-            precision=self._lineup.precision,
-            device=opened.device,
-            random_weights=model is not None and model.random_weights,
-            untrained=model is not None and not model.is_student,
-            weights_bytes=sum(file.size_bytes for graph in manifest.graphs for file in (graph.onnx, *graph.data)),
-            load_s=load_s,
-            build_s=ready.build_s,
-            notes=_export_notes(opened.notes, ready, compared=model is not None),
-        )
-        subject = ExportedSubject(record, opened, None if model is None else self._flops(model))
-        if model is not None:
-            torch_name = self._names[id(model)]
-            subject.reference = f"{torch_name}/torch/k{steps}"
-            subject.plain_pass = f"{torch_name}/torch/unet"
-        elif manifest.parity is None:
-            subject.unverified = "its pictures were compared with nothing, here or when it was exported"
-        self._add(subject)
-
-    def _export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
-        """The export to run, or why there is none. Raises where it was asked for and cannot be had."""
-        if contestant.name not in self._exports:
-            self._exports[contestant.name] = self._find_export(contestant, asked=asked)
-        return self._exports[contestant.name]
-
-    def _find_export(self, contestant: Contestant, *, asked: bool) -> ReadyExport | str:
-        lineup, model = self._lineup, contestant.model
-        if contestant.export is not None:
-            manifest = contestant.export.manifest
-            if manifest.precision != lineup.precision:
-                raise UsageError(
-                    f"{contestant.source} was exported in {manifest.precision}, and this run is in {lineup.precision}",
-                    hint=f"measure all in it: --precision {manifest.precision}",
+            record = SubjectRecord(
+                key=f"{name}/{backend}/k{steps}",
+                label=f"{name}, K = {steps}, {'ONNX Runtime' if backend == 'onnx' else 'TensorRT'}",
+                kind="student",
+                backend=backend,
+                model=argument.source,
+                model_sha256=manifest.student.sha256 if model is None else model.sha256,
+                steps=steps,
+                guidance=None,
+                precision=self._opened.precision,
+                device=running.device,
+                random_weights=model is not None and model.random_weights,
+                untrained=model is not None and not model.is_student,
+                weights_bytes=sum(file.size_bytes for graph in manifest.graphs for file in (graph.onnx, *graph.data)),
+                load_s=load_s,
+                build_s=ready.build_s,
+                notes=_export_notes(running.notes, ready, compared=model is not None),
+            )
+            subject = ExportedSubject(record, running, None if model is None else self._flops(model))
+            if model is not None:
+                torch_name = self._names[id(model)]
+                subject.reference = f"{torch_name}/torch/k{steps}"
+                subject.plain_pass = f"{torch_name}/torch/unet"
+            elif manifest.parity is None:
+                subject.unverified = (
+                    "its pictures were never compared with a reference, neither in this run nor at export"
                 )
-            return contestant.export
-        assert model is not None, "a contestant is a model or an export"
-        found = find_export_of(model, precision=lineup.precision, size=lineup.size, vae=self._config.vae)
+            self._add(subject)
+
+    def _export(self, argument: ModelArgument, *, asked: bool) -> ReadyExport | str:
+        """The export to run, or why there is none. Raises where it was asked for and cannot be had."""
+        opened, model = self._opened, argument.model
+        if argument.export is not None:
+            precision = argument.export.manifest.precision
+            if precision != opened.precision:
+                raise UsageError(
+                    f"{argument.source} was exported in {precision}, and this run is in {opened.precision}",
+                    hint=f"measure all in it: --precision {precision}",
+                )
+            return argument.export
+        assert model is not None, "an argument is a model or an export"
+        found = find_export_of(model, precision=opened.precision, size=opened.size, vae=self._config.vae)
         if isinstance(found, ReadyExport) or not asked:
             return found
         folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tiue-bench-")))
-        return export_now(model, folder, precision=lineup.precision, size=lineup.size, say=self._say)
+        return export_now(model, folder, precision=opened.precision, size=opened.size, say=self._say)
 
     def _with_engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport:
         """The export with an engine that takes every batch. Raises where there is none and none is to be built."""
         batches = self._config.batches
-        obstacle = engine_obstacle(ready.folder, ready.engine, size=self._lineup.size, batches=batches)
+        obstacle = engine_obstacle(ready.folder, ready.engine, size=self._opened.size, batches=batches)
         if obstacle is None:
             return ready
         if not asked or ready.build_s is None:
@@ -374,40 +355,42 @@ class _Builder:
         engine, build_s = engine_now(ready, batches=batches, say=self._say)
         return replace(ready, build_s=ready.build_s + build_s, engine=engine)
 
-    def _backend(self, ready: ReadyExport, backend: StudentBackend) -> TimedOnnxBackend | TrtBackend:
+    def _backend(self, ready: ReadyExport, backend: _ExportBackend) -> TimedOnnxBackend | TrtBackend:
         if backend == "trt":
             return TrtBackend(ready.folder, engine=ready.engine)
-        provider = "cuda" if self._lineup.device == "cuda" else "cpu"
+        provider = "cuda" if self._opened.device == "cuda" else "cpu"
         return TimedOnnxBackend(ready.folder, provider=provider, threads=torch.get_num_threads())
 
     # --- records ---
 
     def _add(self, subject: Subject) -> None:
-        self._lineup.subjects.append(self._stack.enter_context(subject))
+        self._opened.subjects.append(self._stack.enter_context(subject))
 
     def _flops(self, model: LoadedModel) -> StageFlops:
-        return StageFlops(model.components, self._lineup.latent[1:])
+        return StageFlops(model.components, self._opened.latent[1:])
 
     def _record(self, model: LoadedModel, **fields: Any) -> SubjectRecord:
         """A record over a loaded model; ``fields`` are those that differ from subject to subject."""
-        return SubjectRecord.model_validate(
-            {
-                "backend": "torch",
-                "model": model.source,
-                "model_sha256": model.sha256,
-                "guidance": None,
-                "precision": self._lineup.precision,
-                "device": self._lineup.device,
-                "random_weights": model.random_weights,
-                "weights_bytes": model.weights_bytes,
-                "load_s": model.load_s,
-                **fields,
-            }
-        )
+        common = {
+            "backend": "torch",
+            "model": model.source,
+            "model_sha256": model.sha256,
+            "guidance": None,
+            "precision": self._opened.precision,
+            "device": self._opened.device,
+            "random_weights": model.random_weights,
+            "weights_bytes": model.weights_bytes,
+            "load_s": model.load_s,
+        }
+        return SubjectRecord.model_validate({**common, **fields})
 
 
-def _other_than(key: str, reference: str) -> str | None:
-    return None if key == reference else reference
+def _export_steps(argument: ModelArgument, asked: tuple[int, ...] | None) -> tuple[int, ...]:
+    assert argument.export is not None, "an argument is a model or an export"
+    manifest = argument.export.manifest
+    for steps in asked or ():
+        manifest.combine(steps)
+    return asked or manifest.steps
 
 
 def _export_notes(notes: tuple[str, ...], ready: ReadyExport, *, compared: bool) -> tuple[str, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from papercut_quality import papercut_features, papercut_metrics
 
-from tiue_cli.bench.quality.papercut import papercut_features, papercut_metrics
 from tiue_cli.papercut.evaluation import balanced_specs
 from tiue_cli.papercut.scenes import render
 
