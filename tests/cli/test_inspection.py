@@ -249,3 +249,13 @@ def test_utf8_in_a_latin1_chunk_is_read_as_utf8(tmp_path: Path) -> None:
     written = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
     (tmp_path / "p.png").write_bytes(raw[:33] + written + raw[33:])
     assert read_text_chunks(tmp_path / "p.png")["parameters"] == "猫\nSteps: 20"
+
+
+def test_hashes_of_an_export_are_those_of_sha256sum(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import hashlib
+
+    write_tiny_export(tmp_path / "e")
+    assert main(["inspect", str(tmp_path / "e")]) == 0
+    shown = capsys.readouterr().out
+    for file in (*(tmp_path / "e").glob("*.onnx"), *(tmp_path / "e").glob("*.data")):
+        assert hashlib.sha256(file.read_bytes()).hexdigest()[:12] in shown, file.name

@@ -70,7 +70,7 @@ class _TorchBackend(ABC, Generic[_Model]):
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the loaded model."""
         if self.device == "cpu" and self.dtype != "fp32":
-            return (f"{self.dtype} is slow on most CPUs; --dtype fp32 is usually faster there",)
+            return (f"{self.dtype} is slow on most CPUs; --precision fp32 is usually faster there",)
         return ()
 
     @property

@@ -363,7 +363,7 @@ def fetch(pixels: Tensor, finite: Tensor, model: FastModel) -> np.ndarray:
     if not bool(flag):
         raise DeviceError(
             f"the image decoder produced NaN or infinity ({type(model.images.vae).__name__} in {model.dtype})",
-            hint="use float32 (--dtype fp32), or another autoencoder (--vae)",
+            hint="use float32 (--precision fp32), or another autoencoder (--vae)",
         )
     return host.numpy()
 

@@ -204,7 +204,7 @@ def _memory_check(machine: MachineInfo) -> Check:
         return Check("memory", "ok", f"unknown; {cores}")
     detail = f"{bytes_text(machine.memory_free_bytes)} free of {bytes_text(machine.memory_bytes)}; {cores}"
     if machine.memory_free_bytes < LOW_MEMORY_BYTES:
-        return Check("memory", "missing", f"low: {detail}", "close other programs; use --batch 1 and --dtype fp16")
+        return Check("memory", "missing", f"low: {detail}", "close other programs; use --batch 1 and --precision fp16")
     return Check("memory", "ok", detail)
 
 

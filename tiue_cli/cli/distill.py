@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +16,10 @@ from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, FormatOption
 from tiue_cli.errors import UsageError
 from tiue_cli.files.atomic import free_bytes
-from tiue_cli.text import bytes_text
+from tiue_cli.text import bytes_text, number
 
 if TYPE_CHECKING:
+    from tiue_cli.distill.config import DistillConfig
     from tiue_cli.distill.resolve import DistillRequest, ResolvedConfig
     from tiue_cli.events import Finished
 
@@ -178,13 +180,27 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
             **{f"memory: {name}": bytes_text(size) for name, size in needs.memory_bytes.items()},
             "memory: together": f"{bytes_text(needs.peak_memory_bytes)} a process, and what the allocator adds",
             **{f"disk: {name}": bytes_text(size) for name, size in needs.disk_bytes.items() if size},
+            **_time_row(config, needs.parameters["student's UNet"]),
             **{f"from {origin}": ", ".join(keys) for origin, keys in origins.items()},
             "would write": f"{request.out}/ (run.json, config.yaml, log.jsonl, grids/, checkpoints/, student/)",
             "cache": str(config.cache_folder),
         },
     )
+    if config.optimizer.name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        console.note('optimizer.name=adamw8bit needs bitsandbytes: python -m pip install "tiue[adam8bit]"')
     for note in _lack_of_room(needs.disk_bytes, caches=config.cache_folder, out=request.out):
         console.note(note)
+
+
+def _time_row(config: DistillConfig, unet_parameters: int) -> dict[str, str]:
+    """About how long the steps take, where something like it was measured; empty elsewhere."""
+    if not 0.8e9 < unet_parameters < 0.9e9 or config.size not in (None, (512, 512)):
+        return {}
+    image_s = 0.667 / 4 if config.gradient_checkpointing else 0.735 / 8
+    hours = config.max_steps * config.accumulation * config.batch_size * image_s / 3600
+    recomputing, plain = "0.667 s a step of 4 with recomputing, 20.4 GiB", "0.735 s a step of 8, 43 GiB"
+    measured = f"measured for Stable Diffusion 1.5 in bf16: {recomputing if config.gradient_checkpointing else plain}"
+    return {"time": f"about {number(hours, 2)} hours on an H100 ({measured})"}
 
 
 def _lack_of_room(needed: Mapping[str, int], *, caches: Path, out: Path) -> Iterator[str]:

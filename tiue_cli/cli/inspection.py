@@ -244,9 +244,10 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
 
 
 def _graph_row(graph: GraphSpec) -> str:
-    """Such as ``2.6 MiB, fp32, sha256 a78d33a16a35, input_ids → text_states``."""
+    """Such as ``2.6 MiB, fp32, sha256 a78d33a16a35, input_ids → text_states``; the hashes are those of sha256sum."""
     ports = f"{_names(graph.inputs)} → {_names(graph.outputs)}"
-    return f"{bytes_text(graph.size_bytes)}, {graph.precision}, sha256 {graph.digest[:12]}, {ports}"
+    data = "".join(f", {file.file} {file.sha256[:12]}" for file in graph.data)
+    return f"{bytes_text(graph.size_bytes)}, {graph.precision}, sha256 {graph.onnx.sha256[:12]}{data}, {ports}"
 
 
 def _names(ports: Sequence[TensorSpec]) -> str:

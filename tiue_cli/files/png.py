@@ -107,7 +107,7 @@ class ImageRecord(ImageSpec):
             words += ["--steps", str(self.steps)]
         if self.vae is not None:
             words += ["--vae", self.vae]
-        words += ["--backend", self.backend, "--device", self.device, "--dtype", self.dtype]
+        words += ["--backend", self.backend, "--device", self.device, "--precision", self.dtype]
         # Without the two dashes a prompt that begins with one would be read as an option.
         words += ["--", self.prompt] if self.prompt.startswith("-") else [self.prompt]
         return shlex.join(words)

@@ -112,8 +112,10 @@ def check_export_options(
         )
     if dtype not in ("auto", precision):
         raise UsageError(
-            f"{info.path} was exported in {precision}, and --dtype says {dtype}",
-            hint=f"export in it: tiue export STUDENT --precision {dtype}" if dtype != "bf16" else "leave --dtype out",
+            f"{info.path} was exported in {precision}, and --precision says {dtype}",
+            hint=f"export in it: tiue export STUDENT --precision {dtype}"
+            if dtype != "bf16"
+            else "leave --precision out",
         )
     if backend == "trt" and device == "cpu":
         raise UsageError("TensorRT needs a GPU, and --device says cpu", hint="use --backend onnx")

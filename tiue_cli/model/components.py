@@ -184,5 +184,5 @@ def _move(module: torch.nn.Module, device: torch.device) -> None:
         module.to(device)
     except torch.OutOfMemoryError as error:
         raise DeviceError(
-            f"the model does not fit into the memory of {device}", hint="use --dtype fp16, or --device cpu"
+            f"the model does not fit into the memory of {device}", hint="use --precision fp16, or --device cpu"
         ) from error
