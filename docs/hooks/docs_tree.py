@@ -18,6 +18,7 @@ FOLDERS = {
     "docs/hooks": "What the site generates: this tree, the commands",
     "engines": "Shapes that TensorRT engines are built for; exports land here",
     "engines/profiles": "Shapes by model family",
+    "tiue_cli/export/triton/models": "Code that goes into a Triton model repository as it is",
 }
 
 

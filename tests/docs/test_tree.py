@@ -39,5 +39,6 @@ def test_every_path_in_the_tree_exists() -> None:
     assert [path for path in shown_paths() if not (ROOT / path).exists()] == []
 
 
-def test_every_file_and_folder_says_what_it_is() -> None:
-    assert [path for path, words in shown_paths().items() if not re.search(r"\w", words)] == []
+def test_every_file_and_package_says_what_it_is() -> None:
+    silent = [path for path, words in shown_paths().items() if not re.search(r"\w", words)]
+    assert [path for path in silent if not path.endswith("/") or (ROOT / path / "__init__.py").exists()] == []
