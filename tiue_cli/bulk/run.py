@@ -59,7 +59,9 @@ def run_bulk(config: BulkConfig, *, on_progress: Callable[[BulkProgress], None])
             raise OutputError(f"another process writes {config.out}", hint="wait for it, or give another --out")
         remove_leftovers(config.out)
         config, identity = _open_job(config)
-        return _run(config, identity, on_progress)
+        totals = _run(config, identity, on_progress)
+        remove_leftovers(config.out)  # of workers that died on the way
+        return totals
 
 
 def _run(config: BulkConfig, identity: str, on_progress: Callable[[BulkProgress], None]) -> dict[str, Any]:

@@ -62,9 +62,12 @@ class MicroBatcher(Generic[_Item, _Result]):
         max_batch: Callable[[_Item], int],
         max_wait_ms: float,
         max_queue: int,
-        on_batch: Callable[[int], None] = lambda size: None,
+        on_batch: Callable[[int, float], None] = lambda size, seconds: None,
     ) -> None:
-        """``max_batch`` says how many items like this one may be computed at once, by engine and configuration."""
+        """``max_batch`` says how many items like this one may be computed at once, by engine and configuration.
+
+        ``on_batch`` is called with the size of each batch and the seconds that it took.
+        """
         self._draw = draw
         self._key = key
         self._max_batch = max_batch
@@ -208,7 +211,7 @@ class MicroBatcher(Generic[_Item, _Result]):
         seconds = time.perf_counter() - started_s
         self._item_s = 0.8 * self._item_s + 0.2 * seconds / len(batch)
         self._grow(key)
-        self._on_batch(len(batch))
+        self._on_batch(len(batch), seconds)
         for waiting, result in zip(batch, results, strict=True):
             if not waiting.future.done():
                 queue_ms = 1000 * (started_s - waiting.since_s)

@@ -6,7 +6,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 SECONDS_BUCKETS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 2, 5, 10, 30, 60)
-STAGE_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 class Metrics:
@@ -24,8 +23,8 @@ class Metrics:
         self.request_seconds = Histogram(
             "tiue_request_seconds", "From request to answer", buckets=SECONDS_BUCKETS, registry=self.registry
         )
-        self.stage_seconds = Histogram(
-            "tiue_stage_seconds", "Parts of a batch", ["stage"], buckets=STAGE_BUCKETS, registry=self.registry
+        self.batch_seconds = Histogram(
+            "tiue_batch_seconds", "The model's time for a batch", buckets=SECONDS_BUCKETS, registry=self.registry
         )
         self.kept_images = Gauge("tiue_kept_images", "Images kept for response_format url", registry=self.registry)
         self.model_info = Gauge(
@@ -34,6 +33,11 @@ class Metrics:
             ["model", "backend", "precision", "k"],
             registry=self.registry,
         )
+
+    def observe_batch(self, size: int, seconds: float) -> None:
+        """Count a batch of ``size`` images that took ``seconds``."""
+        self.batch_size.observe(size)
+        self.batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
         """The page of ``/metrics``."""

@@ -77,7 +77,7 @@ class Service:
             max_batch=lambda job: min(config.max_batch, engine.largest_batch(job)),
             max_wait_ms=config.max_wait_ms,
             max_queue=config.max_queue,
-            on_batch=self.metrics.batch_size.observe,
+            on_batch=self.metrics.observe_batch,
         )
         self.metrics.queue.set_function(lambda: self.batcher.queued)
         self.metrics.kept_images.set_function(lambda: len(self.store))
