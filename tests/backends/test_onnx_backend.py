@@ -257,6 +257,25 @@ def test_looking_for_cudas_libraries_prints_nothing(
     assert capsys.readouterr().out == ""
 
 
+def test_the_tensorrt_that_onnx_runtime_wants_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It wants version 10, and tiue's own extra may have installed 11."""
+    (tmp_path / "capi").mkdir()
+    for name in ("cuda", "tensorrt"):
+        (tmp_path / "capi" / f"libonnxruntime_providers_{name}.so").touch()
+    monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(onnx_session.PROVIDERS.values()))
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+
+    def missing(name: str, **options: Any) -> None:
+        raise OSError("libnvinfer.so.10: cannot open shared object file")
+
+    monkeypatch.setattr(onnx_session.ctypes, "CDLL", missing)
+    problem = onnx_session.provider_problem("tensorrt")
+    assert problem is not None and "libnvinfer.so.10" in problem and "pip install tensorrt-cu12-libs==10.*" in problem
+    assert "pip install" not in (onnx_session.provider_problem("cuda") or "")
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 

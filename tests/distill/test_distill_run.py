@@ -506,6 +506,7 @@ def test_tensorboard_gets_figures_and_grids(make_config: MakeConfig, tmp_path: P
         assert [(shown.step, shown.width, shown.height) for shown in grids] == [(step, *grid.size) for step in (0, 2)]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_as_a_plain_one_and_saves_the_same_names(
     make_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,7 +518,7 @@ def test_a_compiled_run_trains_as_a_plain_one_and_saves_the_same_names(
     losses = {}
     for wish in (False, True):
         folder = tmp_path / str(wish)
-        config = make_config(compile=wish, max_steps=3)
+        config = make_config(compile=wish, max_steps=2, warm_start__steps=0)
         finished = [event for event in Distillation(config, folder).events() if isinstance(event, Finished)]
         assert finished[0].student is not None
         check_model_folder(finished[0].student)
