@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiue_cli.base.machine import machine_info
 from tiue_cli.distill import acceleration as acceleration_module
 from tiue_cli.distill import loop as loop_module
 from tiue_cli.distill import trainer as trainer_module
@@ -35,7 +36,6 @@ from tiue_cli.distill.losses import guided
 from tiue_cli.distill.networks import ScoreModel
 from tiue_cli.distill.resolve import Layer, parse_overrides, resolve_config
 from tiue_cli.distill.trainer import Trainer
-from tiue_cli.machine import machine_info
 
 
 @torch.no_grad()

@@ -29,10 +29,10 @@ import numpy as np
 from tiue_cli import __version__
 from tiue_cli.backends.base import Backend
 from tiue_cli.backends.trt_device import require_tensorrt
+from tiue_cli.base.machine import machine_info, package_version
 from tiue_cli.errors import TiueError
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.files.manifests import write_json
-from tiue_cli.machine import machine_info, package_version
 from tiue_cli.model.noise import draw_noise
 
 ROOT = Path(__file__).resolve().parent.parent

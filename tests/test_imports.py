@@ -19,11 +19,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "tiue_cli"
 LAYERS: dict[str, int] = {
     "": 0,
     "errors": 0,
-    "allocator": 0,
-    "events": 1,
-    "text": 1,
+    "base": 1,
     "files": 2,
-    "machine": 3,
     "model": 3,
     "papercut": 3,
     "backends": 4,
@@ -32,7 +29,6 @@ LAYERS: dict[str, int] = {
     "generate": 6,
     "bench": 7,
     "serve": 7,
-    "bulk": 7,
     "api": 8,
     "cli": 9,
     "__main__": 10,
@@ -41,8 +37,8 @@ HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensor
 # Rooms whose modules may load them when they are imported; elsewhere only the functions listed below may, when called.
 HEAVY_ROOMS = {"model", "papercut", "distill", "export", "bench", "backends"}
 HEAVY_FUNCTIONS = {
-    ("machine", "torch"),
-    ("machine", "onnxruntime"),
+    ("base.machine", "torch"),
+    ("base.machine", "onnxruntime"),
     ("cli.launch", "torch"),
     ("cli.launch", "accelerate"),
 }
@@ -200,7 +196,7 @@ def test_planning_and_inspecting_load_no_torch(tmp_path: Path, tiny_student_fold
         "from tiue_cli.cli.inspection import inspect_source\n"
         "from tiue_cli.generate.prompts import PromptRow\n"
         "from tiue_cli.generate.plan import GenerateConfig\n"
-        "import tiue_cli.cli.diagnosis, tiue_cli.machine, tiue_cli.cli.generate\n"
+        "import tiue_cli.cli.diagnosis, tiue_cli.base.machine, tiue_cli.cli.generate\n"
         f"inspect_source({str(tiny_student_folder)!r})\n"
         f"with Session(GenerateConfig(model={str(tiny_student_folder)!r}, grid=True)) as session:\n"
         "    assert session.plan([PromptRow('a star', 'it')]).todo == [0]\n"

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tiue_cli.base.machine import POLYGRAPHY, TENSORRT, TORCH
 from tiue_cli.errors import FULL_INSTALLATION, MissingDependencyError, full_installation
-from tiue_cli.machine import POLYGRAPHY, TENSORRT, TORCH
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"

@@ -17,10 +17,10 @@ from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, Generat
 from tiue_cli.generate.drawing import Pipeline
 
 if TYPE_CHECKING:
+    from tiue_cli.base.events import BenchEvent, Event, Finished
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.bench.report.schema import BenchReport
     from tiue_cli.distill.config import DistillConfig
-    from tiue_cli.events import BenchEvent, Event, Finished
     from tiue_cli.export.onnx.export import ExportResult
     from tiue_cli.export.trt.engine import EngineResult
     from tiue_cli.files.exports import Precision
@@ -164,7 +164,7 @@ def distill(
 
     ``config`` is a recipe's name (``tiue recipes ls``), a YAML file, a mapping of its keys, or a `DistillConfig`;
     ``teacher``, ``prompts`` (a file) and ``max_steps`` override it. ``on_event`` is called with what
-    ``tiue_cli.events`` defines: ``Note``, ``Progress`` (its ``figures`` are the losses), ``Saved``, ``Finished``.
+    ``tiue_cli.base.events`` defines: ``Note``, ``Progress`` (its ``figures`` are the losses), ``Saved``, ``Finished``.
     Returns the last of them: ``student`` is the folder, None where a signal stopped the run (``interrupted``), which
     ``resume`` continues. SIGINT and SIGTERM end the run after the step, saved.
 
@@ -179,7 +179,7 @@ def distill(
     >>> type(events[0]).__name__
     'Note'
     """
-    from tiue_cli.events import Finished
+    from tiue_cli.base.events import Finished
 
     with full_installation("distilling"):
         from tiue_cli.distill.resolve import DistillRequest
@@ -217,7 +217,7 @@ def bench(
 
     ``config`` names one model or several, or is a `BenchConfig` with all that ``tiue bench`` can be asked. With ``out``
     the report is written into that folder as JSON, Markdown and HTML. ``on_event`` is called with ``Note`` and
-    ``Progress`` of ``tiue_cli.events``. Figures in the report carry their units in their names (``p50_ms``, …).
+    ``Progress`` of ``tiue_cli.base.events``. Figures in the report carry their units in their names (``p50_ms``, …).
 
     Raises UsageError, and what loading and running the models raise.
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny_export import write_tiny_export
 
+from tiue_cli.base.events import Event, Progress
 from tiue_cli.bench.config import BenchConfig, PeerSpec
 from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.measure.machine import report_name, slug
@@ -19,7 +20,6 @@ from tiue_cli.bench.report.files import read_report, write_report
 from tiue_cli.bench.report.schema import UNET_STAGES, BenchReport, LatencyRecord, QualityRecord, RatioRecord
 from tiue_cli.bench.run import bench_prompts, run_bench
 from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError, UsageError
-from tiue_cli.events import Event, Progress
 from tiue_cli.files.exports import EXPORT_MANIFEST
 from tiue_cli.model import shared
 

@@ -12,6 +12,7 @@ import pytest
 from exports import build_small_student, exported
 from helpers import edit_json
 
+from tiue_cli.base.events import Event, Note
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.report.schema import BenchReport
@@ -19,7 +20,6 @@ from tiue_cli.bench.run import run_bench
 from tiue_cli.bench.subjects import opening
 from tiue_cli.bench.subjects.loading import ReadyExport
 from tiue_cli.errors import UsageError
-from tiue_cli.events import Event, Note
 from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
 
 pytestmark = pytest.mark.slow

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from tiue_cli import machine
 from tiue_cli.backends import trt_device
+from tiue_cli.base import machine
+from tiue_cli.base.machine import DiskInfo, GpuInfo, MachineInfo, TorchInfo, gpus
 from tiue_cli.cli import diagnosis as doctor
 from tiue_cli.cli.app import main
 from tiue_cli.cli.diagnosis import Check, diagnose
-from tiue_cli.machine import DiskInfo, GpuInfo, MachineInfo, TorchInfo, gpus
 
 GIB = 1024**3
 H200 = GpuInfo("NVIDIA H200", "570.86.15", 143771 * 1024**2, 143000 * 1024**2, "9.0")

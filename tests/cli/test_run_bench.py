@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from bench_reports import PLAIN, STUDENT, TEACHER, make_report
 
+from tiue_cli.base.events import Emit
 from tiue_cli.bench import run
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.report.files import read_report, write_report
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.cli.app import main
-from tiue_cli.events import Emit
 
 KEYS = (TEACHER, PLAIN, STUDENT)
 

@@ -12,11 +12,11 @@ import pytest
 from permissions import open_folder, unprivileged
 from small_disk import small_disk
 
+from tiue_cli.base.events import Progress
 from tiue_cli.distill import run_folder
 from tiue_cli.distill.checkpoint import Checkpoint, TrainingState, read_checkpoint, write_checkpoint
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.errors import OutputError
-from tiue_cli.events import Progress
 from tiue_cli.files import atomic, rows
 from tiue_cli.files.caches import user_cache
 from tiue_cli.files.rows import RowCache

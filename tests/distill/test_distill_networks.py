@@ -317,7 +317,7 @@ def test_eight_bit_adam_without_its_library_names_the_command() -> None:
 def test_memory_that_is_kept_is_not_faulted_in_again() -> None:
     script = """
 import resource, torch
-from tiue_cli.allocator import keep_freed_memory
+from tiue_cli.base.allocator import keep_freed_memory
 
 def faults(rounds=10, size=12 * 2**20):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -21,12 +21,12 @@ from helpers import copy_folder, edit_json
 from PIL import Image
 from safetensors.torch import load_file
 
+from tiue_cli.base.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint
 from tiue_cli.distill.config import to_yaml
 from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.trainer import NotFiniteError, Trainer
 from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
-from tiue_cli.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
 from tiue_cli.model.folder import check_model_folder

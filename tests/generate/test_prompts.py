@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tiue_cli.base.text import parse_size
 from tiue_cli.errors import PromptError, TiueError, UsageError
 from tiue_cli.generate.prompts import bare_words_note, read_prompts, rows_from_arguments
-from tiue_cli.text import parse_size
 
 
 def test_text_file_gives_one_prompt_a_line(tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiue_cli.bulk.config import BulkConfig
-from tiue_cli.bulk.run import run_bulk
 from tiue_cli.files.hashes import sha256_file
+from tiue_cli.generate.bulk.config import BulkConfig
+from tiue_cli.generate.bulk.run import run_bulk
 from tiue_cli.generate.config import GenerateConfig
 
 COLORS, THINGS = ("red", "blue"), ("star", "tree", "house")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from tiue_cli.base.machine import usable_cores
 from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
 from tiue_cli.files.caches import user_cache
-from tiue_cli.machine import usable_cores
 
 if TYPE_CHECKING:
     import numpy as np

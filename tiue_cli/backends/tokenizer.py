@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ManifestError
 from tiue_cli.files.access import read_bytes
-from tiue_cli.text import excerpt
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiue_cli.backends.trt_runner import cuda_wrapper, device_errors, driver_cuda, driver_library, import_tensorrt
+from tiue_cli.base.machine import POLYGRAPHY, TENSORRT
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
 from tiue_cli.files.access import is_file
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
-from tiue_cli.machine import POLYGRAPHY, TENSORRT
 
 OLDEST, NEWER_THAN_ALL = TENSORRT
 _NO_GPU: Final = "it runs on Linux and Windows with an NVIDIA driver; elsewhere use --backend onnx"

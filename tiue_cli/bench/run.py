@@ -10,8 +10,9 @@ from contextlib import ExitStack
 import torch
 
 from tiue_cli import __version__
-from tiue_cli.allocator import keep_freed_memory
 from tiue_cli.backends.torch_backend import choose_device
+from tiue_cli.base.allocator import keep_freed_memory
+from tiue_cli.base.events import Emit, Note, Progress
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.measure.machine import machine_record, measure_peak, report_name, source_commit
 from tiue_cli.bench.quality.drawing import Processes
@@ -33,7 +34,6 @@ from tiue_cli.bench.rounds import BatchTiming, measure_batch
 from tiue_cli.bench.subjects.opening import OpenedSubjects, open_subjects
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
-from tiue_cli.events import Emit, Note, Progress
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs

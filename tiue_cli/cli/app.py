@@ -14,12 +14,12 @@ import typer
 from typer.core import TyperArgument, TyperCommand
 
 from tiue_cli import __version__
+from tiue_cli.base.text import excerpt, visible
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, full_installation
 from tiue_cli.files.access import access_error
 from tiue_cli.files.atomic import terminated_as_interrupt
-from tiue_cli.text import excerpt, visible
 
 app = typer.Typer(
     name="tiue",

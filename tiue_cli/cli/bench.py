@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiue_cli.base.text import parse_size
 from tiue_cli.bench.config import (
     BACKENDS,
     SHAPES,
@@ -26,16 +27,15 @@ from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import UsageError
 from tiue_cli.generate.config import DeviceName
 from tiue_cli.model.noise import MAX_SEED
-from tiue_cli.text import parse_size
 
 if TYPE_CHECKING:
+    from tiue_cli.base.events import BenchEvent
     from tiue_cli.bench.compare.conditions import Check, Condition
     from tiue_cli.bench.compare.reports import Comparison
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.bench.report.files import ReportFiles
     from tiue_cli.bench.report.schema import BenchReport
     from tiue_cli.bench.report.tables import Table as BenchTable
-    from tiue_cli.events import BenchEvent
 
 
 _BENCH = BenchConfig(models=())
@@ -341,7 +341,7 @@ def _judge(old: BenchReport, new: BenchReport, conditions: Sequence[Condition]) 
 
 
 def _show(event: BenchEvent, console: Console, stages: Callable[[str, int, int, str], None]) -> None:
-    from tiue_cli.events import Note
+    from tiue_cli.base.events import Note
 
     if isinstance(event, Note):
         console.note(event.text)
@@ -364,8 +364,8 @@ def show_report(console: Console, report: BenchReport) -> None:
 
 def show_comparison(console: Console, comparison: Comparison, checks: Sequence[Check]) -> None:
     """What ``tiue bench --compare`` found, and which conditions failed."""
+    from tiue_cli.base.text import plain
     from tiue_cli.bench.compare.table import comparison_table, offender_text
-    from tiue_cli.text import plain
 
     console.document({**asdict(comparison), "checks": [check.as_dict() for check in checks]})
     if console.format == "human":
@@ -381,7 +381,7 @@ def _show_table(console: Console, table: BenchTable) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from tiue_cli.text import plain
+    from tiue_cli.base.text import plain
 
     shown = Table(title=Text(plain(table.title), style="bold"), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(table.columns):
@@ -403,7 +403,7 @@ def _show_table(console: Console, table: BenchTable) -> None:
 
 def _indented(text: str) -> str:
     """A cell without control characters, its leading spaces kept."""
-    from tiue_cli.text import plain
+    from tiue_cli.base.text import plain
 
     return " " * (len(text) - len(text.lstrip(" "))) + plain(text)
 

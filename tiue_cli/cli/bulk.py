@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiue_cli.bulk.config import BulkConfig
 from tiue_cli.cli.console import Console
 from tiue_cli.errors import UsageError
+from tiue_cli.generate.bulk.config import BulkConfig
 
 if TYPE_CHECKING:
-    from tiue_cli.bulk.run import BulkProgress
+    from tiue_cli.generate.bulk.run import BulkProgress
 
 BULK = "In bulk"
 
@@ -40,7 +40,7 @@ def check_bulk_options(
 
 def run_shards(config: BulkConfig, console: Console) -> None:
     """Run the job; on Ctrl-C say how to go on."""
-    from tiue_cli.bulk.run import run_bulk
+    from tiue_cli.generate.bulk.run import run_bulk
 
     try:
         # How many there are is known at the end of the stream only, so there is no bar to fill.

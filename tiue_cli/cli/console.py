@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
+from tiue_cli.base.text import UNSAFE, visible
 from tiue_cli.cli.streams import terminal
 from tiue_cli.errors import TiueError
-from tiue_cli.text import UNSAFE, visible
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole

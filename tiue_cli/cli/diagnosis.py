@@ -11,8 +11,7 @@ from typing import Any, Literal
 from tiue_cli import __version__
 from tiue_cli.backends.onnx_session import provider_problem
 from tiue_cli.backends.trt_device import require_tensorrt
-from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError
-from tiue_cli.machine import (
+from tiue_cli.base.machine import (
     TORCH,
     MachineInfo,
     TorchInfo,
@@ -22,9 +21,10 @@ from tiue_cli.machine import (
     package_version,
     torch_info,
 )
+from tiue_cli.base.text import bytes_text
+from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import EMBEDDED, resolve_model
-from tiue_cli.text import bytes_text
 
 Status = Literal["ok", "missing", "broken"]
 

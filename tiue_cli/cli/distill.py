@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiue_cli.base.text import bytes_text, number
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, FormatOption
 from tiue_cli.errors import UsageError
 from tiue_cli.files.atomic import free_bytes
-from tiue_cli.text import bytes_text, number
 
 if TYPE_CHECKING:
+    from tiue_cli.base.events import Finished
     from tiue_cli.distill.config import DistillConfig
     from tiue_cli.distill.resolve import DistillRequest, ResolvedConfig
-    from tiue_cli.events import Finished
 
 
 EXAMPLES = (
@@ -92,8 +92,8 @@ def run_distill(request: DistillRequest, console: Console) -> None:
 
     Raises typer.Exit with 130 or 143 for an interrupted one, so that ``tiue distill … && tiue export …`` stops.
     """
+    from tiue_cli.base.events import Finished, Note, Progress, Saved
     from tiue_cli.distill.run_folder import check_places
-    from tiue_cli.events import Finished, Note, Progress, Saved
 
     resolved = request.resolve()
     for line in _settings_notes(resolved):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiue_cli.base.text import parse_size
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
 from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
@@ -19,7 +20,6 @@ from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
-from tiue_cli.text import parse_size
 
 if TYPE_CHECKING:
     from tiue_cli.export.config import EngineRequest, ExportConfig

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiue_cli.bulk.config import BulkConfig, ImageFormat
+from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.cli.bulk import BULK, check_bulk_options, run_shards
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.atomic import Terminated
+from tiue_cli.generate.bulk.config import BulkConfig, ImageFormat
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
 from tiue_cli.model.hub import TEACHER_STEPS
 from tiue_cli.model.noise import MAX_SEED
-from tiue_cli.text import excerpt, parse_size
 
 if TYPE_CHECKING:
     pass

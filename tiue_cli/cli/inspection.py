@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import UsageError
 from tiue_cli.files.access import kind_of, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, EngineManifest, GraphSpec, TensorSpec, read_engine_manifest
@@ -25,7 +26,6 @@ from tiue_cli.generate.target import ExportInfo, find_export
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import EMBEDDED_NAMES, is_hub_id, resolve_model
 from tiue_cli.model.identity import model_fingerprint
-from tiue_cli.text import bytes_text
 
 
 @dataclass(frozen=True)

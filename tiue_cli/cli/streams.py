@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tiue_cli.base.text import visible
 from tiue_cli.errors import OutputError
-from tiue_cli.text import visible
 
 if TYPE_CHECKING:
     from rich.console import Console as RichConsole

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from tiue_cli.allocator import keep_freed_memory
+from tiue_cli.base.allocator import keep_freed_memory
 from tiue_cli.distill.config import DistillConfig
 from tiue_cli.errors import DeviceError, MissingDependencyError, UsageError
 

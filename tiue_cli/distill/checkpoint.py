@@ -27,12 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.distill.optimizer_state import load_optimizer, save_optimizer
 from tiue_cli.errors import OutputError
 from tiue_cli.files.access import is_folder, list_folder, open_file
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.manifests import read_manifest, write_json
-from tiue_cli.text import excerpt
 
 STATE = "state.json"
 WEIGHTS = "weights.safetensors"

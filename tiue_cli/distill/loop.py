@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tiue_cli.base.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.acceleration import HALF, StopRequest, describe, log_image, make_accelerator, memory_bytes
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
 from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
@@ -37,7 +38,6 @@ from tiue_cli.distill.run_folder import (
 from tiue_cli.distill.trainer import Networks, Trainer
 from tiue_cli.distill.validation import Validation, save_grid
 from tiue_cli.errors import DeviceError
-from tiue_cli.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.rows import RowCache, cache_key
 from tiue_cli.model.autoencoder import ImageDecoder

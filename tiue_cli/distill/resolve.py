@@ -11,6 +11,7 @@ from typing import Any
 
 import pydantic
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.distill.config import DistillConfig, _Section, flatten
 from tiue_cli.distill.data.prompts import PAPERCUT
 from tiue_cli.distill.run_folder import stored_config
@@ -19,7 +20,6 @@ from tiue_cli.files import structured
 from tiue_cli.files.access import kind_of, read_bytes, user_path
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
-from tiue_cli.text import excerpt
 
 _CONFIG_BYTES = 2**20
 

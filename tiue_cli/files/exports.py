@@ -16,10 +16,10 @@ from typing import Annotated, Final, Literal, Self
 import pydantic
 from pydantic import ConfigDict, Field
 
+from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.files.access import access_error, exists, has_file, open_file
 from tiue_cli.files.manifests import read_manifest
-from tiue_cli.text import MAX_SIDE_PX
 
 EXPORT_MANIFEST: Final = "manifest.json"
 ENGINE_MANIFEST: Final = "engine.json"

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import pydantic
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ManifestError
 from tiue_cli.files.access import read_bytes
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.structured import parse_json
-from tiue_cli.text import excerpt
 
 _Manifest = TypeVar("_Manifest", bound=pydantic.BaseModel)
 

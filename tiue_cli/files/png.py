@@ -16,12 +16,12 @@ from typing import IO, TYPE_CHECKING, Annotated, Final, Literal
 import pydantic
 from pydantic import ConfigDict, Field
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ManifestError, TakenError, TiueError, UsageError
 from tiue_cli.files.access import open_file
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.marking import XMP_KEYWORD, XMP_PACKET
 from tiue_cli.files.structured import parse_json
-from tiue_cli.text import excerpt
 
 if TYPE_CHECKING:
     import numpy as np

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import OutputError
 from tiue_cli.files.access import is_file, open_file
 from tiue_cli.files.atomic import atomic_file, check_writable, free_bytes
-from tiue_cli.text import bytes_text
 
 _CHUNK_BYTES = 32 * 2**20
 # What NumPy raises for a header that is none: it reads it as Python.

@@ -14,7 +14,7 @@ import json
 import math
 from typing import Any, Final, NoReturn
 
-from tiue_cli.text import excerpt
+from tiue_cli.base.text import excerpt
 
 MAX_BYTES: Final = 128 * 2**20
 """Of a JSON document: safetensors allows headers of 100 MB, and a report with its grids stays below that."""

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args, overload
 
 from tiue_cli import __version__
+from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.png import ImageRecord, ImageSpec, save_png
@@ -25,7 +26,6 @@ from tiue_cli.generate.plan import RANDOM_SEEDS, row_specs
 from tiue_cli.generate.prompts import PromptRow, check_prompt
 from tiue_cli.generate.session import Session
 from tiue_cli.model.noise import check_seed
-from tiue_cli.text import MAX_SIDE_PX
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,11 +13,11 @@ from pathlib import Path
 import pydantic
 from pydantic import ConfigDict, Field
 
+from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.errors import PromptError, UsageError
 from tiue_cli.files.structured import parse_json
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.model.noise import MAX_SEED
-from tiue_cli.text import excerpt, parse_size
 
 
 @dataclass(frozen=True)

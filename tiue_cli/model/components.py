@@ -18,11 +18,11 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import DeviceError, ModelFolderError, TiueError
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.weights import IGNORABLE_TENSORS, inspect_weights, read_json, some_of
-from tiue_cli.text import excerpt
 
 _Part = TypeVar("_Part")
 _AUTOENCODERS = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}

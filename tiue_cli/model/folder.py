@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import AccessError, ManifestError, ModelFolderError
 from tiue_cli.files.access import has_file, is_folder, kind_of, list_folder, read_bytes
 from tiue_cli.files.manifests import read_manifest
@@ -27,7 +28,6 @@ from tiue_cli.model.component_configs import (
 )
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import DOWNLOAD_AGAIN, ComponentInfo, inspect_weights, read_json
-from tiue_cli.text import excerpt
 
 Kind = Literal["student", "teacher"]
 

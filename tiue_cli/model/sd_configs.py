@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.text import excerpt
 
 SD15_UNET: Final[dict[str, Any]] = {
     "sample_size": 64,

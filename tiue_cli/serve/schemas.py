@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal, Self
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.files.png import ImageRecord
 from tiue_cli.model.noise import MAX_SEED
 from tiue_cli.serve.config import MAX_PROMPT_CHARACTERS
 from tiue_cli.serve.failures import RequestFailure
 from tiue_cli.serve.images import OutputFormat
-from tiue_cli.text import MAX_SIDE_PX
 
 
 def _usable_prompt(prompt: str) -> str:

@@ -23,6 +23,7 @@ from feature_graphs import mean_color_graph
 from papercut_quality import papercut_features, papercut_metrics
 from PIL import Image
 
+from tiue_cli.base.events import Event, Note, Progress
 from tiue_cli.bench.quality import measure as quality
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject
 from tiue_cli.bench.quality.extractors import Sharpness
@@ -33,7 +34,6 @@ from tiue_cli.bench.quality.onnx_features import OnnxExtractor
 from tiue_cli.bench.quality.plan import QualityConfig, Row, plan_quality
 from tiue_cli.bench.quality.references import REFERENCE_SEED, Reference, rendered_chunks, write_statistics
 from tiue_cli.errors import PromptError, QualityError, UsageError
-from tiue_cli.events import Event, Note, Progress
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.evaluation import balanced_specs
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from bench_reports import ONNX, PLAIN, STUDENT, TEACHER, make_report
 
+from tiue_cli.base.text import number, plain
 from tiue_cli.bench.report.plot_parts import Plot
 from tiue_cli.bench.report.plots import STRIP_POINTS, ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.report.svg import COLOURS, colour, css_variables, dark_css
 from tiue_cli.bench.report.trend_plots import quality_plot, spaced, throughput_plot
 from tiue_cli.bench.report.view import ReportView, as_speedup
-from tiue_cli.text import number, plain
 
 KEYS = (TEACHER, PLAIN, STUDENT, ONNX)
 

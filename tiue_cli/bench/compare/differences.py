@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from tiue_cli.base.text import plain
 from tiue_cli.bench.report.schema import BenchReport, MachineRecord, QualityProtocol, SubjectRecord
-from tiue_cli.text import plain
 
 _MACHINE = ("name", "system", "cpu", "cores", "threads", "memory_bytes", "gpu", "driver", "python")
 _SUBJECT = (

@@ -17,11 +17,11 @@ from typing import Literal
 
 import numpy as np
 
+from tiue_cli.base.text import plain
 from tiue_cli.bench.compare.differences import quality_obstacle, report_differences
 from tiue_cli.bench.report.schema import BenchReport, LatencyRecord, QualityRecord
 from tiue_cli.bench.report.view import Setting
 from tiue_cli.bench.stats import LEAST_SAMPLES, Estimate, block_bootstrap, exact, hull, mean_interval, welch_difference
-from tiue_cli.text import plain
 
 CONFIDENCE = 0.99
 """Of every interval here: a comparison has many rows, and at 0.95 one in twenty would be flagged by chance."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tiue_cli.base.text import bytes_text, number
 from tiue_cli.bench.compare.reports import Comparison, Row
 from tiue_cli.bench.report.tables import Column, Table, metric_name
 from tiue_cli.bench.report.view import STAGE_NAMES
 from tiue_cli.bench.stats import LEAST_SAMPLES
-from tiue_cli.text import bytes_text, number
 
 
 def comparison_table(comparison: Comparison) -> Table:

@@ -18,10 +18,10 @@ import psutil
 import torch
 from torch.nn.functional import conv2d
 
+from tiue_cli.base.machine import machine_info, package_version
 from tiue_cli.bench.report.schema import MachineRecord, PeakKernel, PeakRecord
 from tiue_cli.bench.stats import drift, summarize
 from tiue_cli.bench.subjects.models import DTYPES
-from tiue_cli.machine import machine_info, package_version
 
 BUSY_SHARE: Final = 0.05
 """Of the machine's processor time that others may use before it is said."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from tiue_cli.base.events import Emit, Note, Progress
 from tiue_cli.bench.quality.clip_features import ClipExtractor
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject, slug
 from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness, open_extractor
@@ -24,7 +25,6 @@ from tiue_cli.bench.quality.references import CEILING_SEED, Reference, open_refe
 from tiue_cli.bench.report.schema import QualityProtocol, QualityRecord
 from tiue_cli.bench.subjects.torch_subjects import Subject
 from tiue_cli.errors import UsageError
-from tiue_cli.events import Emit, Note, Progress
 from tiue_cli.papercut.evaluation import prompt_following_of_features
 from tiue_cli.papercut.scenes import SIZE
 

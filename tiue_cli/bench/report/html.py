@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from tiue_cli.base.text import plain
 from tiue_cli.bench.report.plots import ratio_plot, spread_plot, stage_plot
 from tiue_cli.bench.report.schema import BenchReport, GridRecord
 from tiue_cli.bench.report.svg import css_variables, dark_css
@@ -30,7 +31,6 @@ from tiue_cli.bench.report.tables import (
 )
 from tiue_cli.bench.report.trend_plots import quality_plot, throughput_plot
 from tiue_cli.bench.report.view import ReportView
-from tiue_cli.text import plain
 
 SMALL_PX = 160
 """Pictures below this side are shown larger, by a whole factor."""

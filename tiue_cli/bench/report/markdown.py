@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from tiue_cli.base.text import plain
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.report.tables import (
     Table,
@@ -18,7 +19,6 @@ from tiue_cli.bench.report.tables import (
     subject_table,
 )
 from tiue_cli.bench.report.view import ReportView
-from tiue_cli.text import plain
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+from tiue_cli.base.text import plain
 from tiue_cli.bench.report.svg import colour, drawing, new_figure, to_svg
 from tiue_cli.bench.report.view import Setting
-from tiue_cli.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

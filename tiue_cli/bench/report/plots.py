@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from tiue_cli.base.text import number, plain
 from tiue_cli.bench.report.plot_parts import (
     BAR,
     Plot,
@@ -25,7 +26,6 @@ from tiue_cli.bench.report.plot_parts import (
 from tiue_cli.bench.report.schema import LatencyRecord, RatioRecord
 from tiue_cli.bench.report.svg import colour
 from tiue_cli.bench.report.view import MANY_STEPS, STAGE_NAMES, ReportView, Setting, as_multiple, as_speedup
-from tiue_cli.text import number, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

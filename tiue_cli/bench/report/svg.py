@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 from xml.etree import ElementTree
 
-from tiue_cli.text import plain
+from tiue_cli.base.text import plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

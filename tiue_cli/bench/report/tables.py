@@ -11,6 +11,7 @@ from typing import Final, Literal
 
 import numpy as np
 
+from tiue_cli.base.text import bytes_text, number
 from tiue_cli.bench.report.schema import LatencyRecord, QualityRecord, RatioRecord, Stage, SubjectRecord
 from tiue_cli.bench.report.view import (
     HASH_DIGITS,
@@ -23,7 +24,6 @@ from tiue_cli.bench.report.view import (
     as_speedup,
 )
 from tiue_cli.bench.stats import LEAST_SAMPLES
-from tiue_cli.text import bytes_text, number
 
 _CHECKER: Final = "checker_"
 _CAPTIONS: Final = {"": "all", "single_": "one object", "pair_": "two objects"}

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from tiue_cli.base.text import number, plain
 from tiue_cli.bench.report.plot_parts import Plot, batch_words, beside, make_plot, plain_log_ticks
 from tiue_cli.bench.report.svg import colour
 from tiue_cli.bench.report.tables import metric_name
 from tiue_cli.bench.report.view import REFERENCE, ReportView, Setting
-from tiue_cli.text import number, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from tiue_cli.base.text import number, size_text
 from tiue_cli.bench.report.schema import (
     BenchBackend,
     BenchReport,
@@ -24,7 +25,6 @@ from tiue_cli.bench.report.schema import (
     SubjectRecord,
 )
 from tiue_cli.bench.stats import Summary, summarize
-from tiue_cli.text import number, size_text
 
 STAGE_NAMES: dict[Stage, str] = {
     "text": "text encoder",

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
 from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.structured import parse_json
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.papercut.captions import training_captions
-from tiue_cli.text import excerpt
 
 COLUMNS = ("prompt", "caption", "text")
 """Names that are looked for, in this order, where no column is given."""

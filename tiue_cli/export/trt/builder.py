@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiue_cli.backends.trt_runner import Messages, cannot_start, collect_messages
+from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.trt.profiles import Shapes
 from tiue_cli.files.caches import user_cache
 from tiue_cli.files.exports import EngineDevice
-from tiue_cli.text import bytes_text
 
 BuildProgressFn = Callable[[float, str], None]
 """Called about twice a second with the share of a build that is done, 0 to 1, and what it is at."""

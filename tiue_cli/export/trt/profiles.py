@@ -18,11 +18,11 @@ from typing import Any, Final
 import pydantic
 from pydantic import ConfigDict, Field
 
+from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.errors import ProfileError, UsageError
 from tiue_cli.files.access import read_bytes
 from tiue_cli.files.exports import ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
 from tiue_cli.files.structured import parse_toml
-from tiue_cli.text import excerpt, parse_size
 
 DEFAULT_BATCHES: Final = ((1, 1, 1), (1, 4, 16))
 """Without --profile and --batch: one image exactly, and up to sixteen."""

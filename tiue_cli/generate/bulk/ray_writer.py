@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tiue_cli.bulk.config import BulkConfig
-from tiue_cli.bulk.shards import ShardStats, ShardTask, write_shard
 from tiue_cli.errors import MissingDependencyError
+from tiue_cli.generate.bulk.config import BulkConfig
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, write_shard
 from tiue_cli.generate.drawing import Pipeline
 
 WAITING_PER_ACTOR = 2

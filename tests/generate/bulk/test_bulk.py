@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tiue_cli.bulk.rows import BadRow, read_rows
 from tiue_cli.errors import OutputError, PromptError, UsageError
 from tiue_cli.files.hashes import sha256_file
+from tiue_cli.generate.bulk.rows import BadRow, read_rows
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 

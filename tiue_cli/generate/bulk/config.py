@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tiue_cli.base.text import size_text
 from tiue_cli.errors import UsageError
 from tiue_cli.generate.config import GenerateConfig
-from tiue_cli.text import size_text
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 DEFAULT_SHARD = 1000

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from tiue_cli import __version__
-from tiue_cli.bulk.config import MAX_SHARDS, BulkConfig, digest
-from tiue_cli.bulk.rows import import_pyarrow, read_rows
-from tiue_cli.bulk.shards import ShardStats, ShardTask, read_stats, shard_identity, shard_tasks, write_shard
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.lock import held_lock
 from tiue_cli.files.temporary import remove_leftovers
+from tiue_cli.generate.bulk.config import MAX_SHARDS, BulkConfig, digest
+from tiue_cli.generate.bulk.rows import import_pyarrow, read_rows
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, read_stats, shard_identity, shard_tasks, write_shard
 from tiue_cli.generate.drawing import Pipeline
 from tiue_cli.generate.session import Session
 
@@ -94,11 +94,11 @@ def _run(config: BulkConfig, identity: str, on_progress: Callable[[BulkProgress]
 def writer_of(config: BulkConfig) -> Writer:
     """Who writes the shards: this process, several, or a Ray cluster."""
     if config.launch is not None:
-        from tiue_cli.bulk.ray_writer import write_on_ray
+        from tiue_cli.generate.bulk.ray_writer import write_on_ray
 
         return write_on_ray
     if config.workers > 1:
-        from tiue_cli.bulk.workers import write_in_processes
+        from tiue_cli.generate.bulk.workers import write_in_processes
 
         return write_in_processes
     return write_here

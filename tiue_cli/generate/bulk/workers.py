@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
-from tiue_cli.bulk.config import BulkConfig
-from tiue_cli.bulk.shards import ShardStats, ShardTask, write_shard
 from tiue_cli.errors import TiueError
+from tiue_cli.generate.bulk.config import BulkConfig
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, write_shard
 from tiue_cli.generate.drawing import Pipeline
 
 _pipeline: Pipeline | None = None

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tiue_cli.bulk.config import BulkConfig, digest
-from tiue_cli.bulk.rows import BadRow, Row, import_pyarrow
 from tiue_cli.errors import PromptError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.files.png import encode_picture
+from tiue_cli.generate.bulk.config import BulkConfig, digest
+from tiue_cli.generate.bulk.rows import BadRow, Row, import_pyarrow
 from tiue_cli.generate.drawing import Pipeline, Request
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.noise import MAX_SEED
