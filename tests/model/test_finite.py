@@ -62,3 +62,12 @@ def test_epsilon_with_zero_terminal_snr_is_refused_before_sampling(tiny_teacher_
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(SchedulerError, match="zero terminal SNR"):
         draw(tmp_path / "m")
+
+
+def test_an_unknown_beta_schedule_is_refused_at_loading(tiny_teacher_folder: Path, tmp_path: Path) -> None:
+    """Found by benchmarks/fuzz.py --seed 2: diffusers answers with NotImplementedError."""
+    shutil.copytree(tiny_teacher_folder, tmp_path / "m")
+    file = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_schedule": "exp"}))
+    with pytest.raises(SchedulerError, match="beta_schedule 'exp'"):
+        draw(tmp_path / "m")

@@ -18,7 +18,7 @@ from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components, quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import TEACHER_GUIDANCE, TEACHER_STEPS
-from tiue_cli.model.schedule import ddim_config
+from tiue_cli.model.schedule import alphas_cumprod, ddim_config
 from tiue_cli.model.text import cut_text, encode_prompts
 
 Progress = Callable[[int], None]
@@ -145,6 +145,7 @@ def load_teacher(
 
 def _pipeline(components: Components) -> Any:
     """diffusers' pipeline over the components, with DDIM as the folder's scheduler config defines it."""
+    alphas_cumprod(components.scheduler_config)  # refuses, in our words, what diffusers would not build
     with quiet():
         # Inside, as the import itself prints a warning about an image processor that is not used here.
         from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
