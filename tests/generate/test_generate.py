@@ -263,7 +263,7 @@ def test_foreign_file_in_the_way_is_not_overwritten(fake, student, capsys, conte
 def test_picture_without_record_is_not_taken_for_done(fake, student, capsys) -> None:
     command = ("a", "--model", student, "--seed", "3", "--no-metadata")
     document(capsys, *command)
-    assert list(Image.open("images/a-3.png").info) == ["XML:com.adobe.xmp", "xmp"]
+    assert set(Image.open("images/a-3.png").info) == {"XML:com.adobe.xmp", "xmp"}
     status, _, err = run(capsys, *command)
     assert status == 1
     assert "does not say what it is a picture of" in err
@@ -697,7 +697,7 @@ def test_a_picture_that_appears_meanwhile_is_never_replaced(
         if same:
             list(second.run(plans[1]))
         else:
-            with pytest.raises(OutputError, match="exists by now"):
+            with pytest.raises(OutputError, match="written by another run"):
                 list(second.run(plans[1]))
     assert path.read_bytes() == before
 

@@ -146,7 +146,7 @@ def test_a_taken_name_gets_a_number_and_nothing_is_overwritten(report: BenchRepo
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "", ".hidden"])
 def test_a_name_that_leaves_the_folder_is_refused(report: BenchReport, name: str, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="no name for a file"):
+    with pytest.raises(OutputError, match="cannot be a file"):
         write_report(report.model_copy(update={"name": name}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
