@@ -162,6 +162,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "TIUE_DEBUG": "1"}
 
 
+@pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(words: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tiue_cli", *words(tmp_path / "run"), "--max-steps", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
@@ -286,6 +287,7 @@ def test_run_of_one_process_is_not_resumed_by_two(make_config: Any, tmp_path: Pa
         list(Distillation(config, tmp_path / "run", resume=True).events())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_an_interrupted_run_stops_what_would_follow_it(
     tmp_path: Path, prompts_file: Path, v_teacher_folder: Path, number: str, status: int

@@ -104,6 +104,7 @@ def test_failures_are_documents_too(tmp_path: Path) -> None:
         assert (error["type"], sorted(error)) == (type_, ["hint", "message", "type"])
 
 
+@pytest.mark.slow
 def test_sigterm_unwinds_with_status_143(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tiue_cli", "generate", "--interactive", "--out", str(tmp_path / "o")],

@@ -150,6 +150,7 @@ for event in Distillation(config, Path(sys.argv[2])).events():
 """
 
 
+@pytest.mark.slow
 def test_run_killed_while_writing_a_checkpoint_equals_uninterrupted(
     make_config: MakeConfig, uninterrupted: Path, tmp_path: Path
 ) -> None:

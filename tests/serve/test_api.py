@@ -183,6 +183,7 @@ def differences(answers: list[httpx.Response], asked: list[tuple[str, int, int]]
     return found
 
 
+@pytest.mark.slow
 def test_under_load_whoever_shares_a_batch_changes_nothing(tiny_export: Path, tmp_path: Path) -> None:
     """Mixed prompts, seeds and K at once: each image is what ``tiue generate`` draws alone, to a rounding.
 

@@ -225,6 +225,7 @@ def test_names_are_short_and_different(tmp_path: Path) -> None:
     assert named("papercut-student", ()) == "papercut"
 
 
+@pytest.mark.slow
 def test_compiled_student_draws_the_same_and_leaves_the_model_as_it_was(
     student: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -184,7 +184,7 @@ def test_when_memory_runs_out_it_is_tried_with_less(export: Path, cuda: fake_ten
 
 def test_when_memory_never_suffices_that_is_the_error(export: Path, cuda: fake_tensorrt.State) -> None:
     cuda.builds = ["oom"] * 10
-    with pytest.raises(DeviceError, match=r"memory of the GPU is not enough to build text_encoder\.onnx") as caught:
+    with pytest.raises(DeviceError, match=r"not enough GPU memory to build text_encoder\.onnx") as caught:
         build_engine(EngineConfig(export))
     assert caught.value.hint is not None and "--batch" in caught.value.hint and "nvidia-smi" in caught.value.hint
     assert len(cuda.workspaces) == 4

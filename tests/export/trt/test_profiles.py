@@ -229,7 +229,7 @@ def test_a_size_that_the_export_lacks_is_refused(tmp_path: Path, fixed: ExportMa
     assert caught.value.hint is not None and "--size 64x48" in caught.value.hint
     assert fit_profiles(tall, free)
     odd = load_profiles(write(tmp_path / "odd.toml", GOOD.replace("32x48", "33x48")))
-    with pytest.raises(ProfileError, match="no multiples of 4"):
+    with pytest.raises(ProfileError, match="not multiples of 4"):
         fit_profiles(odd, free)
 
 

@@ -179,6 +179,7 @@ def start(prompts: Path, model: Path, out: Path, *more: str) -> subprocess.Popen
     )
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_every_id_once_and_the_same_bytes(tiny_export: Path, tmp_path: Path) -> None:
     prompts = prompts_file(tmp_path / "p.txt", 1500)
     out = tmp_path / "killed"
