@@ -1,6 +1,6 @@
 """Stable Diffusion 1.5's real configuration, end to end, with random weights. Two minutes and 2.1 GB of disk:
 
-TIUE_SLOW=1 python -m pytest tests/model/test_full_size.py
+TIUE_SLOW=1 python -m pytest -m slow tests/model/test_full_size.py
 """
 
 from __future__ import annotations

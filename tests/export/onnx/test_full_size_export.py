@@ -2,7 +2,7 @@
 
 Ten minutes on one core that is free, 10 GB of memory and 19 GB of disk; figures are shown with -s:
 
-TIUE_SLOW=1 python -m pytest -s tests/export/onnx/test_full_size_export.py
+TIUE_SLOW=1 python -m pytest -m slow -s tests/export/onnx/test_full_size_export.py
 """
 
 from __future__ import annotations
