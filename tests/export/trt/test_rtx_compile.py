@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 
 def python(*arguments: str) -> str:
     """A Python of its own: Polygraphy decides once a process which TensorRT it uses."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -37,7 +37,7 @@ def python(*arguments: str) -> str:
 
 
 def compiled(folder: Path) -> list[dict[str, Any]]:
-    out = python(str(ROOT / "tests" / "compile_rtx.py"), str(folder))
+    out = python(str(ROOT / "tests" / "support" / "compile_rtx.py"), str(folder))
     return [json.loads(line) for line in out.splitlines()]
 
 
