@@ -29,6 +29,7 @@ from tiue_cli.model.fast.ops import Ops, TorchOps, TritonOps
 from tiue_cli.model.fast.text import FastTextEncoder
 from tiue_cli.model.fast.unet import FastUNet
 from tiue_cli.model.schedule import LinearCombine
+from tiue_cli.model.text import tokenize
 from tiue_cli.model.unet import UNetFeatures
 
 SHAPES_HELD: Final = 4
@@ -144,14 +145,14 @@ class StudentPass:
     ) -> np.ndarray:
         """Images (B, H, W, 3) uint8. Raises DeviceError where the arithmetic overflows."""
         clock = _Untimed() if clock is None else clock
-        return self._shape(noise, combine).run(tokens(self._tokenizer, prompts), noise, clock=clock)
+        return self._shape(noise, combine).run(tokenize(self._tokenizer, prompts), noise, clock=clock)
 
     def latents(self, prompts: Sequence[str], noise: np.ndarray, combine: LinearCombine) -> Tensor:
         """The sum (B, C, h, w) float32 on the device, before the image decoder; a copy, for the next run writes there.
 
         Its shape is captured whole, as ``__call__`` does: pictures of the same shape cost no second capture.
         """
-        return self._shape(noise, combine).latents(tokens(self._tokenizer, prompts), noise)
+        return self._shape(noise, combine).latents(tokenize(self._tokenizer, prompts), noise)
 
     def _shape(self, noise: np.ndarray, combine: LinearCombine) -> _StudentShape:
         return self._shapes.get((noise.shape, combine.timesteps), lambda: self._make(noise.shape, combine))
@@ -257,7 +258,7 @@ class TeacherSteps:
         """Images (B, H, W, 3) uint8; ``steps`` are (timestep, a, b) each, see ``schedule.ddim_steps``."""
         key = (noise.shape, guidance)
         shape = self._shapes.get(key, lambda: _TeacherShape(self._model, noise.shape, self._tokenizer, guidance))
-        ids = tokens(self._tokenizer, [*prompts, *([""] * len(prompts) if guidance > 1.0 else [])])
+        ids = tokenize(self._tokenizer, [*prompts, *([""] * len(prompts) if guidance > 1.0 else [])])
         return shape.run(ids, noise, steps, clock=_Untimed() if clock is None else clock, progress=progress)
 
 
@@ -326,19 +327,6 @@ class _TeacherShape:
 
 
 # --- borders -------------------------------------------------------------------------------------------------------
-
-
-def tokens(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Token numbers (B, L), as ``model.text`` makes them."""
-    found = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    ids: Tensor = found.input_ids
-    return ids
 
 
 def pinned(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -15,18 +16,28 @@ def encode_prompts(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, prompt
     The last hidden state with the final layer norm; SD 2.x takes the last but one layer of its original encoder by
     having one layer less in its config. Longer prompts are cut: ``cut_text`` says where.
     """
-    tokens = tokenizer(
+    tokens = _tokenized(tokenizer, prompts)
+    # Stable Diffusion was trained without the padding mask; a config may ask for it all the same.
+    masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
+    mask = tokens.attention_mask.to(text_encoder.device) if masked else None
+    text_states: torch.Tensor = text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
+    return text_states
+
+
+def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Token ids (B, L) int64, as ``encode_prompts`` makes them."""
+    input_ids: torch.Tensor = _tokenized(tokenizer, prompts).input_ids
+    return input_ids
+
+
+def _tokenized(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Any:
+    return tokenizer(
         list(prompts),
         padding="max_length",
         max_length=tokenizer.model_max_length,
         truncation=True,
         return_tensors="pt",
     )
-    # Stable Diffusion was trained without the padding mask; a config may ask for it all the same.
-    masked = bool(getattr(text_encoder.config, "use_attention_mask", False))
-    mask = tokens.attention_mask.to(text_encoder.device) if masked else None
-    text_states: torch.Tensor = text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=mask)[0]
-    return text_states
 
 
 def cut_text(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> list[str]:

@@ -23,12 +23,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextModel
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.export.onnx.parity import tokenize
 from tiue_cli.export.onnx.trace import Port, Trace
 from tiue_cli.files.exports import Size
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.student import StudentModel
+from tiue_cli.model.text import tokenize
 from tiue_cli.model.unet import UNetEncoder, UNetFeatures, time_embedding
 
 
@@ -149,7 +149,7 @@ SIDES = (3, 5)
 
 def trace_text_encoder(student: StudentModel) -> Trace:
     """input_ids (B, L) → text_states (B, L, D)."""
-    input_ids = tokenize(student, ["a", "b"])
+    input_ids = tokenize(student.tokenizer, ["a", "b"])
     length, width = input_ids.shape[1], int(student.text_encoder.config.hidden_size)
     return Trace(
         name="text_encoder",

@@ -24,6 +24,7 @@ from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.schedule import LinearCombine, decoder_timesteps
 from tiue_cli.model.student import StudentModel
+from tiue_cli.model.text import tokenize
 from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 PROVIDER: Final = "cpu"
@@ -113,7 +114,7 @@ class Case:
 @torch.no_grad()
 def run_chain(student: StudentModel, case: Case) -> dict[str, np.ndarray]:
     """All tensors of a case by their names in the graphs: float32, tokens and timesteps int64, images uint8."""
-    input_ids = tokenize(student, check_prompts(case.batch))
+    input_ids = tokenize(student.tokenizer, check_prompts(case.batch))
     channels = int(student.unet.config["in_channels"])
     noise = torch.from_numpy(draw_noise(range(case.batch), (channels, *case.latent)))
     text_states = student.text_encoder(input_ids)[0]
@@ -154,20 +155,6 @@ def largest_magnitude(module: nn.Module) -> Iterator[Callable[[], float]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def tokenize(student: StudentModel, prompts: Sequence[str]) -> torch.Tensor:
-    """Token ids (B, L) int64, as ``model.text.encode_prompts`` makes them."""
-    tokenizer = student.tokenizer
-    tokens = tokenizer(
-        list(prompts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    input_ids: torch.Tensor = tokens.input_ids
-    return input_ids
 
 
 def _combine(student: StudentModel, steps: int) -> LinearCombine:
