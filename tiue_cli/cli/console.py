@@ -91,22 +91,15 @@ class Console:
             redirect_stderr=False,
             transient=True,
         )
-        self._holding = sys.stdout.isatty()
-        try:
-            with bar, self._above(bar.console):
-                task = bar.add_task("images", total=total, rate="")
+        with self._paths_held(), bar, self._above(bar.console):
+            task = bar.add_task("images", total=total, rate="")
 
-                def update(done: float) -> None:
-                    seconds = bar.tasks[0].elapsed or 0.0
-                    rate = f"{done / seconds:.2f} images/s" if done > 0 and seconds > 0 else ""
-                    bar.update(task, completed=done, rate=rate)
+            def update(done: float) -> None:
+                seconds = bar.tasks[0].elapsed or 0.0
+                rate = f"{done / seconds:.2f} images/s" if done > 0 and seconds > 0 else ""
+                bar.update(task, completed=done, rate=rate)
 
-                yield update
-        finally:
-            self._holding = False
-            for line in self._held_lines:
-                _line(sys.stdout, line)
-            self._held_lines.clear()
+            yield update
 
     @contextlib.contextmanager
     def stages(self, *, live: bool = True) -> Iterator[Callable[[str, int, int, str], None]]:
@@ -139,21 +132,26 @@ class Console:
         )
         tasks: dict[str, Any] = {}
         drawn_s = 0.0
+        with self._paths_held(), display, self._above(display.console):
+
+            def update(stage: str, done: int, total: int, figures: str) -> None:
+                nonlocal drawn_s
+                if stage not in tasks:
+                    tasks[stage] = bars.add_task(stage, total=total)
+                bars.update(tasks[stage], completed=done)
+                figures_line.plain = figures
+                if not live and (done in (0, total) or time.monotonic() - drawn_s > _REDRAW_SECONDS):
+                    display.refresh()
+                    drawn_s = time.monotonic()
+
+            yield update
+
+    @contextlib.contextmanager
+    def _paths_held(self) -> Iterator[None]:
+        """Keep lines for a terminal that stdout shares with a bar until the bar is gone."""
         self._holding = sys.stdout.isatty()
         try:
-            with display, self._above(display.console):
-
-                def update(stage: str, done: int, total: int, figures: str) -> None:
-                    nonlocal drawn_s
-                    if stage not in tasks:
-                        tasks[stage] = bars.add_task(stage, total=total)
-                    bars.update(tasks[stage], completed=done)
-                    figures_line.plain = figures
-                    if not live and (done in (0, total) or time.monotonic() - drawn_s > _REDRAW_SECONDS):
-                        display.refresh()
-                        drawn_s = time.monotonic()
-
-                yield update
+            yield
         finally:
             self._holding = False
             for line in self._held_lines:
