@@ -18,7 +18,7 @@ from torch import nn
 
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.onnx_session import choose_provider, open_session, run_session, session_errors
-from tiue_cli.export.tolerance import IDENTICAL_DB, check_image, check_relative_error, output_errors
+from tiue_cli.export.tolerance import CHECK_PROMPTS, IDENTICAL_DB, check_image, check_relative_error, output_errors
 from tiue_cli.files.exports import GraphSpec, OutputParity, Size
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.noise import draw_noise
@@ -87,10 +87,6 @@ def check_images(folder: Path, references: Sequence[tuple[Case, Tensors]]) -> fl
                 found = check_image(image, reference, where=where, reference=_TORCH, precision=precision, hint=_NEXT)
                 worst = min(worst, found)
     return worst
-
-
-CHECK_PROMPTS = ("a red heart above a blue house", "a yellow star at night")
-"""The fixed prompts of every check: within papercut's vocabulary, and plain English for any other model."""
 
 
 Tensors = Mapping[str, np.ndarray]

@@ -19,6 +19,7 @@ from tiue_cli.backends.trt_backend import TrtBackend, read_plan
 from tiue_cli.backends.trt_device import rebuild_command
 from tiue_cli.backends.trt_runner import Plan, PlanChain, open_plan, open_stream, working_memory
 from tiue_cli.export.tolerance import (
+    CHECK_PROMPTS,
     IDENTICAL_DB,
     REQUIRED_PSNR_DB,
     check_image,
@@ -38,8 +39,6 @@ from tiue_cli.files.exports import (
 )
 from tiue_cli.model.noise import draw_noise
 
-PROMPTS: Final = ("a red heart above a blue house", "a yellow star at night")
-"""What is drawn: within papercut's vocabulary, and plain English for any other model."""
 LARGE_BYTES: Final = 500 * 1000**2
 """From this size of a graph on, ONNX Runtime computes one image only where it has no GPU."""
 
@@ -87,7 +86,7 @@ class Reference:
     def __init__(self, export: Path, manifest: ExportManifest, *, provider: Provider | None = None) -> None:
         self.provider = choose_provider("auto") if provider is None else provider
         large = max(graph.size_bytes for graph in manifest.graphs) >= LARGE_BYTES
-        self.rows = 1 if large and self.provider.device == "cpu" else len(PROMPTS)
+        self.rows = 1 if large and self.provider.device == "cpu" else len(CHECK_PROMPTS)
         self._export = export
         self._manifest = manifest
         self._tensors: dict[tuple[int, Size], dict[str, np.ndarray]] = {}
@@ -117,7 +116,7 @@ class Reference:
         combine = self._manifest.combine(steps)
         tokenizer = PromptTokenizer(self._export / self._manifest.tokenizer.file)
         tensors: dict[str, np.ndarray] = {
-            "input_ids": tokenizer(PROMPTS[: self.rows]),
+            "input_ids": tokenizer(CHECK_PROMPTS[: self.rows]),
             "noise": draw_noise(range(self.rows), self._manifest.latent_shape(size)),
             "timesteps": np.array(combine.timesteps, dtype=np.int64),
             "weights": np.array(combine.weights, dtype=np.float32),
@@ -201,7 +200,7 @@ def check_engine_images(
             if say is not None:
                 say(number / len(cases), case.label)
             tensors = reference.tensors(case)
-            prompts = [PROMPTS[row % reference.rows] for row in range(case.batch)]
+            prompts = [CHECK_PROMPTS[row % reference.rows] for row in range(case.batch)]
             # The first run of a shape is plain, the second one is captured.
             for way in ("plain", "as a CUDA graph"):
                 images = backend.generate(prompts, tensors["noise"], steps=case.steps)
