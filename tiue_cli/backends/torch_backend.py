@@ -65,12 +65,19 @@ class _TorchBackend(ABC, Generic[_Model]):
         self.dtype = choose_dtype(dtype, self.device)
         self._model: _Model | None = None
         self._decoder: ImageDecoder | None = None
+        self._fast_notes: list[str] = []
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the loaded model."""
+        """What the user should know about the loaded model, and about how it was run so far."""
+        advice: list[str] = []
         if self.device == "cpu" and self.dtype != "fp32":
-            return (f"{self.dtype} is slow on most CPUs; --precision fp32 is usually faster there",)
+            advice.append(f"{self.dtype} is slow on most CPUs; --precision fp32 is usually faster there")
+        return (*advice, *self._model_notes, *self._fast_notes)
+
+    @property
+    def _model_notes(self) -> tuple[str, ...]:
+        """What the loaded model itself has to say."""
         return ()
 
     @property
@@ -143,6 +150,18 @@ class _TorchBackend(ABC, Generic[_Model]):
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
+    def _fast_model(self, model: _Model, options: FastOptions) -> FastModel | None:
+        """The prepared networks for CUDA; None, with a note, for a network that has what Stable Diffusion's has not."""
+        for module in (model.unet, model.vae):
+            _channels_last(module)  # so that prepared weights are no copies
+        try:
+            fast = FastModel(text_encoder=model.text_encoder, unet=model.unet, vae=model.vae, options=options)
+        except NotFusable as error:
+            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
+            return None
+        self._fast_notes = fast.notes
+        return fast
+
     @property
     def _entered(self) -> _Model:
         assert self._model is not None, "the backend is used inside its with block"
@@ -185,33 +204,21 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
             raise DeviceError("--compile is for CUDA, and the device is the CPU", hint="leave --compile out")
         self._compiled = compiled
         self._pass: StudentPass | None = None
-        self._fast_notes: list[str] = []
 
     @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the loaded student, and about how it was run so far."""
-        return (*super().notes, *self._entered.notes, *self._fast_notes)
+    def _model_notes(self) -> tuple[str, ...]:
+        return tuple(self._entered.notes)
 
     def _load(self, dtype: torch.dtype) -> StudentModel:
         student = load_student(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
         self._unet_encoder = UNetEncoder(student.unet)
         self._unet_decoder = SharedUNetDecoder(student.unet)
         if self.device == "cuda":
-            self._pass = self._fast_pass(student)
+            fast = self._fast_model(student, FastOptions(kernels=not self._compiled, compiled=self._compiled))
+            if fast is not None:
+                timestep = student.manifest.encoder_timestep
+                self._pass = StudentPass(fast, student.tokenizer, encoder_timestep=timestep)
         return student
-
-    def _fast_pass(self, student: StudentModel) -> StudentPass | None:
-        """The captured pass; None, with a note, for a network that has what Stable Diffusion's has not."""
-        for module in (student.unet, student.vae):
-            _channels_last(module)  # so that prepared weights are no copies
-        options = FastOptions(kernels=not self._compiled, compiled=self._compiled)
-        try:
-            model = FastModel(text_encoder=student.text_encoder, unet=student.unet, vae=student.vae, options=options)
-        except NotFusable as error:
-            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
-            return None
-        self._fast_notes = model.notes
-        return StudentPass(model, student.tokenizer, encoder_timestep=student.manifest.encoder_timestep)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -278,31 +285,14 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         super().__init__(info, vae=vae, device=device, dtype=dtype)
         self._guidance = guidance
         self._steps: TeacherSteps | None = None
-        self._fast_notes: list[str] = []
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about the loaded teacher, and about how it was run so far."""
-        return (*super().notes, *self._fast_notes)
 
     def _load(self, dtype: torch.dtype) -> Teacher:
         teacher = load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
         if self.device == "cuda":
-            self._steps = self._fast_steps(teacher)
+            fast = self._fast_model(teacher, FastOptions())
+            if fast is not None:
+                self._steps = TeacherSteps(fast, teacher.tokenizer)
         return teacher
-
-    def _fast_steps(self, teacher: Teacher) -> TeacherSteps | None:
-        for module in (teacher.unet, teacher.vae):
-            _channels_last(module)
-        try:
-            model = FastModel(
-                text_encoder=teacher.text_encoder, unet=teacher.unet, vae=teacher.vae, options=FastOptions()
-            )
-        except NotFusable as error:
-            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
-            return None
-        self._fast_notes = model.notes
-        return TeacherSteps(model, teacher.tokenizer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
