@@ -23,9 +23,8 @@ from tiue_cli.bench.config import (
     parse_peer,
 )
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
+from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, DeviceOption, FormatOption
 from tiue_cli.errors import UsageError
-from tiue_cli.generate.config import DeviceName
 from tiue_cli.model.noise import MAX_SEED
 
 if TYPE_CHECKING:
@@ -200,7 +199,7 @@ def bench(
         ),
     ] = None,
     format_: FormatOption = "human",
-    device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _BENCH.device,
+    device: DeviceOption = _BENCH.device,
     precision: Annotated[
         PrecisionName,
         typer.Option(help="Precision of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),

@@ -15,11 +15,22 @@ import typer
 from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.cli.bulk import BULK, check_bulk_options, run_shards
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
+from tiue_cli.cli.options import (
+    MACHINE,
+    MODEL,
+    OUTPUT,
+    BackendOption,
+    DeviceOption,
+    FormatOption,
+    GuidanceOption,
+    PrecisionOption,
+    ProviderOption,
+    VaeOption,
+)
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.atomic import Terminated
 from tiue_cli.generate.bulk.config import BulkConfig, ImageFormat
-from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
+from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
@@ -88,18 +99,8 @@ def generate(
             rich_help_panel=MODEL,
         ),
     ] = _DEFAULTS.teacher_steps,
-    guidance: Annotated[
-        float | None,
-        typer.Option(metavar="G", min=0, max=100, help="Guidance of a teacher; 1 is none.", rich_help_panel=MODEL),
-    ] = _DEFAULTS.guidance,
-    vae: Annotated[
-        str | None,
-        typer.Option(
-            metavar="taesd|FOLDER|HUB_ID",
-            help="Another autoencoder; taesd: tiny, fast, less detail.",
-            rich_help_panel=MODEL,
-        ),
-    ] = _DEFAULTS.vae,
+    guidance: GuidanceOption = _DEFAULTS.guidance,
+    vae: VaeOption = _DEFAULTS.vae,
     out: Annotated[
         Path,
         typer.Option(
@@ -154,20 +155,10 @@ def generate(
             rich_help_panel=MACHINE,
         ),
     ] = _DEFAULTS.batch,
-    backend: Annotated[
-        BackendName,
-        typer.Option(
-            help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE
-        ),
-    ] = _DEFAULTS.backend,
-    provider: Annotated[
-        ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)
-    ] = _DEFAULTS.provider,
-    device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _DEFAULTS.device,
-    dtype: Annotated[
-        DtypeName,
-        typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
-    ] = _DEFAULTS.dtype,
+    backend: BackendOption = _DEFAULTS.backend,
+    provider: ProviderOption = _DEFAULTS.provider,
+    device: DeviceOption = _DEFAULTS.device,
+    dtype: PrecisionOption = _DEFAULTS.dtype,
     compiled: Annotated[
         bool,
         typer.Option(

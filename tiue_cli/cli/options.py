@@ -7,9 +7,32 @@ from typing import Annotated
 import typer
 
 from tiue_cli.cli.console import Format
+from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, ProviderName
 
 MODEL = "Model"
 OUTPUT = "Output"
 MACHINE = "Machine"
 
 FormatOption = Annotated[Format, typer.Option("--format", help="What goes to stdout.", rich_help_panel=OUTPUT)]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(metavar="G", min=0, max=100, help="Guidance of a teacher; 1 is none.", rich_help_panel=MODEL),
+]
+VaeOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="taesd|FOLDER|HUB_ID",
+        help="Another autoencoder; taesd: tiny, fast, less detail.",
+        rich_help_panel=MODEL,
+    ),
+]
+BackendOption = Annotated[
+    BackendName,
+    typer.Option(help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE),
+]
+ProviderOption = Annotated[ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)]
+DeviceOption = Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)]
+PrecisionOption = Annotated[
+    DtypeName,
+    typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
+]

@@ -8,9 +8,17 @@ from typing import Annotated
 import typer
 
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MACHINE, MODEL
+from tiue_cli.cli.options import (
+    MODEL,
+    BackendOption,
+    DeviceOption,
+    GuidanceOption,
+    PrecisionOption,
+    ProviderOption,
+    VaeOption,
+)
 from tiue_cli.errors import MissingDependencyError
-from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
+from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.serve.config import ServeConfig
 
 _SERVE = ServeConfig()
@@ -36,12 +44,8 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = None,
-    vae: Annotated[
-        str | None, typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder.", rich_help_panel=MODEL)
-    ] = _DRAW.vae,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="G", min=0, max=100, help="Guidance of a teacher.", rich_help_panel=MODEL)
-    ] = _DRAW.guidance,
+    vae: VaeOption = _DRAW.vae,
+    guidance: GuidanceOption = _DRAW.guidance,
     no_metadata: Annotated[
         bool,
         typer.Option(
@@ -92,19 +96,10 @@ def serve(
     max_images: Annotated[
         int, typer.Option(metavar="N", min=1, help="Images of one request.", rich_help_panel=BATCHES)
     ] = _SERVE.max_images,
-    backend: Annotated[
-        BackendName,
-        typer.Option(
-            help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE
-        ),
-    ] = _DRAW.backend,
-    provider: Annotated[
-        ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)
-    ] = _DRAW.provider,
-    device: Annotated[DeviceName, typer.Option(help="Where.", rich_help_panel=MACHINE)] = _DRAW.device,
-    dtype: Annotated[
-        DtypeName, typer.Option(help="Precision; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE)
-    ] = _DRAW.dtype,
+    backend: BackendOption = _DRAW.backend,
+    provider: ProviderOption = _DRAW.provider,
+    device: DeviceOption = _DRAW.device,
+    dtype: PrecisionOption = _DRAW.dtype,
 ) -> None:
     """Serve a model: OpenAI's images API, A1111's, and a page that draws as you type.
 
