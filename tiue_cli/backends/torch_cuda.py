@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tiue_cli.backends.torch_graphs import Captured, FewEntries
 from tiue_cli.errors import DeviceError
-from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.model.autoencoder import ImageDecoder, images_at_once, to_levels
 from tiue_cli.model.fast.autoencoder import fast_decoder
 from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.fast.ops import Ops, TorchOps, TritonOps
@@ -116,14 +116,13 @@ class FastModel:
 
     def _group(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         images = self._decode(self.images.scaled(latents).to(self.dtype)).float()
-        levels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
-        return levels.round().to(torch.uint8).contiguous(), torch.isfinite(images).all()
+        return to_levels(images).contiguous(), torch.isfinite(images).all()
 
 
 def group_size(device: torch.device, pixels: int) -> int:
     """How many images of so many pixels are decoded at a time: within a quarter of the GPU's memory."""
     if device.type != "cuda":
-        return max(1, 4 * 512 * 512 // pixels)
+        return images_at_once(pixels)
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, memory // 4 // (_BYTES_PER_PIXEL * pixels))
 

@@ -58,7 +58,7 @@ class ImageDecoder:
         Raises DeviceError where the arithmetic overflows (a float16 autoencoder that was not made for it).
         """
         pixels = latents.shape[-2] * latents.shape[-1] * self.factor**2
-        groups = latents.split(max(1, _PIXELS_AT_ONCE // pixels))
+        groups = latents.split(images_at_once(pixels))
         return np.concatenate([self._to_bytes(self.decode_float(group), group) for group in groups])
 
     def _to_bytes(self, images: torch.Tensor, latents: torch.Tensor) -> np.ndarray:
@@ -68,8 +68,17 @@ class ImageDecoder:
                     "the UNet produced NaN or infinity", hint="use float32: --precision fp32; or another model"
                 )
             raise not_finite("autoencoder", self.vae, instead="another autoencoder: --vae FOLDER|HUB_ID")
-        levels = (images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255
-        return levels.round().to(torch.uint8).cpu().numpy()
+        return to_levels(images).cpu().numpy()
+
+
+def to_levels(images: torch.Tensor) -> torch.Tensor:
+    """Bytes (B, H, W, 3) uint8 of images (B, 3, H, W) in [-1, 1], rounded as diffusers' VaeImageProcessor rounds."""
+    return ((images * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1) * 255).round().to(torch.uint8)
+
+
+def images_at_once(size: int) -> int:
+    """How many images of ``size`` pixels are decoded in one group on a CPU; at least one."""
+    return max(1, _PIXELS_AT_ONCE // size)
 
 
 def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:

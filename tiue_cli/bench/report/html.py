@@ -113,7 +113,7 @@ class _Grid:
 def _grid(view: ReportView, grid: GridRecord) -> _Grid:
     """The picture cut into its cells, each with words of its own: readable on a phone and by a screen reader."""
     height, width = grid.cell
-    with Image.open(io.BytesIO(base64.b64decode(grid.png_base64, validate=True))) as image:
+    with Image.open(io.BytesIO(base64.b64decode(grid.png_base64, validate=True)), formats=["PNG"]) as image:
         across, down = _step(image.width, len(grid.columns), width), _step(image.height, len(grid.prompts), height)
         rows = tuple(
             _Row(

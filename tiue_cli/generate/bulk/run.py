@@ -16,6 +16,7 @@ from tiue_cli import __version__
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.lock import held_lock
+from tiue_cli.files.structured import parse_json
 from tiue_cli.files.temporary import remove_leftovers
 from tiue_cli.generate.bulk.config import MAX_SHARDS, BulkConfig, digest
 from tiue_cli.generate.bulk.rows import import_pyarrow, read_rows
@@ -148,7 +149,7 @@ def _open_job(config: BulkConfig) -> tuple[BulkConfig, str]:
 
 def _read_job(path: Path) -> dict[str, Any] | None:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

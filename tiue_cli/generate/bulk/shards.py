@@ -21,6 +21,7 @@ from tiue_cli.errors import PromptError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.files.png import encode_picture
+from tiue_cli.files.structured import parse_json
 from tiue_cli.generate.bulk.config import BulkConfig, digest
 from tiue_cli.generate.bulk.rows import BadRow, Row, import_pyarrow
 from tiue_cli.generate.drawing import Pipeline, Request
@@ -224,7 +225,7 @@ def read_stats(out: Path, number: int, *, identity: str) -> ShardStats | None:
     path = stats_path(out, number)
     name = out / shard_name(number)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
         if data["job"] != identity or not all(name.with_suffix(end).is_file() for end in (".tar", ".parquet")):
             return None
         failed = tuple(Failed(one["id"], one["where"], one["reason"]) for one in data["failed"])
