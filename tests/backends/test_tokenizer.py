@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import TINY_TOKENS, build_tokenizer
@@ -66,4 +68,35 @@ def test_a_tokenizer_without_a_length_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     build_tokenizer().backend_tokenizer.save(str(path))
     with pytest.raises(ManifestError, match="does not say to which length"):
+        PromptTokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("padding", "truncation"),
+    [
+        ({"strategy": {"Fixed": 2**40}}, {}),
+        ({"strategy": {"Fixed": TINY_TOKENS + 1}}, {}),
+        ({"strategy": "BatchLongest"}, {}),
+        ({"pad_to_multiple_of": 7}, {}),
+        ({"pad_to_multiple_of": 2**40}, {}),
+        ({}, {"max_length": 0}),
+        ({}, {"max_length": 2**40}),
+        ({}, {"stride": 2**40}),
+    ],
+)
+def test_a_length_that_would_take_all_memory_or_fit_no_row_is_refused(
+    padding: dict[str, Any], truncation: dict[str, Any], tmp_path: Path
+) -> None:
+    """The library ends the whole process where it gets no memory: there is nothing to catch."""
+    tokenizer = build_tokenizer().backend_tokenizer
+    tokenizer.enable_padding(length=TINY_TOKENS)
+    tokenizer.enable_truncation(TINY_TOKENS)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    data = json.loads(path.read_text())
+    PromptTokenizer(path)
+    data["padding"] |= padding
+    data["truncation"] |= truncation
+    path.write_text(json.dumps(data))
+    with pytest.raises(ManifestError, match="one length of 3 to 65536 tokens"):
         PromptTokenizer(path)

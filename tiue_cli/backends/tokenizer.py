@@ -6,9 +6,9 @@ The whole of it (byte-pair merges, start and end token, padding and truncation t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Final
 
 from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ManifestError
@@ -16,6 +16,9 @@ from tiue_cli.files.access import read_bytes
 
 if TYPE_CHECKING:
     import numpy as np
+
+_LONGEST: Final = 2**16
+"""No text encoder reads more tokens; a damaged file that says so would take the memory of the machine."""
 
 
 class PromptTokenizer:
@@ -37,6 +40,8 @@ class PromptTokenizer:
             raise ManifestError(f"{path} does not say to which length it pads and truncates", hint=hint)
         self.length = int(self._fixed.truncation["max_length"])
         """Tokens of every row, start and end token included."""
+        if not _fits(self.length, padding=self._fixed.padding, truncation=self._fixed.truncation):
+            raise ManifestError(f"{path} does not pad and truncate to one length of 3 to {_LONGEST} tokens", hint=hint)
         self._open.no_truncation()
         self._open.no_padding()
 
@@ -55,3 +60,14 @@ class PromptTokenizer:
             prompt[row.offsets[room][0] :].strip() if len(row.ids) > room else ""
             for prompt, row in zip(prompts, rows, strict=True)
         ]
+
+
+def _fits(length: int, *, padding: Mapping[str, Any], truncation: Mapping[str, Any]) -> bool:
+    """Whether every row gets ``length`` tokens: what does not fit ends the process inside the library, unasked."""
+    multiple = padding.get("pad_to_multiple_of") or 1
+    return (
+        3 <= length <= _LONGEST
+        and padding.get("length") == length
+        and length % multiple == 0
+        and truncation.get("stride", 0) == 0
+    )
