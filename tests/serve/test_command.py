@@ -16,6 +16,8 @@ import httpx
 import pytest
 from serving import wait_for
 
+BODY_SENT = "send_request_body.complete"
+
 
 @contextmanager
 def command(*words: str) -> Iterator[subprocess.Popen[str]]:
@@ -47,14 +49,20 @@ def test_a_signal_drains_and_the_status_is_zero(tiny_export: Path, stop: signal.
         assert httpx.get(f"{url}/healthz").status_code == 200
         wait_for(lambda: is_ready(url), "ready")
         answers: list[int] = []
+        sent: list[str] = []
 
         def ask() -> None:
             body = {"prompt": "a", "n": 10, "size": "64x64"}
-            answers.append(httpx.post(f"{url}/v1/images/generations", json=body, timeout=60).status_code)
+            with httpx.Client(base_url=url, timeout=60) as http:
+                # Its connection is the server's before the signal: one that comes later is refused, as it should be.
+                http.get("/healthz")
+                trace = {"trace": lambda event, _: sent.append(event) if event.endswith(BODY_SENT) else None}
+                answers.append(http.post("/v1/images/generations", json=body, extensions=trace).status_code)
 
         clients = [threading.Thread(target=ask) for _ in range(8)]
         for client in clients:
             client.start()
+        wait_for(lambda: len(sent) == 8, "all have asked")
         wait_for(lambda: "tiue_queue_requests 0.0" not in httpx.get(f"{url}/metrics").text or answers, "work waits")
         process.send_signal(stop)
         assert process.wait(60) == 0
