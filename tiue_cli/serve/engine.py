@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +62,6 @@ class Engine:
             self._configs[name] = GenerateConfig(model=teacher, device=config.device, dtype=config.dtype)
         self._pipelines: dict[str, Pipeline] = {}
         self._lock = threading.Lock()
-        self._sizes: dict[str, tuple[int, int]] = {self.name: self.target.info.image_size}
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -91,7 +90,7 @@ class Engine:
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels where a request does not say."""
-        return self._sizes[self.name]
+        return self.target.info.image_size
 
     def load(self, name: str | None = None) -> Pipeline:
         """The pipeline of a model, loaded at the first call. Raises what loading raises."""
@@ -99,7 +98,6 @@ class Engine:
         with self._lock:
             if name not in self._pipelines:
                 self._pipelines[name] = Pipeline(self._configs[name])
-                self._sizes[name] = self._pipelines[name].default_size
             return self._pipelines[name]
 
     def loaded(self, name: str) -> Pipeline | None:
@@ -161,4 +159,4 @@ def batch_key(job: Job) -> tuple[str, tuple[int, int], int]:
 
 def warm_up_request(engine: Engine) -> Request:
     """The picture that is drawn before the server says it is ready."""
-    return replace(Request("a red heart", seed=0), size=engine.default_size)
+    return Request("a red heart", seed=0, size=engine.default_size)
