@@ -15,7 +15,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args, overload
 
-from tiue_cli import __version__
 from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.atomic import atomic_file
@@ -24,7 +23,7 @@ from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import RANDOM_SEEDS, row_specs
 from tiue_cli.generate.prompts import PromptRow, check_prompt
-from tiue_cli.generate.session import Session
+from tiue_cli.generate.session import Session, image_record
 from tiue_cli.model.noise import check_seed
 
 if TYPE_CHECKING:
@@ -296,11 +295,12 @@ class Pipeline:
         config = self._config(images=images, steps=steps, size=size)
         if isinstance(prompts, str):
             raise UsageError("stream takes many prompts, and one string was given", hint='give a list: ["a red heart"]')
-        self._entered.latent_shape(config.size or self.default_size)
-        pipeline = self._pipeline(config.size or self.default_size, batch)
+        pair = config.size or self.default_size
+        self._entered.latent_shape(pair)
+        pipeline = self._pipeline(pair, batch)
         first = secrets.randbelow(RANDOM_SEEDS) if seed is None else check_seed(seed)
         specs = self._specs(prompts, config, first)
-        return self._stream(specs, pipeline, batch, config.size or self.default_size, _checked_output(output))
+        return self._stream(specs, pipeline, batch, pair, _checked_output(output))
 
     @overload
     def draw(self, requests: Sequence[Request], *, output: Literal["pil"] = ...) -> list[Picture[Image]]: ...
@@ -424,15 +424,8 @@ class Pipeline:
         cuts = backend.cut_text([spec.prompt for spec in specs])
         found = dict(pipeline.latents(specs) if output == "latents" else pipeline.images(specs))
         for position, spec in enumerate(specs):
-            record = ImageRecord(
-                **spec.model_dump(),
-                backend=backend.name,
-                device=backend.device,
-                dtype=backend.dtype,
-                tiue_version=__version__,
-            )
             array = found.pop(position)
-            yield Picture(_pil(array) if output == "pil" else array, record, cuts[position])
+            yield Picture(_pil(array) if output == "pil" else array, image_record(spec, backend), cuts[position])
 
 
 def _checked_output(output: str) -> Output:

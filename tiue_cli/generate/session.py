@@ -126,7 +126,7 @@ class Session:
             index = todo[position]
             image = plan.images[index]
             if image.path is not None:
-                record = self._record(image.spec, backend) if plan.config.metadata else None
+                record = image_record(image.spec, backend) if plan.config.metadata else None
                 write_picture(image.path, pixels, record, replace=plan.config.overwrite)
             if sheet is not None:
                 sheet.place(index, pixels)
@@ -186,21 +186,23 @@ class Session:
                 f"{', '.join(BACKGROUNDS.values())}"
             )
 
-    def _record(self, spec: ImageSpec, backend: Backend) -> ImageRecord:
-        return ImageRecord(
-            **spec.model_dump(),
-            backend=backend.name,
-            device=backend.device,
-            dtype=backend.dtype,
-            tiue_version=__version__,
-        )
-
     def _say(self, text: str) -> None:
         if text in self.notes:
             return
         self.notes.append(text)
         if self._note is not None:
             self._note(text)
+
+
+def image_record(spec: ImageSpec, backend: Backend) -> ImageRecord:
+    """What a picture says about itself: what was asked for, and what drew it."""
+    return ImageRecord(
+        **spec.model_dump(),
+        backend=backend.name,
+        device=backend.device,
+        dtype=backend.dtype,
+        tiue_version=__version__,
+    )
 
 
 def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
