@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from helpers import TINY_TOKENS, build_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.errors import ManifestError
@@ -100,3 +102,17 @@ def test_a_length_that_would_take_all_memory_or_fit_no_row_is_refused(
     path.write_text(json.dumps(data))
     with pytest.raises(ManifestError, match="one length of 3 to 65536 tokens"):
         PromptTokenizer(path)
+
+
+def test_a_damage_that_shows_at_the_first_prompt_is_one_clear_error(tmp_path: Path) -> None:
+    """A model whose vocabulary lacks its unknown token is read without complaint, and fails at an unknown word."""
+    vocabulary = {"[PAD]": 0, "a": 1}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.enable_padding(length=TINY_TOKENS)
+    tokenizer.enable_truncation(TINY_TOKENS)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    damaged = PromptTokenizer(path)
+    for encode in (damaged, damaged.cut_text):
+        with pytest.raises(ManifestError, match=r"tokenizer\.json cannot encode a prompt"):
+            encode(["unknown"])

@@ -6,7 +6,8 @@ The whole of it (byte-pair merges, start and end token, padding and truncation t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ from tiue_cli.files.access import read_bytes
 if TYPE_CHECKING:
     import numpy as np
 
+_HINT: Final = "export the student again"
 _LONGEST: Final = 2**16
 """No text encoder reads more tokens; a damaged file that says so would take the memory of the machine."""
 
@@ -27,39 +29,50 @@ class PromptTokenizer:
     def __init__(self, path: Path | str) -> None:
         from tokenizers import Tokenizer
 
-        hint = "export the student again"
-        try:
+        self._path = path
+        with self._damaged("is not a tokenizer"):
             text = read_bytes(path, error=ManifestError).decode("utf-8")
             self._fixed = Tokenizer.from_str(text)
             self._open = Tokenizer.from_str(text)
-        except ManifestError:
-            raise
-        except Exception as error:  # plain Exception is what the library raises for a damaged file
-            raise ManifestError(f"{path} is not a tokenizer: {excerpt(str(error), 200)}", hint=hint) from error
         if self._fixed.truncation is None or self._fixed.padding is None:
-            raise ManifestError(f"{path} does not say to which length it pads and truncates", hint=hint)
+            raise ManifestError(f"{path} does not say to which length it pads and truncates", hint=_HINT)
         self.length = int(self._fixed.truncation["max_length"])
         """Tokens of every row, start and end token included."""
         if not _fits(self.length, padding=self._fixed.padding, truncation=self._fixed.truncation):
-            raise ManifestError(f"{path} does not pad and truncate to one length of 3 to {_LONGEST} tokens", hint=hint)
+            raise ManifestError(f"{path} does not pad and truncate to one length of 3 to {_LONGEST} tokens", hint=_HINT)
         self._open.no_truncation()
         self._open.no_padding()
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Token ids (B, L) int64 of B prompts; longer ones are cut, see ``cut_text``."""
+        """Token ids (B, L) int64 of B prompts; longer ones are cut, see ``cut_text``.
+
+        Raises ManifestError for a tokenizer that cannot encode them: a damaged file may show it only now.
+        """
         import numpy as np
 
-        rows = self._fixed.encode_batch(list(prompts), add_special_tokens=True)
-        return np.array([row.ids for row in rows], dtype=np.int64).reshape(len(rows), self.length)
+        with self._damaged("cannot encode a prompt"):
+            rows = self._fixed.encode_batch(list(prompts), add_special_tokens=True)
+            return np.array([row.ids for row in rows], dtype=np.int64).reshape(len(rows), self.length)
 
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
-        """The end of each prompt that does not fit, as it was written; "" where all of it fits."""
+        """The end of each prompt that does not fit, as it was written; "" where all of it fits. Raises as a call."""
         room = self.length - 2  # start and end token
-        rows = self._open.encode_batch(list(prompts), add_special_tokens=False)
+        with self._damaged("cannot encode a prompt"):
+            rows = self._open.encode_batch(list(prompts), add_special_tokens=False)
         return [
             prompt[row.offsets[room][0] :].strip() if len(row.ids) > room else ""
             for prompt, row in zip(prompts, rows, strict=True)
         ]
+
+    @contextlib.contextmanager
+    def _damaged(self, what: str) -> Iterator[None]:
+        """The library's errors in our words."""
+        try:
+            yield
+        except ManifestError:
+            raise
+        except Exception as error:  # plain Exception is what the library raises for a damaged file
+            raise ManifestError(f"{self._path} {what}: {excerpt(str(error), 200)}", hint=_HINT) from error
 
 
 def _fits(length: int, *, padding: Mapping[str, Any], truncation: Mapping[str, Any]) -> bool:
