@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -89,29 +90,32 @@ def older(source: Path, target: Path) -> None:
 
 def run(out: Path, *, loose: bool = False) -> int:
     """Build every plan, compare it, run all in a row, time that, and write a report; returns the exit status."""
-    from tiue_cli.backends import trt_runner
+    from tiue_cli.backends.cuda import open_stream
+    from tiue_cli.backends.trt_plan import open_plan, working_memory
+    from tiue_cli.backends.trt_runner import PlanChain
 
     facts = json.loads((out / FACTS).read_text(encoding="utf-8"))
     tensors = dict(np.load(out / TENSORS))
-    report: dict[str, Any] = {"tensorrt": trt_runner.import_tensorrt().__version__, "python": sys.version.split()[0]}
+    report: dict[str, Any] = {"tensorrt": newer_names().__version__, "python": sys.version.split()[0]}
     report.update({key: facts[key] for key in ("name", "precision", "steps", "size")})
     report["plans"], report["failed"] = {}, []
     plans = []
-    with trt_runner.open_stream() as stream:
+    with open_stream() as stream:
         for name in GRAPHS:
             started = time.perf_counter()
             data = build(out / f"{name}.onnx", facts["shapes"][name], half=facts["precision"] == "fp16", loose=loose)
             seconds = time.perf_counter() - started
-            plan = trt_runner.open_plan(name, data)
+            plan = open_plan(name, data)
+            plan = plan._replace(engine=Engine86(plan.engine))
             plans.append(plan)
             errors = {}
             for profile, batch in enumerate((1, 16)):
-                with trt_runner.PlanChain([(plan, profile)], stream, graphs=False) as chain:
+                with PlanChain([(plan, profile)], stream, graphs=False) as chain:
                     errors[str(batch)] = plan_errors(chain, plan, tensors, batch)
             report["plans"][name] = {
                 "build_s": round(seconds, 1),
                 "size_bytes": len(data),
-                "working_memory_bytes": trt_runner.working_memory(plan),
+                "working_memory_bytes": working_memory(plan),
                 "relative_error": errors,
             }
             print(name, report["plans"][name], flush=True)
@@ -120,7 +124,7 @@ def run(out: Path, *, loose: bool = False) -> int:
                 report["failed"].append(f"{name}: relative error {worst:.1e}")
         report["images"] = {}
         for profile, batch in ((0, 1), (1, 1), (1, 4), (1, 16)):
-            with trt_runner.PlanChain([(plan, profile) for plan in plans], stream) as chain:
+            with PlanChain([(plan, profile) for plan in plans], stream) as chain:
                 found = chain_figures(chain, tensors, batch)
             report["images"][f"profile {profile}, {batch} images"] = found
             print(profile, batch, found, flush=True)
@@ -131,11 +135,54 @@ def run(out: Path, *, loose: bool = False) -> int:
     return 1 if report["failed"] else 0
 
 
+def newer_names() -> Any:
+    """TensorRT 8.6 with the one enumeration of later versions that the runner names; the module."""
+    from tiue_cli.backends.trt_messages import import_tensorrt
+
+    trt = import_tensorrt()
+    if not hasattr(trt, "ExecutionContextAllocationStrategy"):
+        trt.ExecutionContextAllocationStrategy = types.SimpleNamespace(USER_MANAGED="user managed")
+    return trt
+
+
+class Engine86:
+    """An engine of TensorRT 8.6 by the names that the runner calls, which are those of 10.8 and later."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        """A context whose working memory the runner gives; None where there is none to be had."""
+        context = self._engine.create_execution_context_without_device_memory()
+        return None if context is None else Context86(context)
+
+    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
+        """Of the largest profile: 8.6 does not tell them apart."""
+        return int(self._engine.device_memory_size)
+
+
+class Context86:
+    """An execution context of TensorRT 8.6 by the newer names."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    def set_device_memory(self, address: int, nbytes: int) -> None:
+        """Lend it working memory."""
+        self._context.device_memory = address
+
+
 def build(onnx: Path, shapes: list[Any], *, half: bool, loose: bool) -> bytes:
     """A serialised plan from a weakly typed network; float32 parts of a float16 graph stay so unless ``loose``."""
     from polygraphy.backend.trt import CreateConfig, EngineBytesFromNetwork, NetworkFromOnnxPath, Profile
 
-    from tiue_cli.backends.trt_runner import import_tensorrt
+    from tiue_cli.backends.trt_messages import import_tensorrt
 
     trt = import_tensorrt()
     profiles = []

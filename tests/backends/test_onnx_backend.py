@@ -16,8 +16,9 @@ from exports import build_small_student, exported, torch_images
 from tiny_export import write_tiny_export
 
 from tiue_cli.backends import onnx_backend, onnx_session
+from tiue_cli.backends.cuda import device_count
 from tiue_cli.backends.onnx_backend import OnnxBackend
-from tiue_cli.backends.onnx_session import Provider, choose_provider, cuda_devices, open_session, run_session
+from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session
 from tiue_cli.cli.app import main
 from tiue_cli.errors import DeviceError, ManifestError, TiueError, UsageError
 from tiue_cli.export.tolerance import psnr_db
@@ -27,7 +28,7 @@ from tiue_cli.model.student import load_student
 
 PROMPTS = ["a red star above a blue house", "a tree", "a blue house and much more than the model can read " * 3]
 
-no_gpu = pytest.mark.skipif(cuda_devices() > 0, reason="a GPU is there")
+no_gpu = pytest.mark.skipif(device_count() > 0, reason="a GPU is there")
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +223,7 @@ def test_a_silent_fallback_is_not_accepted(tiny: Path) -> None:
 
 
 def test_auto_says_why_the_gpu_is_idle(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(onnx_session, "device_count", lambda: 1)
     monkeypatch.setattr(onnx_session, "provider_problem", lambda name: "libcudnn.so.9 cannot be loaded")
     backend = OnnxBackend(tiny)
     assert backend.device == "cpu"
@@ -251,7 +252,7 @@ def test_looking_for_cudas_libraries_prints_nothing(
 ) -> None:
     """ONNX Runtime prints what it could not load to standard output, where the JSON document goes."""
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
-    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(onnx_session, "device_count", lambda: 1)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9"))  # noqa: T201
     onnx_session.provider_problem("cuda")
     assert capsys.readouterr().out == ""
@@ -265,7 +266,7 @@ def test_the_tensorrt_that_onnx_runtime_wants_is_named(monkeypatch: pytest.Monke
     monkeypatch.setattr(onnxruntime, "__file__", str(tmp_path / "__init__.py"))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: list(onnx_session.PROVIDERS.values()))
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    monkeypatch.setattr(onnx_session, "cuda_devices", lambda: 1)
+    monkeypatch.setattr(onnx_session, "device_count", lambda: 1)
 
     def missing(name: str, **options: Any) -> None:
         raise OSError("libnvinfer.so.10: cannot open shared object file")

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from tiny_export import write_tiny_export
 
-from tiue_cli.backends import trt_backend, trt_device, trt_runner
+from tiue_cli.backends import cuda as cuda_calls
+from tiue_cli.backends import trt_backend, trt_device
 from tiue_cli.backends.base import Backend
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
@@ -266,7 +267,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, *present: str) -> None:
 
 
 def driver(monkeypatch: pytest.MonkeyPatch, found: fake_cuda.FakeDriver | None) -> None:
-    for module in (trt_device, trt_runner):
+    for module in (trt_device, cuda_calls):
         monkeypatch.setattr(module, "driver_library", lambda: found)
 
 

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny_export import write_tiny_export
 from trt_shapes import SHAPES
 
+from tiue_cli.backends.cuda import driver_library
 from tiue_cli.backends.trt_device import missing_packages
-from tiue_cli.backends.trt_runner import driver_library
 from tiue_cli.export.tolerance import psnr_db
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 from tiny_export import write_tiny_export
 
-from tiue_cli.backends import trt_device, trt_runner
+from tiue_cli.backends import cuda as cuda_calls
+from tiue_cli.backends import trt_device
 from tiue_cli.cli.app import main
 from tiue_cli.errors import UsageError
 from tiue_cli.export.config import EngineRequest, ExportConfig
@@ -116,7 +117,7 @@ def test_without_tensorrt_there_is_one_error_with_the_install(
     monkeypatch.setattr(trt_device, "missing_packages", lambda: [trt_device.tensorrt_requirement()])
     assert main(command.format(export=export).split()) == 1
     assert "pip install 'tensorrt-cu12>=10.8,<12'" in one_error(capsys)
-    for module in (trt_device, trt_runner):
+    for module in (trt_device, cuda_calls):
         monkeypatch.setattr(module, "driver_library", lambda: None)
     assert main(command.format(export=export).split()) == 1
     found = one_error(capsys)

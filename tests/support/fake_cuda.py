@@ -206,6 +206,10 @@ class FakeDriver:
         version._obj.value = self.cuda
         return SUCCESS
 
+    def cuDeviceGetCount(self, count: Any) -> int:
+        count._obj.value = 1
+        return SUCCESS
+
     def cuDeviceGet(self, device: Any, number: int) -> int:
         device._obj.value = number
         return SUCCESS

@@ -619,7 +619,8 @@ MODULE = _module()
 
 def install(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> State:
     """Make ``import tensorrt`` and Polygraphy's CUDA wrapper find the fakes, for one test; returns its State."""
-    from tiue_cli.backends import trt_device, trt_runner
+    from tiue_cli.backends import cuda, trt_device
+    from tiue_cli.backends.trt_messages import collect_messages
 
     if "tensorrt" in sys.modules and sys.modules["tensorrt"] is not MODULE:
         pytest.skip("the real TensorRT is loaded in this process")
@@ -633,8 +634,8 @@ def install(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> State:
     wrapper = Cuda.__new__(Cuda)
     wrapper.handle = STATE.cudart
     monkeypatch.setattr(polygraphy.cuda.cuda, "G_CUDA", wrapper)
-    for module in (trt_device, trt_runner):
+    for module in (trt_device, cuda):
         monkeypatch.setattr(module, "driver_library", lambda: STATE.driver)
     monkeypatch.setattr(trt_device, "missing_packages", list)
-    trt_runner.collect_messages().clear()
+    collect_messages().clear()
     return STATE

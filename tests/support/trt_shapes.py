@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
-from tiue_cli.backends.trt_runner import memory_bytes
+from tiue_cli.backends.cuda import memory_bytes
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.model.noise import draw_noise
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from tiue_cli.backends.cuda import device_count
 from tiue_cli.base.machine import usable_cores
 from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
 from tiue_cli.files.caches import user_cache
@@ -53,7 +53,7 @@ def choose_provider(asked: str) -> Provider:
     if asked == "cpu":
         return Provider("cpu")
     if asked == "auto":
-        if cuda_devices() == 0:
+        if device_count() == 0:
             return Provider("cpu")
         problem = provider_problem("cuda")
         if problem is None:
@@ -141,24 +141,12 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def cuda_devices() -> int:
-    """NVIDIA GPUs that the driver offers; 0 without a driver. Asks the driver itself, in a millisecond."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
-
-
 def provider_problem(name: str) -> str | None:
     """Why a GPU provider cannot start, None where it can."""
     ort = import_onnxruntime()
     if PROVIDERS[name] not in ort.get_available_providers():
         return f"the installed ONNX Runtime {ort.__version__} is built without {PROVIDERS[name]}"
-    if cuda_devices() == 0:
+    if device_count() == 0:
         return "the NVIDIA driver offers no GPU"
     # CUDA and cuDNN from Python packages are found only once they are loaded; torch would do that by being imported.
     # What it prints would lie on the stream that --format json is read from.

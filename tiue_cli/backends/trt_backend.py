@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from tiue_cli.backends.base import ProgressFn
-    from tiue_cli.backends.trt_runner import Plan, PlanChain
+    from tiue_cli.backends.trt_plan import Plan
+    from tiue_cli.backends.trt_runner import PlanChain
 
 
 SHAPES_HELD: Final = 6
@@ -171,7 +172,7 @@ class TrtBackend:
         return results
 
     def __enter__(self) -> Self:
-        from tiue_cli.backends.trt_runner import open_stream
+        from tiue_cli.backends.cuda import open_stream
 
         check_files(self.folder, [self.manifest.tokenizer])
         self._tokenizer = PromptTokenizer(self.folder / self.manifest.tokenizer.file)
@@ -246,7 +247,7 @@ class TrtBackend:
     def _plan(self, graph: GraphSpec) -> Plan:
         key = (graph.name, graph.size)
         if key not in self._plans:
-            from tiue_cli.backends.trt_runner import open_plan
+            from tiue_cli.backends.trt_plan import open_plan
 
             spec = _plan_spec(self.engine, graph, self.engine_folder)
             data = read_plan(self.engine_folder, spec, rebuild=rebuild_command(self.folder))

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from tiue_cli.backends.trt_runner import cuda_wrapper, device_errors, driver_cuda, driver_library, import_tensorrt
+from tiue_cli.backends.cuda import driver_cuda, driver_library, runtime_version
+from tiue_cli.backends.trt_messages import import_tensorrt
 from tiue_cli.base.machine import POLYGRAPHY, TENSORRT
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
 from tiue_cli.files.access import is_file
@@ -73,7 +74,7 @@ def current_device() -> EngineDevice:
     version = require_tensorrt()
     driver = driver_library()
     device, name = ctypes.c_int(0), ctypes.create_string_buffer(256)
-    major, minor, runtime = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
+    major, minor = ctypes.c_int(0), ctypes.c_int(0)
     # The first device of the process: the driver's own count heeds CUDA_VISIBLE_DEVICES, nvidia-smi does not.
     status = driver.cuDeviceGet(ctypes.byref(device), 0)
     status = status or driver.cuDeviceGetName(name, 256, device)
@@ -83,14 +84,11 @@ def current_device() -> EngineDevice:
         raise DeviceError(
             f"the NVIDIA driver offers no GPU (error {status})", hint="see what it lists: nvidia-smi; tiue doctor"
         )
-    with device_errors("asking for the version of CUDA"):
-        cuda = cuda_wrapper()
-        cuda.check(cuda.handle.cudaRuntimeGetVersion(ctypes.byref(runtime)))
     return EngineDevice(
         gpu=name.value.decode(errors="replace"),
         compute_capability=f"{major.value}.{minor.value}",
         tensorrt=version,
-        cuda=f"{runtime.value // 1000}.{runtime.value % 1000 // 10}",
+        cuda=runtime_version(),
         driver=_driver_version(driver),
         platform=f"{platform.system()}-{platform.machine()}",
     )

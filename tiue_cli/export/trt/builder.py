@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tiue_cli.backends.trt_runner import Messages, cannot_start, collect_messages
+from tiue_cli.backends.trt_messages import Messages, cannot_start, collect_messages
 from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.trt.profiles import Shapes

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiue_cli import __version__
+from tiue_cli.backends.cuda import memory_bytes
 from tiue_cli.backends.trt_device import current_device, device_difference, engine_name
-from tiue_cli.backends.trt_runner import memory_bytes
 from tiue_cli.errors import ManifestError, OutputError, UsageError
 from tiue_cli.export.config import EngineConfig
 from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file, workspace_bytes

@@ -13,11 +13,13 @@ from typing import Final
 
 import numpy as np
 
+from tiue_cli.backends.cuda import open_stream
 from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session, session_errors
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.backends.trt_backend import TrtBackend, read_plan
 from tiue_cli.backends.trt_device import rebuild_command
-from tiue_cli.backends.trt_runner import Plan, PlanChain, open_plan, open_stream, working_memory
+from tiue_cli.backends.trt_plan import Plan, open_plan, working_memory
+from tiue_cli.backends.trt_runner import PlanChain
 from tiue_cli.export.tolerance import (
     CHECK_PROMPTS,
     IDENTICAL_DB,
