@@ -33,7 +33,18 @@ LAYERS: dict[str, int] = {
     "cli": 9,
     "__main__": 10,
 }
-HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "onnx", "onnxruntime", "tensorrt"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+}
 # Rooms whose modules may load them when they are imported; elsewhere only the functions listed below may, when called.
 HEAVY_ROOMS = {"model", "papercut", "distill", "export", "bench", "backends"}
 HEAVY_FUNCTIONS = {
@@ -124,7 +135,14 @@ def test_heavy_libraries_stay_in_their_rooms(module: str) -> None:
         assert allowed and statement not in MODULES[module].body, f"{module} line {statement.lineno} imports {library}"
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name.startswith(("backends.onnx", "backends.trt"))])
+@pytest.mark.parametrize(
+    "module",
+    [
+        name
+        for name in MODULES
+        if name.startswith(("backends.exported", "backends.onnx", "backends.openvino", "backends.trt"))
+    ],
+)
 def test_runtimes_of_exported_models_know_no_torch(module: str) -> None:
     for imported, statement in imports(MODULES[module]):
         library = imported.partition(".")[0]

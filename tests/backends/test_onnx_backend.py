@@ -15,7 +15,8 @@ import pytest
 from exports import build_small_student, exported, torch_images
 from tiny_export import write_tiny_export
 
-from tiue_cli.backends import onnx_backend, onnx_session
+from tiue_cli.backends import exported as exported_backend
+from tiue_cli.backends import onnx_session
 from tiue_cli.backends.cuda import device_count
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session
@@ -73,7 +74,7 @@ def test_groups_of_the_last_step_are_the_whole(tiny: Path, monkeypatch: pytest.M
     with OnnxBackend(tiny, provider="cpu") as backend:
         noise = draw_noise(range(5), backend.latent_shape((32, 32)))
         whole = backend.generate(["a red heart"] * 5, noise)
-        monkeypatch.setattr(onnx_backend, "PIXELS_AT_ONCE", 2 * 32 * 32)
+        monkeypatch.setattr(exported_backend, "PIXELS_AT_ONCE", 2 * 32 * 32)
         np.testing.assert_array_equal(backend.generate(["a red heart"] * 5, noise), whole)
 
 

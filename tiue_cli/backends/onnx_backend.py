@@ -1,36 +1,24 @@
 """The ONNX Runtime backend: an exported student in one pass, on the CPU or a GPU, without torch.
 
-    prompts ─ tokenizer ─▶ text_encoder ─▶ unet_encoder ─▶ unet_decoder ─▶ vae_decoder ─▶ pixels
-
 What passes between the graphs stays on the device; noise goes in, latents (to be checked) and pixels come out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from tiue_cli.backends.exported import ExportBackend
 from tiue_cli.backends.onnx_session import Provider, choose_provider, open_session, run_session, session_errors
-from tiue_cli.backends.tokenizer import PromptTokenizer
-from tiue_cli.errors import DeviceError
-from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphName, GraphSpec, check_files, read_export_manifest
-from tiue_cli.files.external_data import check_external_data
+from tiue_cli.files.exports import GraphSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import onnxruntime
 
-    from tiue_cli.backends.base import ProgressFn
 
-PIXELS_AT_ONCE = 4 * 512 * 512
-"""Images are decoded in groups of at most this many pixels, as the torch backend does, to bound the memory."""
-_MISMATCH = "it is damaged, or manifest.json belongs to another export: write the folder again with tiue export"
-
-
-class OnnxBackend:
+class OnnxBackend(ExportBackend["onnxruntime.InferenceSession"]):
     """An export folder held ready in ONNX Runtime; see ``backends.base.Backend``."""
 
     name = "onnx"
@@ -40,12 +28,9 @@ class OnnxBackend:
 
         Reads the manifest and nothing else. Raises ManifestError, DeviceError.
         """
-        self.folder = Path(folder)
-        self.manifest: ExportManifest = read_export_manifest(self.folder)
+        super().__init__(folder)
         self.provider: Provider = choose_provider(provider)
         self._threads = threads
-        self._sessions: dict[str, onnxruntime.InferenceSession] = {}
-        self._tokenizer: PromptTokenizer | None = None
 
     @property
     def device(self) -> str:
@@ -61,125 +46,21 @@ class OnnxBackend:
     def notes(self) -> tuple[str, ...]:
         """What the user should know about the export."""
         notes = [] if self.provider.note is None else [self.provider.note]
-        if self.manifest.parity is None:
-            notes.append("this export was not checked against its student (--no-check)")
+        notes += super().notes
         if self.device == "cpu" and self.dtype == "fp16":
             notes.append("fp16 graphs are slow on a CPU: ONNX Runtime computes in fp32 there and converts; export fp32")
         return tuple(notes)
 
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was made for."""
-        return self.manifest.default_size
-
-    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
-        """(C, h, w) for an image of ``size`` (H, W) pixels. Raises UsageError for a size that does not fit."""
-        return self.manifest.latent_shape(size)
-
-    def largest_batch(self, size: tuple[int, int]) -> int | None:
-        """None: memory is the limit."""
-        return None
-
-    def cut_text(self, prompts: Sequence[str]) -> list[str]:
-        """The end of each prompt that does not fit; "" where it does."""
-        return self._entered.cut_text(prompts)
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        noise: np.ndarray,
-        *,
-        steps: int | None = None,
-        progress: ProgressFn | None = None,
-    ) -> np.ndarray:
-        """Images (B, H, W, 3) uint8 from prompts (B) and noise (B, C, h, w) float32; see ``Backend.generate``.
-
-        Raises UsageError for steps or a size that the export lacks, DeviceError where memory or range do not suffice.
-        """
-        report = progress or (lambda share: None)
-        size = self._size_of(noise)
-        images = self._decode(self._latents(prompts, noise, steps, report), size)
-        report(1.0)
-        return images
-
-    def latents(self, prompts: Sequence[str], noise: np.ndarray, *, steps: int | None = None) -> np.ndarray:
-        """Latents (B, C, h, w) float32; see ``Backend.latents``. Raises as ``generate``."""
-        return self._latents(prompts, noise, steps, lambda share: None)
-
-    def _size_of(self, noise: np.ndarray) -> tuple[int, int]:
-        factor = self.manifest.latent_factor
-        return noise.shape[2] * factor, noise.shape[3] * factor
-
-    def _latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None, report: ProgressFn) -> np.ndarray:
-        """Raises DeviceError for latents that are NaN or infinite."""
-        import numpy as np
-
-        combine, size = self.manifest.combine(steps), self._size_of(noise)
-        text_states = self._run("text_encoder", None, {"input_ids": self._entered(prompts)})
-        report(0.1)
-        features = self._run("unet_encoder", size, {"noise": noise, **text_states})
-        report(0.35)
-        sums = {
-            "timesteps": np.array(combine.timesteps, dtype=np.int64),
-            "weights": np.array(combine.weights, dtype=np.float32),
-        }
-        inputs = {**features, **text_states, "noise": noise, **sums}
-        latents: np.ndarray = self._run("unet_decoder", size, inputs)["latents"].numpy()
-        report(0.75)
-        if not np.isfinite(latents).all():
-            raise DeviceError(
-                f"the UNet decoder produced NaN or infinity in {self.dtype}",
-                hint="export it with --precision fp32",
-            )
-        return latents
-
-    def __enter__(self) -> Self:
-        files = {spec.file: spec for graph in self.manifest.graphs for spec in (graph.onnx, *graph.data)}
-        specs = [self.manifest.tokenizer, *files.values()]
-        # Hashing and opening release the interpreter; what a run needs first is opened while the rest is hashed.
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            checks = [pool.submit(check_files, self.folder, [spec], hint=_MISMATCH) for spec in specs]
-            for check in checks:
-                check.result()
-            for graph in self.manifest.graphs:
-                check_external_data(self.folder, graph, hint=_MISMATCH)
-            self._tokenizer = PromptTokenizer(self.folder / self.manifest.tokenizer.file)
-            for graph, session in zip(self._eager(), pool.map(self._open, self._eager()), strict=True):
-                self._sessions[graph.onnx.file] = session
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._sessions.clear()
-        self._tokenizer = None
-
-    @property
-    def _entered(self) -> PromptTokenizer:
-        assert self._tokenizer is not None, "the backend is used inside its with block"
-        return self._tokenizer
-
-    def _eager(self) -> list[GraphSpec]:
-        """The graphs that are opened at once: those of the default size."""
-        return [self.manifest.graph(name) for name in GRAPHS]
-
     def _open(self, graph: GraphSpec) -> onnxruntime.InferenceSession:
         return open_session(self.folder / graph.onnx.file, self.provider, threads=self._threads)
 
-    def _run(self, name: GraphName, size: tuple[int, int] | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """One graph's outputs, on the device."""
-        graph = self.manifest.graph(name, size=size)
-        if graph.onnx.file not in self._sessions:
-            self._sessions[graph.onnx.file] = self._open(graph)
+    def _call(
+        self, opened: onnxruntime.InferenceSession, graph: GraphSpec, inputs: Mapping[str, Any]
+    ) -> dict[str, Any]:
         with session_errors(graph.onnx.file):
-            return run_session(self._sessions[graph.onnx.file], inputs, self.provider)
+            return run_session(opened, inputs, self.provider)
 
-    def _decode(self, latents: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Pixels of latents (B, C, h, w)."""
-        import numpy as np
-
-        at_once = max(1, PIXELS_AT_ONCE // (size[0] * size[1]))
-        groups = [latents[start : start + at_once] for start in range(0, len(latents), at_once)]
-        return np.concatenate(
-            [self._run("vae_decoder", size, {"latents": group})["images"].numpy() for group in groups]
-        )
+    @staticmethod
+    def _array(value: Any) -> np.ndarray:
+        array: np.ndarray = value.numpy()
+        return array
