@@ -14,6 +14,8 @@ from pathlib import Path
 import fake_tensorrt
 import numpy as np
 import pytest
+from diffusers import UNet2DConditionModel
+from lora_files import draw_factors, write_lora
 from PIL import Image
 from tiny_export import write_tiny_export
 
@@ -76,6 +78,8 @@ def shop(tmp_path: Path, tiny_student_folder: Path, v_teacher_folder: Path, monk
     """A folder as the examples expect one, with tiny models under the names of large ones."""
     shutil.copytree(tiny_student_folder, tmp_path / "runs/sd15/student")
     shutil.copytree(v_teacher_folder, tmp_path / "runs/sd15/teacher")
+    unet = UNet2DConditionModel.from_pretrained(tiny_student_folder / "unet")
+    write_lora(tmp_path / "pixel-art.safetensors", draw_factors(unet))
     (tmp_path / "captions.txt").write_text("a red star\na blue tree\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

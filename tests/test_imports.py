@@ -56,6 +56,7 @@ HEAVY_FUNCTIONS = {
 LIGHT_MODULES_OF_HEAVY_ROOMS = {
     "model.folder",
     "model.hub",
+    "model.lora.files",
     "model.noise",
     "model.schedule",
     "model.sd_configs",

@@ -36,6 +36,7 @@ def load(
     device: DeviceName = _LOAD.device,
     precision: DtypeName = _LOAD.dtype,
     vae: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
     provider: ProviderName = _LOAD.provider,
     compiled: bool = _LOAD.compiled,
     guidance: float | None = None,
@@ -46,12 +47,14 @@ def load(
     ``model`` is a student's or teacher's folder, an export or engine folder, a hub id ``OWNER/NAME``, or ``papercut``,
     which is part of the package. ``backend`` is ``torch`` for model folders, ``onnx`` or ``trt`` for exports.
     ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own. ``vae`` replaces
-    the autoencoder of a model folder (``taesd`` is the tiny one for Stable Diffusion), ``provider`` is ONNX Runtime's,
-    ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's. ``on_note`` is called
-    with each sentence that is worth knowing.
+    the autoencoder of a model folder (``taesd`` is the tiny one for Stable Diffusion), ``loras`` are put on a model
+    folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it later), ``provider`` is ONNX Runtime's, ``compiled``
+    sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's. ``on_note`` is called with each
+    sentence that is worth knowing.
 
-    Raises ModelFolderError or ManifestError for a model that cannot be used, UsageError for options that do not fit it,
-    DeviceError for a device that is not there, MissingDependencyError for a library that is not installed.
+    Raises ModelFolderError or ManifestError for a model that cannot be used, AdapterError for such a LoRA, UsageError
+    for options that do not fit it, DeviceError for a device that is not there, MissingDependencyError for a library
+    that is not installed.
 
     >>> pipe = tiue.load("papercut", device="cpu")
     >>> pipe.kind, pipe.backend, pipe.precision, pipe.steps, pipe.default_size
@@ -62,6 +65,7 @@ def load(
     config = GenerateConfig(
         model=str(model),
         vae=None if vae is None else str(vae),
+        loras=tuple(str(lora) for lora in loras),
         guidance=guidance,
         backend=backend,
         device=device,

@@ -3,6 +3,7 @@
     TiueError                     exit 1
     ├── UsageError                exit 2: the command line or a call asks for something impossible
     ├── ModelFolderError          a model folder or hub id that cannot be used
+    ├── AdapterError              a LoRA that cannot be used, or not with this model
     ├── ManifestError             a manifest (tiue.json, manifest.json, engine.json) that cannot be read
     ├── SchedulerError            a scheduler config that the one-pass formula does not cover
     ├── PromptError               a prompt or a prompt file that cannot be used
@@ -64,6 +65,10 @@ class UsageError(TiueError):
 
 class ModelFolderError(TiueError):
     """A model folder or hub id cannot be used."""
+
+
+class AdapterError(TiueError):
+    """A LoRA cannot be used, or not with this model."""
 
 
 class ManifestError(TiueError):

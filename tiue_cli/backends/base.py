@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from tiue_cli.files.png import LoraUse
 
 ProgressFn = Callable[[float], None]
 """Called with the share of a batch that is done, 0 to 1; from the thread that generates."""
@@ -70,3 +72,11 @@ class Backend(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class TakesLoras(Protocol):
+    """What a backend offers besides where adapters can be put on its model."""
+
+    def use_loras(self, loras: Sequence[LoraUse]) -> None:
+        """Draw with exactly these adapters from now on; () is the bare model. Raises AdapterError."""

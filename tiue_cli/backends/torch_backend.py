@@ -15,10 +15,12 @@ import torch
 from tiue_cli.backends.base import ProgressFn
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.errors import DeviceError, OutOfMemoryError
+from tiue_cli.files.png import LoraUse
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.finite import BadLatentsError, not_finite
 from tiue_cli.model.folder import ModelInfo
+from tiue_cli.model.lora.adapters import Adapters
 from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_steps
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.student import StudentModel, load_student
@@ -65,6 +67,7 @@ class _TorchBackend(ABC, Generic[_Model]):
         self.dtype = choose_dtype(dtype, self.device)
         self._model: _Model | None = None
         self._decoder: ImageDecoder | None = None
+        self._adapters: Adapters | None = None
         self._fast_notes: list[str] = []
 
     @property
@@ -137,16 +140,28 @@ class _TorchBackend(ABC, Generic[_Model]):
             return not_finite("text encoder", model.text_encoder)
         return not_finite("UNet", model.unet)
 
+    def use_loras(self, loras: Sequence[LoraUse]) -> None:
+        """See ``TakesLoras.use_loras``. On CUDA the networks are prepared and captured anew: seconds."""
+        if self._adapters is None:
+            if not loras:
+                return
+            model = self._entered
+            self._adapters = Adapters(unet=model.unet, text_encoder=model.text_encoder)
+        with _memory_errors(self.device):
+            if self._adapters.use(loras):
+                self._prepare(self._entered)
+
     def __enter__(self) -> Self:
         with _memory_errors(self.device):
             self._model = self._load(DTYPES[self.dtype])
+            self._prepare(self._model)
         self._decoder = ImageDecoder(self._model.vae)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._model = self._decoder = None
+        self._model = self._decoder = self._adapters = None
         if self.device == "cuda":
             torch.cuda.empty_cache()
 
@@ -175,6 +190,10 @@ class _TorchBackend(ABC, Generic[_Model]):
     @abstractmethod
     def _load(self, dtype: torch.dtype) -> _Model:
         """Load the model onto the device."""
+
+    @abstractmethod
+    def _prepare(self, model: _Model) -> None:
+        """Make what is made of the weights as they are now: nothing on a CPU, the prepared networks on CUDA."""
 
     @abstractmethod
     def _latents(
@@ -213,12 +232,15 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         student = load_student(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
         self._unet_encoder = UNetEncoder(student.unet)
         self._unet_decoder = SharedUNetDecoder(student.unet)
-        if self.device == "cuda":
-            fast = self._fast_model(student, FastOptions(kernels=not self._compiled, compiled=self._compiled))
-            if fast is not None:
-                timestep = student.manifest.encoder_timestep
-                self._pass = StudentPass(fast, student.tokenizer, encoder_timestep=timestep)
         return student
+
+    def _prepare(self, model: StudentModel) -> None:
+        self._pass = None  # first, so that its memory is free for the next one
+        if self.device == "cuda":
+            fast = self._fast_model(model, FastOptions(kernels=not self._compiled, compiled=self._compiled))
+            if fast is not None:
+                timestep = model.manifest.encoder_timestep
+                self._pass = StudentPass(fast, model.tokenizer, encoder_timestep=timestep)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -287,12 +309,14 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         self._steps: TeacherSteps | None = None
 
     def _load(self, dtype: torch.dtype) -> Teacher:
-        teacher = load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        return load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+
+    def _prepare(self, model: Teacher) -> None:
+        self._steps = None
         if self.device == "cuda":
-            fast = self._fast_model(teacher, FastOptions())
+            fast = self._fast_model(model, FastOptions())
             if fast is not None:
-                self._steps = TeacherSteps(fast, teacher.tokenizer)
-        return teacher
+                self._steps = TeacherSteps(fast, model.tokenizer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -23,6 +23,7 @@ from tiue_cli.cli.options import (
     DeviceOption,
     FormatOption,
     GuidanceOption,
+    LoraOption,
     PrecisionOption,
     ProviderOption,
     VaeOption,
@@ -48,6 +49,7 @@ EXAMPLES = (
     "tiue generate --prompts captions.txt --out pictures --batch 16",
     'tiue generate "a lighthouse" --model runs/student --steps 2 --size 512x768',
     'tiue generate "a lighthouse" --model OWNER/NAME --teacher-steps 50 --guidance 5',
+    'tiue generate "a lighthouse" --model runs/student --lora pixel-art.safetensors:0.8',
     'tiue generate "a lighthouse" --model engines/student --provider cuda',
     "tiue generate --prompts captions.parquet --out shards --shards 1000 --workers 4",
     "tiue generate --interactive",
@@ -63,7 +65,7 @@ def generate(
         typer.Option(
             "--prompts",
             metavar="FILE",
-            help='More: .txt, one a line; .jsonl, {"prompt", "seed", "size", "steps"} a line; - is stdin.',
+            help='More: .txt, one a line; .jsonl, {"prompt", "seed", "size", "steps", "lora"} a line; - is stdin.',
         ),
     ] = None,
     interactive: Annotated[
@@ -101,6 +103,7 @@ def generate(
     ] = _DEFAULTS.teacher_steps,
     guidance: GuidanceOption = _DEFAULTS.guidance,
     vae: VaeOption = _DEFAULTS.vae,
+    lora: LoraOption = None,
     out: Annotated[
         Path,
         typer.Option(
@@ -182,6 +185,7 @@ def generate(
     config = GenerateConfig(
         model=model,
         vae=vae,
+        loras=tuple(lora or ()),
         steps=steps,
         teacher_steps=teacher_steps,
         guidance=guidance,

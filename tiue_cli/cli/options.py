@@ -26,6 +26,14 @@ VaeOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+LoraOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|FOLDER|HUB_ID[:WEIGHT]",
+        help="A LoRA on the model, safetensors; repeat it for several.",
+        rich_help_panel=MODEL,
+    ),
+]
 BackendOption = Annotated[
     BackendName,
     typer.Option(help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE),

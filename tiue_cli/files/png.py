@@ -33,12 +33,32 @@ _QUALITY: Final = 95
 """Of JPEG and WebP where none is asked for."""
 
 
+class LoraUse(pydantic.BaseModel):
+    """An adapter that takes part in a picture: what was named, how strongly, and the SHA-256 of its file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    weight: float = Field(allow_inf_nan=False)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @property
+    def name(self) -> str:
+        """What it is called: its file's or folder's name, without the ending."""
+        return Path(self.source).name.removesuffix(".safetensors")
+
+    @property
+    def option(self) -> str:
+        """As ``--lora`` takes it."""
+        return self.source if self.weight == 1.0 else f"{self.source}:{self.weight:g}"
+
+
 class ImageSpec(pydantic.BaseModel):
     """All that decides a picture, up to rounding.
 
     ``size`` is (height, width) in pixels. ``steps`` counts the decoder timesteps of a student, or the sampler steps of
     a teacher, which alone has ``guidance``. ``model_id`` and ``vae_id`` are fingerprints of the weights; where ``vae``
-    is None, the model's own autoencoder decodes.
+    is None, the model's own autoencoder decodes. ``loras`` are the adapters on the model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -53,6 +73,8 @@ class ImageSpec(pydantic.BaseModel):
     model_id: str
     vae: str | None = None
     vae_id: str | None = None
+    # Left out where there are none: records without adapters are as they always were.
+    loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
 
     def differences(self, other: ImageSpec) -> list[str]:
         """Say what makes ``other`` a different picture, e.g. ``["steps 4, not 2"]``; empty where nothing does.
@@ -69,6 +91,8 @@ class ImageSpec(pydantic.BaseModel):
             found.append(f"model {self.model}, not {other.model}" if named else f"other weights of {self.model}")
         if self.vae_id != other.vae_id:
             found.append(f"autoencoder {self.vae or 'of the model'}, not {other.vae or 'of the model'}")
+        if [(use.sha256, use.weight) for use in self.loras] != [(use.sha256, use.weight) for use in other.loras]:
+            found.append(f"LoRA {_listed(self.loras)}, not {_listed(other.loras)}")
         return found
 
 
@@ -95,6 +119,9 @@ class ImageRecord(ImageSpec):
             "Model": self.model,
             "Version": f"tiue {self.tiue_version}",
         }
+        if self.loras:
+            fields["Lora hashes"] = ", ".join(f"{use.name}: {use.sha256[:12]}" for use in self.loras)
+            fields["Lora weights"] = ", ".join(f"{use.name}: {use.weight:g}" for use in self.loras)
         return f"{self.prompt}\n" + ", ".join(f"{name}: {_quoted(value)}" for name, value in fields.items())
 
     def command(self) -> str:
@@ -107,6 +134,8 @@ class ImageRecord(ImageSpec):
             words += ["--steps", str(self.steps)]
         if self.vae is not None:
             words += ["--vae", self.vae]
+        for use in self.loras:
+            words += ["--lora", use.option]
         words += ["--backend", self.backend, "--device", self.device, "--precision", self.dtype]
         # Without the two dashes a prompt that begins with one would be read as an option.
         words += ["--", self.prompt] if self.prompt.startswith("-") else [self.prompt]
@@ -305,6 +334,10 @@ def _quoted(value: object) -> str:
     """A value of the settings line; one that would break the line apart goes in JSON quotes, as its readers expect."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ",:\n") else text
+
+
+def _listed(loras: Sequence[LoraUse]) -> str:
+    return ", ".join(f"{use.name}:{use.weight:g}" for use in loras) or "none"
 
 
 def _shown(value: object) -> str:

@@ -25,11 +25,13 @@ class GenerateConfig:
     """What ``tiue generate`` can be asked, with the defaults of its options.
 
     None means the model's own (``size`` in pixels (H, W), ``steps``, ``teacher_steps``, ``guidance``, ``vae``), one
-    that fits (``batch``), or a random one (``seed``). ``out`` is a folder, or a file where it ends in ``.png``.
+    that fits (``batch``), or a random one (``seed``). ``loras`` are ``SOURCE[:WEIGHT]`` each. ``out`` is a folder, or a
+    file where it ends in ``.png``.
     """
 
     model: str = EMBEDDED
     vae: str | None = None
+    loras: tuple[str, ...] = ()
     steps: int | None = None
     teacher_steps: int | None = None
     guidance: float | None = None

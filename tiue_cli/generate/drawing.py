@@ -15,15 +15,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args, overload
 
+from tiue_cli.backends.base import TakesLoras
 from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.atomic import atomic_file
-from tiue_cli.files.png import ImageRecord, ImageSpec, save_png
+from tiue_cli.files.png import ImageRecord, ImageSpec, LoraUse, save_png
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import RANDOM_SEEDS, row_specs
 from tiue_cli.generate.prompts import PromptRow, check_prompt
 from tiue_cli.generate.session import Session, image_record
+from tiue_cli.model.lora.files import check_weight
 from tiue_cli.model.noise import check_seed
 
 if TYPE_CHECKING:
@@ -43,16 +45,18 @@ class Request:
     """One picture to draw, for `Pipeline.draw`.
 
     ``seed`` is 0 to 2**63 - 1 and decides the noise alone. ``size`` is (height, width) in pixels and ``steps`` the
-    decoder timesteps K of a student, or the sampler steps of a teacher; None takes the model's own.
+    decoder timesteps K of a student, or the sampler steps of a teacher; None takes the model's own. ``loras`` are the
+    adapters of this picture, ``SOURCE[:WEIGHT]`` each; None takes those on the pipeline, () none.
 
     >>> tiue.Request("a red heart", seed=3, size=(48, 64))
-    Request(prompt='a red heart', seed=3, size=(48, 64), steps=None)
+    Request(prompt='a red heart', seed=3, size=(48, 64), steps=None, loras=None)
     """
 
     prompt: str
     seed: int
     size: tuple[int, int] | None = None
     steps: int | None = None
+    loras: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Pipeline:
         self._session = Session(config, note=on_note)
         self._session.__enter__()
         try:
+            self._adapters = {use.name: use for use in self._session.target.loras}
             self._backend: Backend | None = self._session.open()
         except BaseException:
             self._session.__exit__(None, None, None)
@@ -316,9 +321,9 @@ class Pipeline:
     def draw(self, requests: Sequence[Request], *, output: Output = "pil") -> list[Picture[Any]]:
         """Draw requests that have nothing to do with each other; returns a `Picture` each, in order.
 
-        What shares size and steps is computed together, in batches that fit (`batch_for`). A picture does not depend on
-        its neighbours, up to the rounding of the backend's arithmetic. All requests are checked before one is drawn:
-        raises PromptError and UsageError, and what a call raises.
+        What shares size, steps and adapters is computed together, in batches that fit (`batch_for`). A picture does not
+        depend on its neighbours, up to the rounding of the backend's arithmetic. All requests are checked before one
+        is drawn: raises PromptError and UsageError, and what a call raises.
 
         >>> with tiue.load("papercut") as pipe:
         ...     pictures = pipe.draw([tiue.Request("a red star", seed=5), tiue.Request("a blue tree", seed=1)])
@@ -341,11 +346,87 @@ class Pipeline:
         for number, request in enumerate(requests, 1):
             where = "the prompt" if len(requests) == 1 else f"request {number}"
             config = self._config(images=1, steps=None, size=request.size)
-            row = PromptRow(check_prompt(request.prompt, where), where, request.seed, config.size, request.steps)
+            prompt = check_prompt(request.prompt, where)
+            row = PromptRow(prompt, where, request.seed, config.size, request.steps, request.loras)
             specs += self._of_row(config, row, first_seed=request.seed)
         for size in {spec.size for spec in specs}:
             self._entered.latent_shape(size)
         return specs
+
+    # --- adapters ---
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """The LoRAs that are on the model now, by name, with their weights."""
+        return {name: use.weight for name, use in self._adapters.items() if use in self._session.target.loras}
+
+    def load_lora(self, source: str | Path, *, adapter_name: str | None = None, weight: float | None = None) -> str:
+        """Put a LoRA on the model beside those that are on it; returns the name that `set_adapters` knows it by.
+
+        ``source`` is a safetensors file, a folder with one, or a hub id; ``adapter_name`` None takes the file's name.
+        ``weight`` 1 is as it was trained, and the default. Where it fails the model stays as it was. Raises
+        AdapterError for what is no LoRA of this model, UsageError for an export and for a name that is taken.
+
+        >>> pipe = tiue.load("runs/sd15/student")
+        >>> pipe.load_lora("pixel-art.safetensors", weight=0.8)
+        'pixel-art'
+        >>> pipe.adapters
+        {'pixel-art': 0.8}
+        """
+        (use,) = self._session.target.find_loras([str(source)])
+        if weight is not None:
+            use = use.model_copy(update={"weight": check_weight(weight, use.name)})
+        name = use.name if adapter_name is None else adapter_name
+        if name in self._adapters:
+            raise UsageError(f"an adapter called {name} is there already", hint='give another name: adapter_name="…"')
+        self._use({**self._adapters, name: use}, [*self.adapters, name])
+        return name
+
+    def set_adapters(
+        self, adapter_names: str | Sequence[str], adapter_weights: float | Sequence[float] | None = None
+    ) -> None:
+        """Draw with exactly these of the loaded LoRAs from now on; an empty list is the bare model.
+
+        ``adapter_weights`` is one number for all or one each; None keeps the weights that they have. Raises UsageError.
+
+        >>> pipe = tiue.load("runs/sd15/student", loras=["pixel-art.safetensors"])
+        >>> pipe.set_adapters(["pixel-art"], [0.5])
+        >>> pipe.adapters
+        {'pixel-art': 0.5}
+        >>> pipe.set_adapters([])
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        unknown = [name for name in names if name not in self._adapters]
+        if unknown:
+            raise UsageError(
+                f"no adapter is called {unknown[0]}",
+                hint=f"there are {', '.join(self._adapters)}" if self._adapters else "load it first: load_lora",
+            )
+        weights = [adapter_weights] * len(names) if isinstance(adapter_weights, int | float) else adapter_weights
+        if weights is not None and len(weights) != len(names):
+            raise UsageError(f"{len(weights)} weights for {len(names)} adapters", hint="give one weight for each")
+        changed = dict(self._adapters)
+        for name, weight in zip(names, weights or (), strict=False):
+            changed[name] = changed[name].model_copy(update={"weight": check_weight(weight, name)})
+        self._use(changed, names)
+
+    def unload_lora(self) -> None:
+        """Take all LoRAs off and forget them; the weights are then what they were before, bit for bit.
+
+        >>> pipe = tiue.load("runs/sd15/student", loras=["pixel-art.safetensors"])
+        >>> pipe.unload_lora()
+        >>> pipe.adapters
+        {}
+        """
+        self._use({}, [])
+
+    def _use(self, adapters: dict[str, LoraUse], active: Sequence[str]) -> None:
+        """Put ``active`` of ``adapters`` on the model; a failure changes nothing."""
+        uses = tuple(adapters[name] for name in active)
+        if isinstance(self._entered, TakesLoras):
+            self._entered.use_loras(uses)
+        self._adapters = adapters
+        self._session.target = replace(self._session.target, loras=uses)
 
     # --- the end ---
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tiue_cli.errors import OutputError, PromptError, TiueError, UsageError
+from tiue_cli.errors import AdapterError, ModelFolderError, OutputError, PromptError, TiueError, UsageError
 from tiue_cli.files.access import has_file, kind_of
 from tiue_cli.files.naming import slug
-from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, Record, read_record
+from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, LoraUse, Record, read_record
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.generate.target import ExportInfo, ModelTarget
@@ -128,6 +128,7 @@ def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, fi
             raise
         raise PromptError(f"{row.where}: {error.message}", hint=error.hint) from error
     seed = first_seed if row.seed is None else row.seed
+    loras = target.loras if row.loras is None else _row_loras(target, row)
     return [
         ImageSpec(
             prompt=row.prompt,
@@ -140,9 +141,18 @@ def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, fi
             model_id=target.model_id,
             vae=target.vae,
             vae_id=target.vae_id,
+            loras=loras,
         )
         for number in range(config.images)
     ]
+
+
+def _row_loras(target: ModelTarget, row: PromptRow) -> tuple[LoraUse, ...]:
+    """The adapters that a row names itself. Raises PromptError."""
+    try:
+        return target.find_loras(row.loras or ())
+    except (UsageError, AdapterError, ModelFolderError) as error:
+        raise PromptError(f"{row.where}: {error.message}", hint=error.hint) from error
 
 
 def _check_size(size: tuple[int, int], factor: int) -> None:

@@ -1,7 +1,8 @@
 """What is asked for: prompts from the command line, from a text file (one a line) or from JSON lines.
 
 A JSON line is an object with ``prompt`` and, where it differs from the command line, ``seed``, ``size`` (a number or
-"HEIGHTxWIDTH") and ``steps``. In a text file a line that begins with ``#`` and a blank is a comment.
+"HEIGHTxWIDTH"), ``steps`` and ``lora`` ("SOURCE:WEIGHT", or a list of them; [] is none). In a text file a line that
+begins with ``#`` and a blank is a comment.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class PromptRow:
     seed: int | None = None
     size: tuple[int, int] | None = None
     steps: int | None = None
+    loras: tuple[str, ...] | None = None
 
 
 def rows_from_arguments(prompts: Sequence[str]) -> list[PromptRow]:
@@ -81,6 +83,14 @@ class _JsonRow(pydantic.BaseModel):
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     size: int | str | None = None
     steps: int | None = Field(default=None, ge=1)
+    lora: str | list[str] | None = None
+
+    @property
+    def loras(self) -> tuple[str, ...] | None:
+        """``lora`` as a tuple; None where the row does not say."""
+        if self.lora is None:
+            return None
+        return (self.lora,) if isinstance(self.lora, str) else tuple(self.lora)
 
 
 def row_from_json(text: str, where: str) -> PromptRow:
@@ -97,20 +107,21 @@ def row_from_json(text: str, where: str) -> PromptRow:
 
 
 def row_from_fields(data: Mapping[str, object], where: str) -> PromptRow:
-    """The row of ``prompt`` and, if wanted, ``seed``, ``size`` and ``steps``. Raises PromptError."""
+    """The row of ``prompt`` and, if wanted, ``seed``, ``size``, ``steps`` and ``lora``. Raises PromptError."""
     try:
         row = _JsonRow.model_validate(data)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise PromptError(
             f"{where}: field {excerpt(str(first['loc'][0]))!r}: {excerpt(first['msg'])}",
-            hint="the fields are prompt, and if wanted seed, size and steps",
+            hint="the fields are prompt, and if wanted seed, size, steps and lora",
         ) from None
     try:
         size = None if row.size is None else parse_size(str(row.size))
     except UsageError as error:
         raise PromptError(f"{where}: {error.message}", hint='write "size": 512, or "size": "384x640"') from None
-    return PromptRow(check_prompt(row.prompt or "", where), where, seed=row.seed, size=size, steps=row.steps)
+    prompt = check_prompt(row.prompt or "", where)
+    return PromptRow(prompt, where, seed=row.seed, size=size, steps=row.steps, loras=row.loras)
 
 
 def check_prompt(prompt: str, where: str) -> str:

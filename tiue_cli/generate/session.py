@@ -246,6 +246,7 @@ def report(session: Session, plan: Plan, made: Sequence[Made]) -> dict[str, Any]
                 "steps": image.spec.steps,
                 "guidance": image.spec.guidance,
                 "model": image.spec.model,
+                "loras": [use.model_dump() for use in image.spec.loras],
                 "skipped": image.skipped,
             }
             for image in sorted(made, key=lambda image: image.index)

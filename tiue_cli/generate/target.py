@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tiue_cli.errors import ManifestError, ModelFolderError, UsageError
 from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
+from tiue_cli.files.png import LoraUse
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
@@ -25,6 +27,7 @@ from tiue_cli.model.hub import (
     resolve_vae,
 )
 from tiue_cli.model.identity import model_fingerprint
+from tiue_cli.model.lora.files import lora_uses
 from tiue_cli.model.weights import read_json
 
 
@@ -140,11 +143,23 @@ class ModelTarget:
     vae_id: str | None
     provider: str = "auto"
     """Of ONNX Runtime."""
+    loras: tuple[LoraUse, ...] = ()
+    """Adapters on the model, where a row does not name its own."""
 
     @property
     def origin(self) -> str:
         """What the model is called where it comes from: an export's student, else ``source``."""
         return self.info.manifest.student.source if isinstance(self.info, ExportInfo) else self.source
+
+    def find_loras(self, texts: Iterable[str]) -> tuple[LoraUse, ...]:
+        """The adapters that ``SOURCE[:WEIGHT]`` name, for this model. Raises UsageError, AdapterError."""
+        texts = tuple(texts)
+        if texts and isinstance(self.info, ExportInfo):
+            raise UsageError(
+                f"a LoRA is for model folders, and {self.source} is an export",
+                hint=f"export the student with it: tiue export {self.info.manifest.student.source} --lora {texts[0]}",
+            )
+        return lora_uses(texts)
 
     def steps(self, config: GenerateConfig, row: PromptRow | None = None) -> int:
         """Decoder timesteps of a student (checked against its training), or sampler steps of a teacher."""
@@ -163,7 +178,15 @@ class ModelTarget:
 
 
 def open_target(config: GenerateConfig) -> ModelTarget:
-    """Find and check the model and autoencoder of ``config``; raises what ``model.folder`` raises, and UsageError."""
+    """Find and check model, autoencoder and adapters of ``config``.
+
+    Raises what ``model.folder`` raises, UsageError and AdapterError.
+    """
+    target = _bare_target(config)
+    return replace(target, loras=target.find_loras(config.loras))
+
+
+def _bare_target(config: GenerateConfig) -> ModelTarget:
     export = find_export(config.model)
     backend = backend_for(export, config.model, backend=config.backend)
     if export is not None:

@@ -73,6 +73,27 @@ def resolve_vae(source: str | Path, *, revision: str | None = None) -> Path:
     return _snapshot(str(source), revision, names)
 
 
+def list_hub_files(hub_id: str) -> list[str]:
+    """The files of a repository of the hub; where it cannot be asked, those that the cache holds.
+
+    Raises ModelFolderError.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    transport = getattr(errors, "HTTPError", OSError)
+    try:
+        return list(huggingface_hub.list_repo_files(hub_id))
+    except (OSError, ValueError, transport):
+        folder = _snapshot(hub_id, None, ["*.safetensors"])  # says why, where the cache has nothing either
+        return [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+
+
+def download_files(hub_id: str, names: Sequence[str]) -> Path:
+    """The folder in the hub's cache with ``names``, as far as the repository has them. Raises ModelFolderError."""
+    return _snapshot(hub_id, None, names)
+
+
 def is_hub_id(source: str | Path) -> bool:
     """Whether ``source`` can only mean a hub repository.
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
-from tiue_cli.errors import ModelFolderError
+from tiue_cli.errors import ModelFolderError, TiueError
 from tiue_cli.files.access import access_error, is_file, list_folder, open_file, read_bytes
 from tiue_cli.files.structured import parse_json
 
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def inspect_weights(folder: Path, *, name: str, class_name: str) -> ComponentInfo:
     """Find and check one component's safetensors. ModelFolderError: pickles only, missing, truncated or damaged."""
     variant, files, _ = weight_files(folder, name=name)
-    headers = [_safetensors_header(file) for file in files]
+    headers = [safetensors_header(file) for file in files]
     refuse_foreign_tensors((name for header in headers for name in header), where=folder)
     tensors = [tensor for header in headers for tensor in header.values()]
     return ComponentInfo(
@@ -201,39 +201,44 @@ def _shards(index: Path) -> tuple[Path, ...]:
     return shards
 
 
-def _safetensors_header(path: Path) -> dict[str, Any]:
+def safetensors_header(path: Path, *, error: type[TiueError] = ModelFolderError) -> dict[str, Any]:
     """The tensor table of a safetensors file, with the size that it promises checked against the file's.
 
     Format: 8 bytes little-endian header length, JSON header, tensor bytes without gaps
-    (https://github.com/huggingface/safetensors, "Format"). Raises ModelFolderError.
+    (https://github.com/huggingface/safetensors, "Format"). Raises ``error``.
     """
     try:
-        with open_file(path, error=ModelFolderError) as file:
+        with open_file(path, error=error) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             raw = file.read(length) if 8 + length <= size else b""
-    except OSError as error:
-        raise access_error(path, error, error=ModelFolderError) from error
+    except OSError as failure:
+        raise access_error(path, failure, error=error) from failure
     if start == b"version " and size < 1024:
-        raise ModelFolderError(f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull")
+        raise error(f"{path} is a Git LFS pointer, not the weights", hint="fetch the files: git lfs pull")
     if len(start) < 8 or 8 + length > size:
-        raise ModelFolderError(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=DOWNLOAD_AGAIN)
+        raise error(f"{path} is truncated or not a safetensors file ({size} bytes)", hint=DOWNLOAD_AGAIN)
     try:
         header = parse_json(raw)
         tensors = {name: _checked_tensor(tensor) for name, tensor in header.items() if name != "__metadata__"}
         end = max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
         sizes = sum(_tensor_bytes(tensor) for tensor in tensors.values())
-    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise ModelFolderError(f"{path}: its header is damaged", hint=DOWNLOAD_AGAIN) from error
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError) as failure:
+        raise error(f"{path}: its header is damaged", hint=DOWNLOAD_AGAIN) from failure
     if not tensors:
-        raise ModelFolderError(f"{path} holds no weights", hint=DOWNLOAD_AGAIN)
+        raise error(f"{path} holds no weights", hint=DOWNLOAD_AGAIN)
     if 8 + length + end != size or sizes != end:
-        raise ModelFolderError(
+        raise error(
             f"{path} is truncated or damaged: {size} bytes, and its header promises {8 + length + end}",
             hint=DOWNLOAD_AGAIN,
         )
     return tensors
+
+
+def tensor_names(path: Path, *, error: type[TiueError] = ModelFolderError) -> list[str]:
+    """What the tensors of a safetensors file are called. Raises ``error``."""
+    return list(safetensors_header(path, error=error))
 
 
 def _checked_tensor(tensor: Any) -> dict[str, Any]:
