@@ -16,6 +16,7 @@ from typer.core import TyperArgument, TyperCommand
 from tiue_cli import __version__
 from tiue_cli.base.text import excerpt, visible
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
+from tiue_cli.cli.bulk import with_shard_size
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, full_installation
 from tiue_cli.files.access import access_error
@@ -48,6 +49,9 @@ class _Command(TyperCommand):
         for parameter in self.params:
             if isinstance(parameter, TyperArgument) or getattr(parameter, "is_flag", False):
                 vars(parameter)["display_type_rich"] = lambda ctx: None
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, with_shard_size(args))
 
     def get_help_option(self, ctx: Any) -> Any:
         option = super().get_help_option(ctx)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,19 @@ _DEFAULTS = {
 }
 
 
+def with_shard_size(words: Sequence[str]) -> list[str]:
+    """``--shards`` without a number takes the default: an option of typer's always wants its value."""
+    found: list[str] = []
+    for position, word in enumerate(words):
+        if word == "--":
+            return [*found, *words[position:]]
+        found.append(word)
+        following = words[position + 1] if position + 1 < len(words) else "-"
+        if word == "--shards" and following.startswith("-"):
+            found.append(str(BulkConfig.shard))
+    return found
+
+
 def check_bulk_options(
     shards: int | None, prompts_file: Path | None, given: Mapping[str, object], *, others: bool
 ) -> None:
@@ -33,7 +46,7 @@ def check_bulk_options(
     """
     if shards is None:
         if named := [name for name, value in given.items() if value != _DEFAULTS[name]]:
-            raise UsageError(f"{named[0]} is for bulk jobs", hint="add --shards N, the images of a shard")
+            raise UsageError(f"{named[0]} is for bulk jobs", hint="add --shards")
     elif prompts_file is None or others:
         raise UsageError("--shards reads its prompts from --prompts", hint="give --prompts FILE, FOLDER or -")
 
@@ -43,13 +56,14 @@ def run_shards(config: BulkConfig, console: Console) -> None:
     from tiue_cli.generate.bulk.run import run_bulk
 
     try:
-        # How many there are is known at the end of the stream only, so there is no bar to fill.
         with console.stages() as show:
 
             def shown(progress: BulkProgress) -> None:
                 failed = f"  {progress.failed} failed" if progress.failed else ""
-                figures = f"{progress.images:,} images  {progress.images_per_s:.1f} images/s{failed}"
-                show("shards", progress.shards, progress.shards, figures)
+                rate = f"  {progress.images_per_s:.1f} images/s" if progress.images_per_s else ""
+                # The expected number is an estimate, and none is known of standard input.
+                total = max(progress.shards, progress.expected_shards or 0)
+                show("shards", progress.shards, total, f"{progress.images:,} images{rate}{failed}")
 
             totals = run_bulk(config, on_progress=shown)
     except KeyboardInterrupt:
@@ -57,4 +71,5 @@ def run_shards(config: BulkConfig, console: Console) -> None:
     console.path(str(config.out))
     console.document(totals)
     failed = f", {totals['failed_rows']:,} rows failed: {config.out / 'failed.jsonl'}" if totals["failed_rows"] else ""
-    console.summary(f"{totals['images']:,} images in {totals['shards']:,} shards, seed {totals['seed']}{failed}")
+    shards = f"{totals['shards']:,} shard{'' if totals['shards'] == 1 else 's'}"
+    console.summary(f"{totals['images']:,} images in {shards}, seed {totals['seed']}{failed}")

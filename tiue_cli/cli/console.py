@@ -138,7 +138,7 @@ class Console:
                 nonlocal drawn_s
                 if stage not in tasks:
                     tasks[stage] = bars.add_task(stage, total=total)
-                bars.update(tasks[stage], completed=done)
+                bars.update(tasks[stage], completed=done, total=total)
                 figures_line.plain = figures
                 if not live and (done in (0, total) or time.monotonic() - drawn_s > _REDRAW_SECONDS):
                     display.refresh()

@@ -128,9 +128,10 @@ def generate(
         int | None,
         typer.Option(
             "--shards",
-            metavar="N",
+            metavar="[N]",
             min=1,
-            help="Write tar and Parquet shards of N images each instead of single files; goes on where it was stopped.",
+            help=f"Write tar and Parquet shards of N images each ({BulkConfig.shard} if not given) instead of single "
+            "files; goes on where it was stopped.",
             rich_help_panel=BULK,
         ),
     ] = None,

@@ -11,16 +11,25 @@ import subprocess
 import sys
 import tarfile
 import time
+import tracemalloc
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from tiue_cli.cli.bulk import with_shard_size
 from tiue_cli.errors import OutputError, PromptError, UsageError
 from tiue_cli.files.hashes import sha256_file
-from tiue_cli.generate.bulk.rows import BadRow, read_rows
+from tiue_cli.generate.bulk import rows
+from tiue_cli.generate.bulk import run as run_module
+from tiue_cli.generate.bulk.config import BulkConfig
+from tiue_cli.generate.bulk.rows import BadRow, estimated_rows, read_rows
+from tiue_cli.generate.bulk.run import BulkProgress, run_bulk
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 
@@ -177,6 +186,76 @@ def start(prompts: Path, model: Path, out: Path, *more: str) -> subprocess.Popen
         stderr=subprocess.PIPE,
         env=environment,
     )
+
+
+def test_shards_without_a_number_take_the_default(tmp_path: Path) -> None:
+    assert with_shard_size(["--shards"]) == ["--shards", "1000"]
+    assert with_shard_size(["--shards", "--out", "x"]) == ["--shards", "1000", "--out", "x"]
+    for given in (["--shards", "7"], ["--shards=7"], ["--shards", "many"], ["--", "--shards"], ["a", "--shards", "5"]):
+        assert with_shard_size(given) == given
+
+
+def test_the_expected_rows_are_those_that_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts_file(tmp_path / "a.txt", 1000)
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a"}\r\n{"prompt": "b"}', encoding="utf-8", newline="")
+    parquet.write_table(pyarrow.table({"prompt": ["a", "b", "c"]}), tmp_path / "c.parquet")
+    (tmp_path / "d.txt").touch()
+    assert estimated_rows(str(tmp_path)) == len(list(read_rows(str(tmp_path)))) == 1005
+    assert estimated_rows("-") is None and estimated_rows(str(tmp_path / "missing.parquet")) == 0
+    monkeypatch.setattr(rows, "_SAMPLE_BYTES", 2000)  # of a long file the beginning is counted
+    assert estimated_rows(str(tmp_path / "a.txt")) == pytest.approx(1000, rel=0.02)
+
+
+def test_progress_knows_how_much_is_left_and_what_was_there(tiny_export: Path, tmp_path: Path) -> None:
+    config = job(tiny_export, prompts_file(tmp_path / "p.txt", 10), tmp_path / "out", shard=3)
+    seen: list[BulkProgress] = []
+    run_bulk(config, on_progress=seen.append)
+    assert [(one.shards, one.expected_shards, one.images) for one in seen] == [
+        (0, 4, 0), (1, 4, 3), (2, 4, 6), (3, 4, 9), (4, 4, 10)
+    ]  # fmt: skip
+    (tmp_path / "out" / "00001_stats.json").unlink()
+    seen.clear()
+    run_bulk(config, on_progress=seen.append)
+    assert [(one.images, one.kept) for one in seen] == [(3, 3), (6, 3), (10, 7)]
+
+
+def test_memory_does_not_grow_with_the_prompts(
+    tiny_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Thirty thousand prompts, 7.6 MB as rows, pass through a job that draws nothing."""
+    drawn = []
+
+    def draws_nothing(tasks: Iterable[ShardTask], config: BulkConfig, identity: str) -> Iterator[ShardStats]:
+        tracemalloc.start()  # the job is open by now: only what the stream keeps counts
+        for task in tasks:
+            drawn.append(len(task.rows))
+            yield ShardStats(task.number, len(task.rows), (), "")
+
+    monkeypatch.setattr(run_module, "writer_of", lambda config: draws_nothing)
+    config = job(tiny_export, prompts_file(tmp_path / "p.txt", 30_000), tmp_path / "out", shard=1000)
+    try:
+        totals = run(config)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert totals["images"] == sum(drawn) == 30_000
+    assert peak_bytes < 2 * 2**20
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_job_that_is_killed(tiny_export: Path, tmp_path: Path) -> None:
+    process = start(prompts_file(tmp_path / "p.txt", 20_000), tiny_export, tmp_path / "out", "--workers", "2")
+    try:
+        until_s = time.monotonic() + 120
+        while not list((tmp_path / "out").glob("*_stats.json")):
+            assert process.poll() is None and time.monotonic() < until_s
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert len(children) >= 2 and not alive
 
 
 @pytest.mark.slow

@@ -36,6 +36,11 @@ class BulkConfig:
     workers: int = 1
     launch: str | None = None
 
+    @property
+    def rows_per_shard(self) -> int:
+        """Prompts of a shard: those whose images it has room for."""
+        return self.shard // self.draw.images
+
     def validate(self) -> None:
         """Raise UsageError for what cannot be."""
         if self.shard < self.draw.images:

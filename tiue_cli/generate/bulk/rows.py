@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _FIELDS = ("prompt", "seed", "size", "steps")
 _PARQUET_ROWS = 4096
+_SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,29 @@ def files_of(source: str) -> list[Path]:
     if not found:
         raise PromptError(f"{path} holds no {', '.join(KINDS)} file", hint="check the folder given to --prompts")
     return found
+
+
+def estimated_rows(source: str) -> int | None:
+    """About how many rows ``source`` has, without reading it whole; None for standard input.
+
+    Exact for Parquet; elsewhere line ends are counted, in a long file those of its first ``_SAMPLE_BYTES``.
+    """
+    if source == STDIN:
+        return None
+    return sum(
+        _parquet_count(file) if file.suffix.lower() == ".parquet" else _line_count(file) for file in files_of(source)
+    )
+
+
+def _line_count(file: Path) -> int:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            sample = opened.read(_SAMPLE_BYTES)
+    except OSError:  # reading its rows says what is wrong
+        return 0
+    ends = max(sample.count(b"\n"), sample.count(b"\r")) + (not sample.endswith((b"\n", b"\r")))
+    return round(ends * size / len(sample)) if sample else 0
 
 
 def _file_rows(file: Path) -> Iterator[Row]:
@@ -136,6 +160,15 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
         raise PromptError(f"{file} does not exist", hint="check the path given to --prompts") from None
     except (OSError, arrow.ArrowException) as error:
         raise PromptError(f"{file} cannot be read: {error}", hint="check the file given to --prompts") from error
+
+
+def _parquet_count(file: Path) -> int:
+    parquet = import_pyarrow("pyarrow.parquet", f"reading {file.name}")
+    arrow = import_pyarrow("pyarrow", f"reading {file.name}")
+    try:
+        return int(parquet.read_metadata(file).num_rows)
+    except (OSError, arrow.ArrowException):  # reading its rows says what is wrong
+        return 0
 
 
 def _row(fields: Mapping[str, object], where: str) -> Row:

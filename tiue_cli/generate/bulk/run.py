@@ -6,6 +6,7 @@ rows ─ shard_tasks ─▶ ShardTask ─ a writer ─▶ ShardStats ─▶ fail
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from tiue_cli.files.lock import held_lock
 from tiue_cli.files.structured import parse_json
 from tiue_cli.files.temporary import remove_leftovers
 from tiue_cli.generate.bulk.config import MAX_SHARDS, BulkConfig, digest
-from tiue_cli.generate.bulk.rows import import_pyarrow, read_rows
+from tiue_cli.generate.bulk.rows import estimated_rows, import_pyarrow, read_rows
 from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, read_stats, shard_identity, shard_tasks, write_shard
 from tiue_cli.generate.drawing import Pipeline
 from tiue_cli.generate.session import Session
@@ -37,9 +38,14 @@ class Writer(Protocol):
 
 @dataclass(frozen=True)
 class BulkProgress:
-    """After each shard: what there is so far. ``images_per_s`` counts what this run drew, loading included."""
+    """What there is so far: once when drawing begins, after each shard, and at the end.
+
+    ``expected_shards`` is an estimate from the size of the prompt files, None for standard input. ``images_per_s``
+    counts what this run drew, loading included.
+    """
 
     shards: int
+    expected_shards: int | None
     images: int
     kept: int
     failed: int
@@ -69,14 +75,27 @@ def _run(config: BulkConfig, identity: str, on_progress: Callable[[BulkProgress]
     started_s = time.perf_counter()
     stats: list[ShardStats] = []
     drawn = kept = 0
+    begun = False
+    reported = 0
+    expected = expected_shards(config)
+
+    def report() -> None:
+        nonlocal reported
+        reported = len(stats)
+        rate = drawn / (time.perf_counter() - started_s)
+        failed = sum(len(one.failed) for one in stats)
+        on_progress(BulkProgress(len(stats), expected, drawn + kept, kept, failed, rate))
 
     def todo() -> Iterator[ShardTask]:
-        nonlocal kept
+        nonlocal kept, begun
         for task in shard_tasks(read_rows(config.prompts), config):
             if task.number >= MAX_SHARDS:
                 raise UsageError(f"more than {MAX_SHARDS} shards", hint="make them larger: --shards N")
             there = read_stats(config.out, task.number, identity=shard_identity(identity, task))
             if there is None:
+                if not begun:
+                    begun = True
+                    report()
                 yield task
             else:
                 kept += there.images
@@ -85,11 +104,17 @@ def _run(config: BulkConfig, identity: str, on_progress: Callable[[BulkProgress]
     for done in writer_of(config)(todo(), config, identity):
         stats.append(done)
         drawn += done.images
-        seconds = time.perf_counter() - started_s
-        failed = sum(len(one.failed) for one in stats)
-        on_progress(BulkProgress(len(stats), drawn + kept, kept, failed, drawn / seconds))
+        report()
+    if reported < len(stats):  # shards that were there already came last
+        report()
     stats.sort(key=lambda one: one.number)
     return _finish(config, identity, stats)
+
+
+def expected_shards(config: BulkConfig) -> int | None:
+    """About how many shards the job has; None where its prompts come from standard input."""
+    rows = estimated_rows(config.prompts)
+    return None if rows is None else math.ceil(rows / config.rows_per_shard)
 
 
 def writer_of(config: BulkConfig) -> Writer:

@@ -75,7 +75,7 @@ class _Asked:
 
 def shard_tasks(rows: Iterator[Row], config: BulkConfig) -> Iterator[ShardTask]:
     """Cut the stream into shards of whole prompts."""
-    at_once = config.shard // config.draw.images
+    at_once = config.rows_per_shard
     for number in itertools.count():
         chunk = tuple(itertools.islice(rows, at_once))
         if not chunk:

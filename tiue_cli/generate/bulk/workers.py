@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -43,7 +44,8 @@ def write_in_processes(tasks: Iterable[ShardTask], config: BulkConfig, identity:
 
 
 def _start(config: BulkConfig) -> None:
-    """Give the worker its share of the cores, before a library counts them."""
+    """Give the worker its share of the cores, before a library counts them, and load the model."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
         rank = (multiprocessing.current_process()._identity or (1,))[-1] - 1
@@ -52,6 +54,14 @@ def _start(config: BulkConfig) -> None:
         os.sched_setaffinity(0, cores[start : start + share] or cores)
     global _pipeline
     _pipeline = Pipeline(config.draw)
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for its next task for ever: it holds both ends of the queue."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _write(task: ShardTask, config: BulkConfig, identity: str) -> ShardStats:
