@@ -6,18 +6,8 @@ import re
 from collections.abc import Sequence
 
 from tiue_cli.base.text import plain
+from tiue_cli.bench.report import tables
 from tiue_cli.bench.report.schema import BenchReport
-from tiue_cli.bench.report.tables import (
-    Table,
-    latency_tables,
-    load_table,
-    machine_facts,
-    quality_facts,
-    quality_tables,
-    ratio_tables,
-    run_facts,
-    subject_table,
-)
 from tiue_cli.bench.report.view import ReportView
 
 _ENTITIES = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
@@ -30,16 +20,14 @@ def render_markdown(report: BenchReport) -> str:
     parts = [f"# {escaped(report.name)}"]
     if report.warnings:
         parts.append("\n>\n".join(f"> **Warning:** {escaped(warning)}" for warning in report.warnings))
-    parts += [_headlines(view), _facts(machine_facts(view)), "## What was run", _facts(run_facts(view))]
-    parts.append(_code(report.command))
-    parts.append("## Latency")
-    parts += [_table(table) for table in latency_tables(view)]
-    parts += ["## Ratios", *(_table(table) for table in ratio_tables(view))]
-    quality = quality_tables(view)
+    parts += [_headlines(view), _facts(tables.machine_facts(view)), "## What was run", _facts(tables.run_facts(view))]
+    parts += [_code(report.command), "## Latency", *map(_table, tables.latency_tables(view))]
+    parts += ["## Ratios", *map(_table, tables.ratio_tables(view))]
+    quality = tables.quality_tables(view)
     if quality:
-        parts += ["## Quality", _facts(quality_facts(view)), _table(quality[0], level=0)]
-        parts += [_table(table) for table in quality[1:]]
-    parts += ["## Setting up", _table(load_table(view)), _table(subject_table(view))]
+        parts += ["## Quality", _facts(tables.quality_facts(view)), _table(quality[0], level=0)]
+        parts += map(_table, quality[1:])
+    parts += ["## Setting up", _table(tables.load_table(view)), _table(tables.subject_table(view))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -61,7 +49,7 @@ def _headlines(view: ReportView) -> str:
     return "\n".join(lines)
 
 
-def _facts(facts: Sequence[tuple[str, str]]) -> str:
+def _facts(facts: tables.Facts) -> str:
     return "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in facts)
 
 
@@ -71,7 +59,7 @@ def _code(text: str) -> str:
     return f"{fence}sh\n{plain(text)}\n{fence}"
 
 
-def _table(table: Table, *, level: int = 3) -> str:
+def _table(table: tables.Table, *, level: int = 3) -> str:
     """``level`` 0 leaves the title out."""
     rules = {"left": ":--", "right": "--:"}
     lines = [f"{'#' * level} {escaped(table.title)}", ""] if level else []

@@ -1,4 +1,4 @@
-"""A report as its readers look at it: lookups, short labels, derived figures, and numbers as text.
+"""A report as its readers look at it: lookups, short labels, derived figures, and what to take away.
 
 Markdown, HTML, plots and the terminal all take their figures from here, so that they cannot disagree.
 """
@@ -6,7 +6,7 @@ Markdown, HTML, plots and the terminal all take their figures from here, so that
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,6 @@ from tiue_cli.bench.report.schema import (
     BenchBackend,
     BenchReport,
     LatencyRecord,
-    PeakRecord,
     QualityRecord,
     RatioRecord,
     Scope,
@@ -50,8 +49,6 @@ METRIC_NAMES = {
     "coverage": "coverage ↑",
     "diversity": "diversity ↑",
 }
-HASH_DIGITS = 12
-"""Of a hash, enough for people to compare."""
 MAIN_METRICS = ("fid", "clip_score", "recall", "precision", "kid", "coverage")
 MAIN_METRIC_COUNT = 4
 REFERENCE = "reference"
@@ -66,6 +63,11 @@ class Setting:
 
     batch: int
     size: tuple[int, int]
+
+    @classmethod
+    def of(cls, record: LatencyRecord | RatioRecord) -> Setting:
+        """Where a record was measured."""
+        return cls(record.batch, record.size)
 
     @property
     def words(self) -> str:
@@ -88,18 +90,17 @@ class ReportView:
     def __init__(self, report: BenchReport) -> None:
         self.report = report
         self.subjects: dict[str, SubjectRecord] = {subject.key: subject for subject in report.subjects}
+        self.quality: dict[str, QualityRecord] = {record.subject: record for record in report.quality}
+        self._latency = {(record.subject, Setting.of(record)): record for record in report.latency}
+        self._ratios = {(one.subject, one.baseline, Setting.of(one), one.scope): one for one in report.ratios}
 
     # --- lookups ---
 
     @cached_property
     def settings(self) -> list[Setting]:
         """Every batch and size, smallest first."""
-        found = {Setting(record.batch, record.size) for record in self.report.latency}
+        found = {setting for _, setting in self._latency}
         return sorted(found, key=lambda setting: (math.prod(setting.size), setting.size, setting.batch))
-
-    @cached_property
-    def _latency(self) -> dict[tuple[str, Setting], LatencyRecord]:
-        return {(record.subject, Setting(record.batch, record.size)): record for record in self.report.latency}
 
     def latency(self, key: str, setting: Setting) -> LatencyRecord | None:
         """The samples of a subject at a setting."""
@@ -113,12 +114,10 @@ class ReportView:
         """One ratio."""
         return self._ratios.get((key, baseline, setting, scope))
 
-    @cached_property
-    def _ratios(self) -> dict[tuple[str, str, Setting, Scope], RatioRecord]:
-        return {
-            (ratio.subject, ratio.baseline, Setting(ratio.batch, ratio.size), ratio.scope): ratio
-            for ratio in self.report.ratios
-        }
+    def plain_ratio(self, key: str, setting: Setting, scope: Scope) -> RatioRecord | None:
+        """The ratio to the plain UNet pass of the subject's own model (with merged upsamplers, if it has them)."""
+        plain = (baseline for baseline, subject in self.subjects.items() if subject.kind == "plain-unet")
+        return next((ratio for one in plain if (ratio := self.ratio(key, one, setting, scope))), None)
 
     @cached_property
     def teachers(self) -> list[str]:
@@ -126,24 +125,11 @@ class ReportView:
         baselines = {ratio.baseline for ratio in self.report.ratios}
         return [key for key, subject in self.subjects.items() if subject.kind == "teacher" and key in baselines]
 
-    def plain_ratio(self, key: str, setting: Setting, scope: Scope) -> RatioRecord | None:
-        """The ratio to the plain UNet pass of the subject's own model (with merged upsamplers, if it has them)."""
-        for (subject, baseline, where, of), ratio in self._ratios.items():
-            if (subject, where, of) == (key, setting, scope) and self.subjects[baseline].kind == "plain-unet":
-                return ratio
-        return None
-
-    @cached_property
-    def quality(self) -> dict[str, QualityRecord]:
-        """Figures of quality by subject."""
-        return {record.subject: record for record in self.report.quality}
-
     @cached_property
     def metrics(self) -> list[str]:
         """Names of the quality metrics, known ones first."""
         found = dict.fromkeys(name for record in self.report.quality for name in record.metrics)
-        known = [name for name in METRIC_NAMES if name in found]
-        return known + [name for name in found if name not in METRIC_NAMES]
+        return [name for name in METRIC_NAMES if name in found] + [name for name in found if name not in METRIC_NAMES]
 
     @cached_property
     def main_metrics(self) -> list[str]:
@@ -152,40 +138,28 @@ class ReportView:
         ordered = [*MAIN_METRICS[:1], *checker, *MAIN_METRICS[1:]]
         return [name for name in ordered if name in self.metrics][:MAIN_METRIC_COUNT]
 
-    # --- words ---
-
     @cached_property
-    def labels(self) -> dict[str, str]:
-        """Labels without the model's name where all one-pass subjects are of one model: the title names it."""
-        first = Counter(
-            subject.label.split(", ")[0] for subject in self.subjects.values() if subject.kind not in MANY_STEPS
-        )
-        common = next(iter(first)) if len(first) == 1 else None
-        return {
-            key: subject.label[len(common) + 2 :]
-            if common is not None and subject.label.startswith(f"{common}, ")
-            else subject.label
-            for key, subject in self.subjects.items()
-        }
+    def _common_name(self) -> str | None:
+        """The model's name before a comma, where all one-pass subjects are of one model: the title says it."""
+        one_pass = [subject.label for subject in self.subjects.values() if subject.kind not in MANY_STEPS]
+        names = {label.partition(", ")[0] for label in one_pass}
+        return f"{names.pop()}, " if len(names) == 1 else None
 
     def label(self, key: str) -> str:
         """What to call a subject; the key itself where the report does not know it (``reference``)."""
-        return self.labels.get(key, key)
+        if key not in self.subjects:
+            return key
+        return self.subjects[key].label.removeprefix(self._common_name or "")
 
     # --- figures ---
 
-    def peak_for(self, subject: SubjectRecord) -> PeakRecord | None:
-        """The measured matmul rate, if it is of this subject's precision and device."""
-        peak = self.report.peak
-        return (
-            peak if peak is not None and (peak.precision, peak.device) == (subject.precision, subject.device) else None
-        )
-
     def floor_ms(self, record: LatencyRecord, stage: Stage | None = None) -> float | None:
         """What the counted FLOPs, of a stage or of all, take at the machine's peak; None where either is unknown."""
-        peak = self.peak_for(self.subjects[record.subject])
+        peak, subject = self.report.peak, self.subjects[record.subject]
         flops = sum(record.flops.values()) if stage is None else record.flops.get(stage, 0.0)
-        return None if peak is None or flops == 0 else 1000 * flops / peak.flops_per_s
+        if peak is None or flops == 0 or (peak.precision, peak.device) != (subject.precision, subject.device):
+            return None
+        return 1000 * flops / peak.flops_per_s
 
     def share_of_peak(self, record: LatencyRecord, stage: Stage | None = None) -> float | None:
         """Floor over measured median, end to end or of a stage."""
@@ -200,11 +174,8 @@ class ReportView:
 
     def stage_medians(self, record: LatencyRecord) -> dict[Stage, float]:
         """Milliseconds of each stage, in the order of the work."""
-        return {
-            stage: float(np.median(record.stage_samples_ms[stage]))
-            for stage in STAGE_NAMES
-            if record.stage_samples_ms.get(stage)
-        }
+        samples = record.stage_samples_ms
+        return {stage: float(np.median(samples[stage])) for stage in STAGE_NAMES if samples.get(stage)}
 
     def stage_parts(self, record: LatencyRecord) -> dict[Stage, float]:
         """The median divided among the stages by their mean shares of a run, in milliseconds; what is left is the rest.
@@ -241,78 +212,65 @@ class ReportView:
     def headline_subject(self) -> str | None:
         """The student that the headline is about: of those with the most timesteps whose pictures are right, the
         fastest at the first setting. None where there is no student."""
-        if not self.settings:
-            return None
         withheld = {ratio.subject for ratio in self.report.ratios if ratio.withheld}
         candidates = [
             (-subject.steps, self.summary(record).median, subject.key)
-            for subject in self.subjects.values()
-            if subject.kind == "student"
+            for record in (self.records(self.settings[0]) if self.settings else ())
+            if (subject := self.subjects[record.subject]).kind == "student"
             and (subject.parity is None or subject.parity.passed)
             and subject.key not in withheld
-            and (record := self.latency(subject.key, self.settings[0])) is not None
         ]
         return min(candidates)[2] if candidates else None
 
-    def headlines(self) -> list[Headline]:
+    def headlines(self) -> Iterator[Headline]:
         """Latency, speed-ups, UNet passes, throughput and quality of the headline's subject."""
         key = self.headline_subject
         if key is None:
-            return []
+            return
         setting = self.settings[0]
         summary = self.summary(self._latency[key, setting])
-        what = "an image" if setting.batch == 1 else f"{setting.batch} images"
-        found = [
-            Headline(
-                f"{number(summary.median)} ms",
-                f"for {what}, prompt to pixels",
-                f"median of {summary.count} runs; 90 % take at most {number(summary.p90)} ms",
-            )
-        ]
-        found += self._ratio_headlines(key, setting)
+        yield Headline(
+            f"{number(summary.median)} ms",
+            f"for {'an image' if setting.batch == 1 else f'{setting.batch} images'}, prompt to pixels",
+            f"median of {summary.count} runs; 90 % take at most {number(summary.p90)} ms",
+        )
+        yield from self._ratio_headlines(key, setting)
         records = [record for other in self.settings if (record := self.latency(key, other)) is not None]
         best = max(records, key=self.images_per_s)
-        at = Setting(best.batch, best.size).words
-        found.append(Headline(number(self.images_per_s(best)), "images a second at best", at))
+        yield Headline(number(self.images_per_s(best)), "images a second at best", Setting.of(best).words)
         protocol, quality = self.report.quality_protocol, self.quality.get(key)
         if protocol is not None and quality is not None and "fid" in quality.metrics:
             comparable = "" if protocol.comparable else "; not comparable with published figures"
             detail = f"{protocol.images} images{comparable}"
-            found.append(Headline(number(quality.metrics["fid"]), "Fréchet distance", detail))
-        return found
+            yield Headline(number(quality.metrics["fid"]), "Fréchet distance", detail)
 
-    def _ratio_headlines(self, key: str, setting: Setting) -> list[Headline]:
+    def _ratio_headlines(self, key: str, setting: Setting) -> Iterator[Headline]:
         """Ratios name both sides with what ran them. Those of one backend come first: what the method gives.
 
         The baselines run in torch. Where the fastest student is an export, the student that it was compared with
         stands for it; then come the export's own ratios, in which the runtime has its share.
         """
         parity = self.subjects[key].parity
-        found = []
         for subject in dict.fromkeys([key] if parity is None else [parity.reference, key]):
             for ratio in self.report.ratios:
-                if ratio.subject != subject or Setting(ratio.batch, ratio.size) != setting:
+                if ratio.subject != subject or Setting.of(ratio) != setting:
                     continue
-                kind = self.subjects[ratio.baseline].kind
-                if ratio.scope == "image" and kind == "teacher":
-                    shown, unit, what = as_speedup(ratio), "×", "as fast"
-                elif ratio.scope == "unet" and kind == "plain-unet":
-                    shown, unit, what = as_multiple(ratio), "", "times the UNet time"
-                else:
-                    continue
+                match ratio.scope, self.subjects[ratio.baseline].kind:
+                    case "image", "teacher":
+                        shown, what = as_speedup(ratio), "as fast"
+                    case "unet", "plain-unet":
+                        shown, what = as_multiple(ratio), "times the UNet time"
+                    case _:
+                        continue
                 if shown.value is not None:
                     sides = f"{self.side(subject)} against {self.side(ratio.baseline)}"
                     detail = f"{100 * ratio.confidence:g} % interval: {shown.interval}"
-                    found.append(Headline(number(shown.value) + unit, f"{what}: {sides}", detail))
-        return found
+                    yield Headline(f"{number(shown.value)}{shown.unit}", f"{what}: {sides}", detail)
 
     def side(self, key: str) -> str:
         """A side of a ratio: its label, and what ran it."""
         label, backend = self.label(key), BACKEND_NAMES[self.subjects[key].backend]
         return label if backend in label else f"{label}, {backend}"
-
-
-# --- numbers as text -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -322,21 +280,29 @@ class Shown:
     value: float | None
     low: float | None
     high: float | None
+    unit: str
 
     @property
     def interval(self) -> str:
         """E.g. ``2.58–2.64``; empty where there is none."""
         return "" if self.low is None or self.high is None else f"{number(self.low)}–{number(self.high)}"
 
+    @property
+    def text(self) -> str:
+        """E.g. ``15.3× [15.1–15.5]``."""
+        if self.value is None:
+            return "withheld"
+        return f"{number(self.value)}{self.unit}" + (f" [{self.interval}]" if self.interval else "")
+
 
 def as_multiple(ratio: RatioRecord) -> Shown:
     """The baseline's time is 1: above 1 is slower."""
-    return Shown(ratio.ratio, ratio.low, ratio.high)
+    return Shown(ratio.ratio, ratio.low, ratio.high, "")
 
 
 def as_speedup(ratio: RatioRecord) -> Shown:
     """Upside down: above 1 is faster."""
     value, low, high = (
-        None if part is None or part <= 0 else 1 / part for part in (ratio.ratio, ratio.high, ratio.low)
+        1 / part if part is not None and part > 0 else None for part in (ratio.ratio, ratio.high, ratio.low)
     )
-    return Shown(value, low, high)
+    return Shown(value, low, high, "×")
