@@ -11,7 +11,7 @@ import torch
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.backends.torch_graphs import FewEntries
-from tiue_cli.errors import DeviceError
+from tiue_cli.errors import DeviceError, ModelFolderError
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.schedule import combine_for_run, ddim_steps
@@ -82,14 +82,35 @@ def test_prepared_latents_are_those_of_the_plain_backend_and_stay_what_they_were
         np.testing.assert_array_equal(held.numpy(), found)
 
 
-def test_a_picture_that_is_not_finite_is_refused(tiny_student_folder: Path) -> None:
-    student = load_student(tiny_student_folder)
+WEIGHTS = {
+    "text encoder": ("text_encoder", "final_layer_norm.weight"),
+    # Of the UNet, and yet computed with the text: it makes the keys that a pass keeps.
+    "UNet": ("unet", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"),
+    "autoencoder": ("vae", "decoder.conv_out.weight"),
+}
+
+
+@pytest.mark.parametrize("part", list(WEIGHTS))
+@pytest.mark.parametrize(
+    ("value", "said"), [(float("nan"), "weights hold NaN or infinity"), (3e38, "produced NaN or infinity in float32")]
+)
+@pytest.mark.parametrize("kind", ["student", "teacher"])
+def test_of_a_picture_that_is_not_finite_the_first_part_to_blame_is_named(
+    tiny_student_folder: Path, tiny_teacher_folder: Path, kind: str, part: str, value: float, said: str
+) -> None:
+    model = load_student(tiny_student_folder) if kind == "student" else load_teacher(tiny_teacher_folder)
+    module, name = WEIGHTS[part]
+    weights = dict(getattr(model, module).named_parameters())
     with torch.no_grad():
-        student.vae.decoder.conv_out.bias.fill_(float("nan"))
-    run = StudentPass(fast(student), student.tokenizer, encoder_timestep=student.manifest.encoder_timestep)
-    noise = draw_noise([0], (4, 8, 8))
-    with torch.inference_mode(), pytest.raises(DeviceError, match="NaN or infinity"):
-        run(PROMPTS[:1], noise, student.linear_combine())
+        next(weight for key, weight in weights.items() if key.endswith(name)).fill_(value)
+    prepared, noise = fast(model), draw_noise([0], (4, 8, 8))
+    with torch.inference_mode(), pytest.raises((DeviceError, ModelFolderError)) as caught:
+        if kind == "student":
+            StudentPass(prepared, model.tokenizer, encoder_timestep=751)(PROMPTS[:1], noise, model.linear_combine())
+        else:
+            steps = ddim_steps(model.scheduler_config, 2)
+            TeacherSteps(prepared, model.tokenizer)(PROMPTS[:1], noise, steps, guidance=2.0)
+    assert caught.value.message.startswith(f"the {part}") and said in caught.value.message
 
 
 def test_compile_is_refused_on_a_cpu(tiny_student_folder: Path) -> None:

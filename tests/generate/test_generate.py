@@ -16,6 +16,7 @@ from typing import Any, Self
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_export import write_tiny_export
 
 from tiue_cli.cli.app import main
 from tiue_cli.errors import OutputError, UsageError
@@ -440,6 +441,26 @@ def test_steps_on_a_teacher_is_a_usage_error(tiny_teacher_folder, capsys, tmp_pa
     assert "rows.jsonl:2" in err
 
 
+def test_a_moved_encoder_is_another_picture_and_no_option_of_teachers_or_exports(
+    tiny_student_folder, tiny_teacher_folder, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    moved = ("--encoder-timestep", "first")
+    drawn = ("a", "--seed", "1", "--steps", "2", "--model", str(tiny_student_folder))
+    assert run(capsys, *drawn, "--out", "a.png")[0] == 0
+    assert b"encoder_timestep" not in Path("a.png").read_bytes()
+    status, _, err = run(capsys, *drawn, *moved, "--out", "a.png")
+    assert status == 1 and "encoder_timestep" in err
+    # With all of the steps there is nothing to move: it is the same picture.
+    whole = ("a", "--seed", "1", "--model", str(tiny_student_folder), "--out", "b.png")
+    assert run(capsys, *whole)[0] == 0
+    assert "there already" in run(capsys, *whole, *moved)[2]
+    write_tiny_export(tmp_path / "export")
+    for other in (str(tiny_teacher_folder), "export"):
+        status, _, err = run(capsys, "a", "--model", other, *moved)
+        assert status == 2 and "--encoder-timestep is for student folders" in err
+
+
 def test_bad_size_in_a_row_names_its_line(fake, student, capsys) -> None:
     Path("rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "size": 30}\n')
     status, _, err = run(capsys, "--prompts", "rows.jsonl", "--model", student)
@@ -582,7 +603,10 @@ def test_same_seed_gives_the_same_image_whatever_the_batch(tiny_student_folder, 
     assert not np.array_equal(alone[0], alone[1])
 
 
-def test_fewer_steps_are_spaced_anew_and_the_encoder_stays(tiny_student_folder, tmp_path) -> None:
+@pytest.mark.parametrize(("where", "encoder_timestep"), [("trained", 751), ("first", 501)])
+def test_fewer_steps_are_spaced_anew_and_the_encoder_stays_unless_it_is_told_to_move(
+    tiny_student_folder, tmp_path, where, encoder_timestep
+) -> None:
     import torch
 
     from tiue_cli.model.autoencoder import ImageDecoder
@@ -591,7 +615,7 @@ def test_fewer_steps_are_spaced_anew_and_the_encoder_stays(tiny_student_folder, 
     from tiue_cli.model.text import encode_prompts
     from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
-    config = GenerateConfig(model=str(tiny_student_folder), seed=0, steps=2, out=tmp_path)
+    config = GenerateConfig(model=str(tiny_student_folder), seed=0, steps=2, encoder_timestep=where, out=tmp_path)
     with Session(config) as session:
         specs = [image.spec for image in session.plan([PromptRow("a red star", "it")]).images]
         ((_, image),) = OnePassPipeline(session.open()).images(specs)
@@ -599,18 +623,19 @@ def test_fewer_steps_are_spaced_anew_and_the_encoder_stays(tiny_student_folder, 
     noise = torch.from_numpy(draw_noise([0], (4, 8, 8)))
     states = encode_prompts(student.tokenizer, student.text_encoder, ["a red star"])
     with torch.no_grad():
-        features = UNetEncoder(student.unet)(noise, states, 751)
+        features = UNetEncoder(student.unet)(noise, states, encoder_timestep)
         predictions = UNetDecoder(student.unet)(features, torch.tensor([501, 1]), states)
     combine = LinearCombine.from_scheduler_config(student.scheduler_config, (501, 1))
     close(image, ImageDecoder(student.vae).decode(combine(noise, predictions))[0])
 
 
-def test_recorded_command_makes_the_same_file_again(tiny_student_folder, capsys, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("more", [(), ("--encoder-timestep", "first")])
+def test_recorded_command_makes_the_same_file_again(tiny_student_folder, capsys, tmp_path, monkeypatch, more) -> None:
     import shlex
 
     monkeypatch.chdir(tmp_path)
     prompt = "-a 'quoted' \"red\" $HOME star; rm *\nsecond line"
-    options = ("--seed", "7", "--size", "32x48", "--steps", "3", "--model", str(tiny_student_folder))
+    options = ("--seed", "7", "--size", "32x48", "--steps", "3", "--model", str(tiny_student_folder), *more)
     status, _, err = run(capsys, *options, "--out", "first.png", "--", prompt)
     assert status == 0, err
     record = read_record(Path("first.png"))

@@ -216,12 +216,18 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         device: str = "auto",
         dtype: str = "auto",
         compiled: bool = False,
+        moves_encoder: bool = False,
     ) -> None:
-        """As the base; ``compiled``: through ``torch.compile``, on CUDA only. Raises DeviceError."""
+        """As the base; ``compiled``: through ``torch.compile``, on CUDA only. Raises DeviceError.
+
+        ``moves_encoder``: with fewer steps the UNet encoder runs at the first of them, as in the TiUE authors' script,
+        and not where it was trained.
+        """
         super().__init__(info, vae=vae, device=device, dtype=dtype)
         if compiled and self.device != "cuda":
             raise DeviceError("--compile is for CUDA, and the device is the CPU", hint="leave --compile out")
         self._compiled = compiled
+        self._moves_encoder = moves_encoder
         self._pass: StudentPass | None = None
 
     @property
@@ -239,7 +245,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         if self.device == "cuda":
             fast = self._fast_model(model, FastOptions(kernels=not self._compiled, compiled=self._compiled))
             if fast is not None:
-                timestep = model.manifest.encoder_timestep
+                timestep = None if self._moves_encoder else model.manifest.encoder_timestep
                 self._pass = StudentPass(fast, model.tokenizer, encoder_timestep=timestep)
 
     def __exit__(
@@ -277,7 +283,8 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         combine = self._combine(steps)
         rounded = noise.to(student.unet.dtype)
         text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts).to(student.unet.dtype)
-        features = self._unet_encoder(rounded, text_states, student.manifest.encoder_timestep)
+        first = combine.timesteps[0] if self._moves_encoder else student.manifest.encoder_timestep
+        features = self._unet_encoder(rounded, text_states, first)
         timesteps = torch.tensor(combine.timesteps, device=noise.device)
         predictions = self._unet_decoder(features, timesteps, text_states)
         # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.

@@ -28,6 +28,7 @@ from tiue_cli.model.fast.layers import NotFusable
 from tiue_cli.model.fast.ops import Ops, TorchOps, TritonOps
 from tiue_cli.model.fast.text import FastTextEncoder
 from tiue_cli.model.fast.unet import FastUNet
+from tiue_cli.model.finite import not_finite
 from tiue_cli.model.schedule import LinearCombine
 from tiue_cli.model.text import tokenize
 from tiue_cli.model.unet import UNetFeatures
@@ -92,6 +93,7 @@ class FastModel:
             self.notes.append(f"the text encoder runs as it is: {error.message}")
             self.text = lambda ids: text_encoder(ids)[0]
         self.images = ImageDecoder(vae)
+        self._text_encoder, self._unet = text_encoder, unet
         self._decode: Callable[[Tensor], Tensor]
         try:
             self._decode = fast_decoder(vae, ops, merged=options.merged)
@@ -118,6 +120,19 @@ class FastModel:
         images = self._decode(self.images.scaled(latents).to(self.dtype)).float()
         return to_levels(images).contiguous(), torch.isfinite(images).all()
 
+    def not_finite(self, ids: Tensor, latents: Tensor) -> DeviceError:
+        """The error that names the first part to blame for pixels with NaN, from what a pass began and ended with.
+
+        ``ids`` (B, L) are its tokens, ``latents`` (B, C, h, w) what was decoded. Raises ModelFolderError where the
+        part's own weights are not finite.
+        """
+        # Encoded anew: of the keys and values that a pass keeps, the UNet made half.
+        if not bool(torch.isfinite(self.text(ids)).all()):
+            return not_finite("text encoder", self._text_encoder)
+        if not bool(torch.isfinite(latents).all()):
+            return not_finite("UNet", self._unet)
+        return not_finite("autoencoder", self.images.vae, instead="another autoencoder: --vae FOLDER|HUB_ID")
+
 
 def group_size(device: torch.device, pixels: int) -> int:
     """How many images of so many pixels are decoded at a time: within a quarter of the GPU's memory."""
@@ -131,9 +146,10 @@ class StudentPass:
     """One pass of a student at any batch, K and size. Each shape's first run captures it."""
 
     def __init__(
-        self, model: FastModel, tokenizer: CLIPTokenizer, *, encoder_timestep: int, held: int | None = None
+        self, model: FastModel, tokenizer: CLIPTokenizer, *, encoder_timestep: int | None, held: int | None = None
     ) -> None:
-        """``held``: captured shapes at a time, None for ``SHAPES_HELD``."""
+        """``encoder_timestep`` None: the first of each run's own. ``held``: captured shapes at a time, None for
+        ``SHAPES_HELD``."""
         self._model = model
         self._tokenizer = tokenizer
         self._encoder_timestep = encoder_timestep
@@ -158,7 +174,8 @@ class StudentPass:
 
     def _make(self, shape: tuple[int, ...], combine: LinearCombine) -> _StudentShape:
         length = int(self._tokenizer.model_max_length)
-        arguments = (self._model, shape, length, combine, self._encoder_timestep)
+        first = combine.timesteps[0] if self._encoder_timestep is None else self._encoder_timestep
+        arguments = (self._model, shape, length, combine, first)
         try:
             return _StudentShape(*arguments)
         except torch.OutOfMemoryError:
@@ -202,7 +219,7 @@ class _StudentShape:
     def run(self, ids: Tensor, noise: np.ndarray, *, clock: Stages) -> np.ndarray:
         """Images (B, H, W, 3) uint8."""
         self._run(ids, noise, tuple(self._stages), clock)
-        return fetch(self._bytes, self._finite, self._model)
+        return fetch(self._bytes, self._finite, otherwise=lambda: self._model.not_finite(self._ids, self._latents))
 
     def latents(self, ids: Tensor, noise: np.ndarray) -> Tensor:
         """Latents (B, C, h, w) float32 on the device."""
@@ -305,7 +322,7 @@ class _TeacherShape:
                     progress(number + 1)
         with clock.stage("vae"):
             self._stages["vae"]()
-        return fetch(self._bytes, self._finite, self._model)
+        return fetch(self._bytes, self._finite, otherwise=lambda: self._model.not_finite(self._ids, self._latents))
 
     def _text(self) -> None:
         self._texts = self._model.unet.texts(self._model.text(self._ids).to(self._model.dtype))
@@ -339,8 +356,8 @@ def place(values: Tensor, host: Tensor, device: Tensor) -> None:
     device.copy_(host, non_blocking=True)
 
 
-def fetch(pixels: Tensor, finite: Tensor, model: FastModel) -> np.ndarray:
-    """Pixels in main memory, and the one wait of a run. Raises DeviceError for a picture that is not finite."""
+def fetch(pixels: Tensor, finite: Tensor, *, otherwise: Callable[[], DeviceError]) -> np.ndarray:
+    """Pixels in main memory, and the one wait of a run. Raises ``otherwise()`` for a picture that is not finite."""
     host = pinned(pixels.shape, pixels.dtype, pixels.device)
     flag = pinned((), torch.bool, pixels.device)
     host.copy_(pixels, non_blocking=True)
@@ -348,10 +365,7 @@ def fetch(pixels: Tensor, finite: Tensor, model: FastModel) -> np.ndarray:
     if pixels.is_cuda:
         torch.cuda.current_stream().synchronize()
     if not bool(flag):
-        raise DeviceError(
-            f"the image decoder produced NaN or infinity ({type(model.images.vae).__name__} in {model.dtype})",
-            hint="use float32 (--precision fp32), or another autoencoder (--vae)",
-        )
+        raise otherwise()
     return host.numpy()
 
 

@@ -141,7 +141,7 @@ _ClickException: type[Any] = typer.BadParameter.__mro__[2]
 def _show_usage_error(error: Any, words: Sequence[str], format_: console.Format) -> int:
     from typer.rich_utils import rich_format_error
 
-    known = _ELSEWHERE.get(getattr(error, "option_name", None) or "")
+    known = _ELSEWHERE.get((getattr(error, "option_name", None) or "").lower().replace("_", "-"))
     device = next((value for option, value in itertools.pairwise(words) if option == "--device"), "")
     if getattr(getattr(error, "param", None), "name", None) == "device":
         number = device.removeprefix("cuda:")
@@ -159,18 +159,27 @@ def _show_usage_error(error: Any, words: Sequence[str], format_: console.Format)
     return int(error.exit_code)
 
 
-# Options of other programs, and what they are here.
+# Options of other programs, and what they are here; with dashes for underscores.
+_NO_NEGATIVE = "There are no negative prompts: say in the prompt what to draw."
+_SIDES = "Use --size HEIGHTxWIDTH, e.g. --size 512x768."
+_COUNT = "Use --images N."
+_STEPS = "Use --steps K of a student, or --teacher-steps N."
+_GUIDANCE = "Use --guidance G of a teacher; a student has none."
+_SAMPLER = "There is one sampler: a student draws in one pass, a teacher by DDIM."
+_MODEL = "Use --model FOLDER|HUB_ID."
+_OUT = "Use --out DIR|FILE.png."
 _ELSEWHERE = {
-    "--negative-prompt": "There are no negative prompts: say in the prompt what to draw.",
-    "--negative_prompt": "There are no negative prompts: say in the prompt what to draw.",
-    "--width": "Use --size HEIGHTxWIDTH, e.g. --size 512x768.",
-    "--height": "Use --size HEIGHTxWIDTH, e.g. --size 512x768.",
-    "--num-images": "Use --images N.",
-    "--num_images": "Use --images N.",
-    "--num-inference-steps": "Use --steps K of a student, or --teacher-steps N.",
-    "--guidance-scale": "Use --guidance G of a teacher; a student has none.",
-    "--cfg-scale": "Use --guidance G of a teacher; a student has none.",
-    "--output": "Use --out DIR|FILE.png.",
+    **dict.fromkeys(("--negative-prompt", "--negative", "--neg-prompt", "--uncond"), _NO_NEGATIVE),
+    **dict.fromkeys(("--width", "--height", "--w", "--h", "--resolution", "--aspect-ratio"), _SIDES),
+    **dict.fromkeys(("--num-images", "--num-images-per-prompt", "--n-samples", "--n-iter", "--count"), _COUNT),
+    **dict.fromkeys(("--num-inference-steps", "--inference-steps", "--num-steps", "--ddim-steps"), _STEPS),
+    **dict.fromkeys(("--guidance-scale", "--cfg-scale", "--cfg", "--scale"), _GUIDANCE),
+    **dict.fromkeys(("--sampler", "--scheduler", "--sampling-method"), _SAMPLER),
+    **dict.fromkeys(("--output", "--outdir", "--output-dir", "--output-path"), _OUT),
+    **dict.fromkeys(("--ckpt", "--checkpoint", "--model-path", "--pretrained-model-name-or-path"), _MODEL),
+    "--prompt": 'The prompt needs no option: tiue generate "a red heart".',
+    "--fp16": "Use --precision fp16.",
+    "--half": "Use --precision fp16.",
 }
 
 

@@ -71,6 +71,7 @@ def diagnose() -> Diagnosis:
         _gpu_check(machine),
         _cuda_check(torch_found, machine),
         *_library_check(machine),
+        _adam8bit_check(),
         _onnxruntime_check(machine),
         _tensorrt_check(machine),
         _memory_check(machine),
@@ -159,6 +160,15 @@ def _library_check(machine: MachineInfo) -> list[Check]:
     if not found:
         return [Check("CUDA libraries", "missing", "none beside torch's own: ONNX Runtime and TensorRT need them")]
     return [Check("CUDA libraries", "ok", ", ".join(f"{name} ({path.parent})" for name, path in found))]
+
+
+def _adam8bit_check() -> Check:
+    """8-bit Adam, without which the recipe sd15-24gb does not start."""
+    version = package_version("bitsandbytes")
+    if version is not None:
+        return Check("bitsandbytes", "ok", version)
+    needs = "not installed; only the recipe sd15-24gb (optimizer.name=adamw8bit) needs it"
+    return Check("bitsandbytes", "missing", needs, _pip('"tiue[adam8bit]"'))
 
 
 def _onnxruntime_check(machine: MachineInfo) -> Check:

@@ -31,7 +31,7 @@ from tiue_cli.cli.options import (
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.atomic import Terminated
 from tiue_cli.generate.bulk.config import BulkConfig, ImageFormat
-from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.config import EncoderTimestep, GenerateConfig
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
@@ -91,6 +91,13 @@ def generate(
             metavar="K", min=1, help="Decoder timesteps of a student, all in one pass.", rich_help_panel=MODEL
         ),
     ] = _DEFAULTS.steps,
+    encoder_timestep: Annotated[
+        EncoderTimestep,
+        typer.Option(
+            help="With fewer --steps, the UNet encoder runs where it was trained, or at the first (the authors' way).",
+            rich_help_panel=MODEL,
+        ),
+    ] = _DEFAULTS.encoder_timestep,
     teacher_steps: Annotated[
         int | None,
         typer.Option(
@@ -188,6 +195,7 @@ def generate(
         vae=vae,
         loras=tuple(lora or ()),
         steps=steps,
+        encoder_timestep=encoder_timestep,
         teacher_steps=teacher_steps,
         guidance=guidance,
         seed=seed,

@@ -337,6 +337,7 @@ class Distillation:
             return None
         prompts: Sequence[str] = settings.prompts or self.prompts.prompts[: settings.count]
         return Validation(
+            prompts,
             encode_prompts(student.tokenizer, student.text_encoder, prompts),
             decoder=ImageDecoder(student.vae),
             latent_shape=self._networks.latent_shape,

@@ -75,6 +75,9 @@ class ImageSpec(pydantic.BaseModel):
     vae_id: str | None = None
     # Left out where there are none: records without adapters are as they always were.
     loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
+    # Likewise where a student's UNet encoder runs as trained; else the timestep that it was moved to.
+    encoder_timestep: int | None = Field(default=None, exclude_if=lambda timestep: timestep is None)
+
 
     def differences(self, other: ImageSpec) -> list[str]:
         """Say what makes ``other`` a different picture, e.g. ``["steps 4, not 2"]``; empty where nothing does.
@@ -82,7 +85,7 @@ class ImageSpec(pydantic.BaseModel):
         Names and places of models do not count, their fingerprints do.
         """
         found = []
-        for name in ("prompt", "seed", "size", "kind", "steps", "guidance"):
+        for name in ("prompt", "seed", "size", "kind", "steps", "guidance", "encoder_timestep"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name} {_shown(mine)}, not {_shown(theirs)}")
@@ -132,6 +135,8 @@ class ImageRecord(ImageSpec):
             words += ["--teacher-steps", str(self.steps), "--guidance", str(self.guidance)]
         else:
             words += ["--steps", str(self.steps)]
+        if self.encoder_timestep is not None:
+            words += ["--encoder-timestep", "first"]
         if self.vae is not None:
             words += ["--vae", self.vae]
         for use in self.loras:

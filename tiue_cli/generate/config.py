@@ -17,6 +17,10 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
 
 
+EncoderTimestep = Literal["trained", "first"]
+"""Where a student's UNet encoder runs: at the timestep that it was trained at, or at the first of those drawn with."""
+
+
 ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 
@@ -33,6 +37,7 @@ class GenerateConfig:
     vae: str | None = None
     loras: tuple[str, ...] = ()
     steps: int | None = None
+    encoder_timestep: EncoderTimestep = "trained"
     teacher_steps: int | None = None
     guidance: float | None = None
     seed: int | None = None

@@ -137,6 +137,7 @@ def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, fi
             kind=info.kind,
             steps=steps,
             guidance=target.guidance(config),
+            encoder_timestep=target.moved_encoder(config, row),
             model=target.source,
             model_id=target.model_id,
             vae=target.vae,

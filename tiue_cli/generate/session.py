@@ -215,7 +215,12 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
 
     if info.kind == "student":
         return StudentTorchBackend(
-            info, vae=target.vae_folder, device=config.device, dtype=config.dtype, compiled=config.compiled
+            info,
+            vae=target.vae_folder,
+            device=config.device,
+            dtype=config.dtype,
+            compiled=config.compiled,
+            moves_encoder=config.encoder_timestep == "first",
         )
     guidance = target.guidance(config)
     assert guidance is not None

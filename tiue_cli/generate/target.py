@@ -168,6 +168,13 @@ class ModelTarget:
         wanted = config.steps if row is None or row.steps is None else row.steps
         return len(student_timesteps(self.info, wanted))
 
+    def moved_encoder(self, config: GenerateConfig, row: PromptRow | None = None) -> int | None:
+        """The UNet encoder's timestep where ``encoder_timestep`` moves it; None where it runs as trained."""
+        if config.encoder_timestep == "trained":
+            return None
+        first = student_timesteps(self.info, config.steps if row is None or row.steps is None else row.steps)[0]
+        return None if first == student_timesteps(self.info, None)[0] else first
+
     def guidance(self, config: GenerateConfig) -> float | None:
         """The guidance of a teacher; None for a student, which has none."""
         if self.info.kind == "student":
@@ -258,6 +265,14 @@ def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo | Export
         raise UsageError(
             f"--steps counts the decoder timesteps of a student, and {config.model} is a teacher",
             hint="use --teacher-steps N; a student without tiue.json is known by a folder name like loopfree-sd…",
+        )
+    if config.encoder_timestep != "trained" and (info.kind == "teacher" or isinstance(info, ExportInfo)):
+        raise UsageError(
+            f"--encoder-timestep is for student folders, and {config.model} is "
+            f"{'a teacher' if info.kind == 'teacher' else 'an export, whose UNet encoder has one timestep for good'}",
+            hint="leave it out"
+            if info.kind == "teacher"
+            else "export such a student: see StudentModel.respaced in docs/method.md",
         )
     if info.kind == "student" and (config.guidance is not None or config.teacher_steps is not None):
         option = "--guidance" if config.guidance is not None else "--teacher-steps"
