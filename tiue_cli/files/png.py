@@ -78,7 +78,6 @@ class ImageSpec(pydantic.BaseModel):
     # Likewise where a student's UNet encoder runs as trained; else the timestep that it was moved to.
     encoder_timestep: int | None = Field(default=None, exclude_if=lambda timestep: timestep is None)
 
-
     def differences(self, other: ImageSpec) -> list[str]:
         """Say what makes ``other`` a different picture, e.g. ``["steps 4, not 2"]``; empty where nothing does.
 
