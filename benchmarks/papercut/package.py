@@ -3,26 +3,25 @@
     python benchmarks/papercut/package.py [--checkpoint]
 
 With --checkpoint the UNet is the averaged one of a training that still runs.
-Writes `tiue_cli/papercut/model/teacher/` (what `StableDiffusionPipeline.save_pretrained` writes, and a model card) and
-`tiue_cli/papercut/model/checker.safetensors`.
+Writes, under `tiue_cli/papercut/model/`, `teacher/` (its UNet and a model card), `shared/` (text encoder, tokenizer,
+autoencoder and scheduler, which the student uses too) and `checker.safetensors`.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from pathlib import Path
 
 import torch
 from common import WORK
 from diffusers import AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from packaged import package_model, share_parts
 from safetensors.torch import load_file
 from train_teacher import CONFIG, SCHEDULER
 from transformers import CLIPTextModel, CLIPTokenizer
 
-import tiue_cli.papercut
+from tiue_cli.model.parts import PACKAGED as MODEL
 
-MODEL = Path(tiue_cli.papercut.__file__).parent / "model"
 CARD = """---
 license: apache-2.0
 pipeline_tag: text-to-image
@@ -63,8 +62,8 @@ def main() -> None:
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part, safe_serialization=True)
     (part / "README.md").write_text(CARD)
-    shutil.rmtree(MODEL / "teacher", ignore_errors=True)
-    part.rename(MODEL / "teacher")
+    share_parts(part)
+    package_model(part, "teacher")
     shutil.copyfile(WORK / "checker.safetensors", MODEL / "checker.safetensors")
     for file in sorted(MODEL.rglob("*.safetensors")):
         print(f"{file.relative_to(MODEL)}  {file.stat().st_size / 1e6:.2f} MB")

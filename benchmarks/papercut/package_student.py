@@ -2,7 +2,8 @@
 
     python package_student.py work/longer work/last --warm-start work/warm work/warm-longer
 
-Writes `tiue_cli/papercut/model/student/` and copies the logs of all runs to `logs/`.
+Writes `tiue_cli/papercut/model/student/` (without the parts that equal the teacher's) and copies the logs of all
+runs to `logs/`.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import json
 from pathlib import Path
 
 import torch
+from packaged import package_model
 
-import tiue_cli.papercut
 from tiue_cli.model.hub import EMBEDDED_TEACHER
+from tiue_cli.model.parts import PACKAGED as MODEL
 from tiue_cli.model.student import load_student, save_student
 
 HERE = Path(__file__).parent
-MODEL = Path(tiue_cli.papercut.__file__).parent / "model"
 CARD = """---
 license: apache-2.0
 library_name: diffusers
@@ -55,7 +56,8 @@ def main() -> None:
     student.manifest = student.manifest.model_copy(
         update={"training_steps": warm + steps, "teacher": EMBEDDED_TEACHER, "license": "apache-2.0"}
     )
-    folder = save_student(student, MODEL / "student", dtype=torch.float16, overwrite=True)
+    whole = save_student(student, MODEL / "student.part", dtype=torch.float16, overwrite=True)
+    folder = package_model(whole, "student")
     timesteps = list(student.manifest.decoder_timesteps)
     (folder / "README.md").write_text(CARD.format(timesteps=timesteps, warm=warm, steps=steps))
     for name, runs in (("student_warm_start", args.warm_start), ("student", args.runs)):

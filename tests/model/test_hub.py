@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import filter_repo_objects
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.model import hub
+from tiue_cli.model import parts
 from tiue_cli.model.hub import is_hub_id, resolve_model, resolve_vae
 
 Fake = Callable[[Path], list[str]]
@@ -201,7 +201,7 @@ def test_a_mistyped_path_is_corrected_and_not_asked_of_the_hub(tmp_path: Path, m
 
 
 def test_the_embedded_model_is_its_student_once_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "_EMBEDDED_ROOT", tmp_path)
+    monkeypatch.setattr(parts, "PACKAGED", tmp_path)
     with pytest.raises(ModelFolderError, match="missing from this installation"):
         resolve_model("papercut")
     (tmp_path / "teacher").mkdir()

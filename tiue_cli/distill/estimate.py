@@ -101,7 +101,7 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
 
 
 def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:
-    settings, scheduler = config.student, read_json(info.path / "scheduler" / "scheduler_config.json")
+    settings, scheduler = config.student, read_json(info.folder("scheduler") / "scheduler_config.json")
     chosen, _ = choose_timesteps(
         scheduler,
         steps=settings.steps,
@@ -120,7 +120,7 @@ class _FakeRun:
     ) -> None:
         shape = _latent_shape(config, info)
         self.latent_numbers = shape[0] * shape[1] * shape[2]
-        unet_config = read_json(info.path / "unet" / "config.json")
+        unet_config = read_json(info.folder("unet") / "config.json")
         noise, states = torch.zeros(batch, *shape), torch.zeros(batch, info.text_tokens, info.text_width)
 
         unet: Any = UNet2DConditionModel.from_config(unet_config)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from io import BufferedReader
 from pathlib import Path
@@ -20,21 +20,23 @@ from tiue_cli.files.access import access_error, is_file, is_folder, open_file
 WEIGHTS = ".safetensors"
 BLOCKS = 256
 BLOCK_BYTES = 4096
+HASHED_PATTERNS = ("*.safetensors", "*.json", "*.txt")
+"""What makes a model folder the model it is: weights, configs and tokenizer files; not its README."""
 
 
 def fingerprint(folder: Path) -> str:
     """``fingerprint_of`` all configs, tokenizer files and weights below ``folder``; hidden files do not count."""
-    return fingerprint_of(folder, _visible_files(folder, ("*.safetensors", "*.json", "*.txt")))
+    return fingerprint_of(_by_name(folder, _visible_files(folder, HASHED_PATTERNS)))
 
 
-def fingerprint_of(root: Path, files: Iterable[Path], *, error: type[TiueError] = AccessError) -> str:
-    """32 hexadecimal digits over ``files``: configs whole, of weights 256 blocks of 4 KiB a file.
+def fingerprint_of(files: Mapping[str, Path], *, error: type[TiueError] = AccessError) -> str:
+    """32 hexadecimal digits over ``files`` by their names: configs whole, of weights 256 blocks of 4 KiB a file.
 
-    Any retraining moves nearly every weight, and a change of 5 % of them escapes with probability 2e-6. Names are
-    relative to ``root``: the place does not count. Raises ``error`` for a file that cannot be read.
+    Any retraining moves nearly every weight, and a change of 5 % of them escapes with probability 2e-6. Where the
+    files lie does not count. Raises ``error`` for a file that cannot be read.
     """
     digest = hashlib.sha256()
-    for name, file in _by_name(root, files):
+    for name, file in sorted(files.items()):
         with _reading(file, error) as opened:
             size_bytes = os.fstat(opened.fileno()).st_size
             digest.update(f"{name}\0{size_bytes}\n".encode())
@@ -53,10 +55,6 @@ def _sample(file: BufferedReader, size_bytes: int, *, whole: bool) -> bytes:
     return digest.digest()
 
 
-HASHED_PATTERNS = ("*.safetensors", "*.json", "*.txt")
-"""What makes a model folder the model it is: weights, configs and tokenizer files; not its README."""
-
-
 def sha256_file(path: Path | str) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
@@ -72,13 +70,13 @@ def sha256_folder(path: Path | str, patterns: Sequence[str] = HASHED_PATTERNS) -
     root = Path(path)
     if not is_folder(root):
         raise UsageError(f"{root} is not a folder", hint="check the path")
-    return sha256_of(root, _visible_files(root, patterns))
+    return sha256_of(_by_name(root, _visible_files(root, patterns)))
 
 
-def sha256_of(root: Path, files: Iterable[Path], *, error: type[TiueError] = AccessError) -> str:
-    """``sha256_folder`` of ``files`` alone, named relative to ``root``. Raises ``error`` where one cannot be read."""
+def sha256_of(files: Mapping[str, Path], *, error: type[TiueError] = AccessError) -> str:
+    """``sha256_folder`` of ``files`` by the names given here. Raises ``error`` where one cannot be read."""
     digest = hashlib.sha256()
-    for name, file in _by_name(root, files):
+    for name, file in sorted(files.items()):
         # Both parts have a fixed or delimited length, so no two folders share one byte stream.
         with _reading(file, error) as opened:
             digest.update(f"{name}\0{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
@@ -92,8 +90,8 @@ def _visible_files(root: Path, patterns: Sequence[str]) -> Iterator[Path]:
             yield file
 
 
-def _by_name(root: Path, files: Iterable[Path]) -> list[tuple[str, Path]]:
-    return sorted((file.relative_to(root).as_posix(), file) for file in files)
+def _by_name(root: Path, files: Iterable[Path]) -> dict[str, Path]:
+    return {file.relative_to(root).as_posix(): file for file in files}
 
 
 @contextlib.contextmanager

@@ -251,7 +251,7 @@ def student_timesteps(info: ModelInfo | ExportInfo, steps: int | None) -> tuple[
         return info.manifest.combine(steps).timesteps
     from tiue_cli.model.schedule import RELEASED_SPACING, STEPS, combine_for_run, decoder_timesteps
 
-    scheduler_config = read_json(info.path / "scheduler" / "scheduler_config.json")
+    scheduler_config = read_json(info.folder("scheduler") / "scheduler_config.json")
     if info.manifest is None:
         spacing: str = RELEASED_SPACING
         trained = decoder_timesteps(scheduler_config, STEPS, spacing=spacing)

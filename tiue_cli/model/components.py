@@ -55,14 +55,14 @@ def load_components(
     device = _checked_device(device)
     info = check_model_folder(resolve_model(source))
     with quiet():
-        text_encoder = _load_module(CLIPTextModel, info.path / "text_encoder", info=info, dtype=dtype)
+        text_encoder = _load_module(CLIPTextModel, "text_encoder", info=info, dtype=dtype)
         components = Components(
             info=info,
             tokenizer=_load_tokenizer(info, vocabulary=int(text_encoder.config.vocab_size)),
             text_encoder=text_encoder,
-            unet=_load_module(UNet2DConditionModel, info.path / "unet", info=info, dtype=dtype),
+            unet=_load_module(UNet2DConditionModel, "unet", info=info, dtype=dtype),
             vae=load_vae(info.path if vae is None else resolve_vae(vae), dtype=dtype),
-            scheduler_config=read_json(info.path / "scheduler" / "scheduler_config.json"),
+            scheduler_config=read_json(info.folder("scheduler") / "scheduler_config.json"),
         )
     _check_vae_fits(components, vae)
     for module in (components.text_encoder, components.unet, components.vae):
@@ -97,8 +97,8 @@ def quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def _load_module(class_: type[_Part], folder: Path, *, info: ModelInfo, dtype: torch.dtype) -> _Part:
-    return _from_pretrained(class_, folder, variant=info.component(folder.name).variant, dtype=dtype)
+def _load_module(class_: type[_Part], name: str, *, info: ModelInfo, dtype: torch.dtype) -> _Part:
+    return _from_pretrained(class_, info.folder(name), variant=info.component(name).variant, dtype=dtype)
 
 
 def _from_pretrained(class_: type[_Part], folder: Path, *, variant: str | None, dtype: torch.dtype) -> _Part:
@@ -133,7 +133,7 @@ def _from_pretrained(class_: type[_Part], folder: Path, *, variant: str | None, 
 
 
 def _load_tokenizer(info: ModelInfo, *, vocabulary: int) -> CLIPTokenizer:
-    folder = info.path / "tokenizer"
+    folder = info.folder("tokenizer")
     with _as_folder_error(folder):
         tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     # Files that the installed library does not understand silently give a tokenizer of special tokens alone.

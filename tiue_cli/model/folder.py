@@ -26,8 +26,9 @@ from tiue_cli.model.component_configs import (
     VaeConfig,
     class_in_index,
 )
+from tiue_cli.model.parts import part_folder
 from tiue_cli.model.sd_configs import check_unet_config
-from tiue_cli.model.weights import DOWNLOAD_AGAIN, ComponentInfo, inspect_weights, read_json
+from tiue_cli.model.weights import DOWNLOAD_AGAIN, WEIGHT_STEMS, ComponentInfo, inspect_weights, read_json
 
 Kind = Literal["student", "teacher"]
 
@@ -106,6 +107,10 @@ class ModelInfo(BaseModel):
                 return component
         raise KeyError(name)
 
+    def folder(self, name: str) -> Path:
+        """Where a component, the tokenizer or the scheduler lies."""
+        return part_folder(self.path, name)
+
 
 # --- the check -----------------------------------------------------------------------------------------------------
 
@@ -118,21 +123,23 @@ def check_model_folder(path: Path | str) -> ModelInfo:
     refuse_other_pipelines(index, path)
     _refuse_missing_parts(path)
 
-    check_unet_config(read_json(path / "unet" / "config.json"), where=str(path / "unet" / "config.json"))
-    unet = _read_config(path / "unet" / "config.json", UNetConfig)
-    vae = _read_config(path / "vae" / "config.json", VaeConfig)
-    text = _read_config(path / "text_encoder" / "config.json", TextConfig)
-    scheduler = _read_config(path / "scheduler" / "scheduler_config.json", SchedulerConfig)
-    tokens = _check_tokenizer(path / "tokenizer", positions=text.max_position_embeddings)
-    _check_text_class(path / "text_encoder" / "config.json", text)
-    _check_vae_class(path / "vae" / "config.json", vae)
-    text_width = _check_fit(path, unet=unet, vae=vae, text=text)
+    folders = {name: part_folder(path, name) for name in COMPONENTS}
+    config_files = {name: folders[name] / "config.json" for name in WEIGHT_STEMS}
+    check_unet_config(read_json(config_files["unet"]), where=str(config_files["unet"]))
+    unet = _read_config(config_files["unet"], UNetConfig)
+    vae = _read_config(config_files["vae"], VaeConfig)
+    text = _read_config(config_files["text_encoder"], TextConfig)
+    scheduler = _read_config(folders["scheduler"] / "scheduler_config.json", SchedulerConfig)
+    tokens = _check_tokenizer(folders["tokenizer"], positions=text.max_position_embeddings)
+    _check_text_class(config_files["text_encoder"], text)
+    _check_vae_class(config_files["vae"], vae)
+    text_width = _check_fit(config_files["unet"], unet=unet, vae=vae, text=text)
 
     classes = {"text_encoder": "CLIPTextModel", "unet": unet.class_name, "vae": vae.class_name}
-    components = tuple(inspect_weights(path / name, name=name, class_name=classes[name]) for name in classes)
+    components = tuple(inspect_weights(folders[name], name=name, class_name=classes[name]) for name in classes)
     configs: tuple[TextConfig | UNetConfig | VaeConfig, ...] = (text, unet, vae)
     for component, config in zip(components, configs, strict=True):
-        _refuse_more_blocks_than_tensors(path / component.name / "config.json", component, config.blocks)
+        _refuse_more_blocks_than_tensors(config_files[component.name], component, config.blocks)
     manifest = _read_student_manifest(path, scheduler=scheduler)
     released = manifest is None and _looks_released(path)
     return ModelInfo(
@@ -165,7 +172,7 @@ def check_vae_folder(path: Path | str) -> Path:
         )
     if kind != "folder":
         raise ModelFolderError(f"autoencoder folder {path} does not exist", hint="check the path")
-    folder = path if _has(path / "config.json") else path / "vae"
+    folder = path if _has(path / "config.json") else part_folder(path, "vae")
     config = _read_config(folder / "config.json", VaeConfig)
     _check_vae_class(folder / "config.json", config)
     component = inspect_weights(folder, name="vae", class_name=config.class_name)
@@ -241,7 +248,7 @@ def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
 
 
 def _refuse_missing_parts(path: Path) -> None:
-    missing = [name for name in COMPONENTS if not is_folder(path / name, error=ModelFolderError)]
+    missing = [name for name in COMPONENTS if not is_folder(part_folder(path, name), error=ModelFolderError)]
     if missing:
         raise ModelFolderError(
             f"{path} is incomplete: {', '.join(name + '/' for name in missing)} missing",
@@ -287,18 +294,18 @@ def _check_vae_class(path: Path, config: VaeConfig) -> None:
         )
 
 
-def _check_fit(path: Path, *, unet: UNetConfig, vae: VaeConfig, text: TextConfig) -> int:
+def _check_fit(config_file: Path, *, unet: UNetConfig, vae: VaeConfig, text: TextConfig) -> int:
     """The text width that all parts agree on. Raises ModelFolderError for parts of different models."""
     widths = {unet.cross_attention_dim} if isinstance(unet.cross_attention_dim, int) else set(unet.cross_attention_dim)
     if widths != {text.hidden_size}:
         raise ModelFolderError(
-            f"{path / 'unet' / 'config.json'}: cross_attention_dim {unet.cross_attention_dim} does not fit the text"
+            f"{config_file}: cross_attention_dim {unet.cross_attention_dim} does not fit the text"
             f" encoder's hidden_size {text.hidden_size}",
             hint="the parts come from different models: take all of them from one",
         )
     if unet.in_channels != vae.latent_channels:
         raise ModelFolderError(
-            f"{path / 'unet' / 'config.json'}: in_channels {unet.in_channels} does not fit the autoencoder's"
+            f"{config_file}: in_channels {unet.in_channels} does not fit the autoencoder's"
             f" latent_channels {vae.latent_channels}",
             hint="the parts come from different models: take all of them from one",
         )

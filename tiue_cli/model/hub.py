@@ -15,6 +15,7 @@ from typing import NoReturn
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.files.access import exists, is_file, is_folder, user_path
 from tiue_cli.files.students import RUN_MANIFEST
+from tiue_cli.model import parts
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
 from tiue_cli.model.weights import WEIGHT_STEMS, read_json
@@ -32,7 +33,6 @@ TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
 """Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 
-_EMBEDDED_ROOT = Path(__file__).resolve().parent.parent / "papercut" / "model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _CONFIG_PATTERNS = (
     "model_index.json",
@@ -140,10 +140,10 @@ def _embedded(name: str) -> Path:
         EMBEDDED_STUDENT: ("student",),
     }[name]
     for folder in folders:
-        if is_folder(_EMBEDDED_ROOT / folder, error=ModelFolderError):
-            return _EMBEDDED_ROOT / folder
+        if is_folder(parts.PACKAGED / folder, error=ModelFolderError):
+            return parts.PACKAGED / folder
     raise ModelFolderError(
-        f"the embedded model is missing from this installation ({_EMBEDDED_ROOT / folders[-1]})",
+        f"the embedded model is missing from this installation ({parts.PACKAGED / folders[-1]})",
         hint="install the package again: python -m pip install --force-reinstall --no-deps tiue",
     )
 

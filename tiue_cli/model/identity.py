@@ -12,6 +12,7 @@ from tiue_cli.errors import ModelFolderError
 from tiue_cli.files.access import is_file, list_folder
 from tiue_cli.files.hashes import fingerprint_of, sha256_of
 from tiue_cli.files.students import STUDENT_MANIFEST
+from tiue_cli.model.parts import part_folder
 from tiue_cli.model.weights import WEIGHT_STEMS, weight_files
 
 _TEXT_SUFFIXES = (".json", ".txt")
@@ -19,34 +20,39 @@ _TEXT_SUFFIXES = (".json", ".txt")
 
 def model_sha256(folder: Path) -> str:
     """SHA-256 over names and contents of what makes up a model or an autoencoder. Raises ModelFolderError."""
-    return sha256_of(folder, model_files(folder), error=ModelFolderError)
+    return sha256_of(model_files(folder), error=ModelFolderError)
 
 
 def model_fingerprint(folder: Path) -> str:
     """32 hexadecimal digits over the same files, sampled: milliseconds. Raises ModelFolderError."""
-    return fingerprint_of(folder, model_files(folder), error=ModelFolderError)
+    return fingerprint_of(model_files(folder), error=ModelFolderError)
 
 
-def model_files(folder: Path) -> list[Path]:
-    """What makes up a model folder, or the folder of an autoencoder alone. Raises ModelFolderError."""
+def model_files(folder: Path) -> dict[str, Path]:
+    """What makes up a model folder, or the folder of an autoencoder alone. Raises ModelFolderError.
+
+    The keys are the names that diffusers' layout has, wherever ``part_folder`` finds the files.
+    """
     if not _is_file(folder / "model_index.json"):
-        return _component_files(folder if _is_file(folder / "config.json") else folder / "vae", "vae")
-    files = [path for path in (folder / "model_index.json", folder / STUDENT_MANIFEST) if _is_file(path)]
+        if _is_file(folder / "config.json"):
+            return _component_files(folder, "vae", prefix="")
+        return _component_files(folder / "vae", "vae", prefix="vae/")
+    files = {name: folder / name for name in ("model_index.json", STUDENT_MANIFEST) if _is_file(folder / name)}
     for name in WEIGHT_STEMS:
-        files += _component_files(folder / name, name)
+        files |= _component_files(part_folder(folder, name), name, prefix=f"{name}/")
     for name in ("tokenizer", "scheduler"):
-        files += [
-            path
-            for path in list_folder(folder / name, error=ModelFolderError)
+        files |= {
+            f"{name}/{path.name}": path
+            for path in list_folder(part_folder(folder, name), error=ModelFolderError)
             if path.suffix in _TEXT_SUFFIXES and not path.name.startswith(".") and _is_file(path)
-        ]
+        }
     return files
 
 
-def _component_files(folder: Path, name: str) -> list[Path]:
+def _component_files(folder: Path, name: str, *, prefix: str) -> dict[str, Path]:
     weights = weight_files(folder, name=name)
     index = [] if weights.index_file is None else [weights.index_file]
-    return [folder / "config.json", *index, *weights.files]
+    return {f"{prefix}{path.name}": path for path in (folder / "config.json", *index, *weights.files)}
 
 
 def _is_file(path: Path) -> bool:

@@ -19,6 +19,7 @@ from tiue_cli.errors import UsageError
 from tiue_cli.model.components import Components, quiet
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import EMBEDDED_TEACHER, resolve_model
+from tiue_cli.model.parts import part_folder
 from tiue_cli.model.sd_configs import (
     SD15_SCHEDULER,
     SD15_TEXT,
@@ -78,8 +79,8 @@ def _configs(shape: str) -> Configs:
         return {"unet": SD21_UNET, "vae": SD15_VAE, "text_encoder": SD21_TEXT, "scheduler": SD21_SCHEDULER}
     assert shape == "papercut", "the config knows the shapes"
     folder = resolve_model(EMBEDDED_TEACHER)
-    files = {name: folder / name / "config.json" for name in ("unet", "vae", "text_encoder")}
-    files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    files = {name: part_folder(folder, name) / "config.json" for name in ("unet", "vae", "text_encoder")}
+    files["scheduler"] = part_folder(folder, "scheduler") / "scheduler_config.json"
     return {name: read_json(file) for name, file in files.items()}
 
 
@@ -102,8 +103,9 @@ def _fill(module: nn.Module, *, device: str, dtype: torch.dtype, generator: torc
 def _tokenizer(shape: str, text_encoder: CLIPTextModel) -> CLIPTokenizer:
     """Papercut's own; else CLIP's scheme without its merges: one token a byte, at CLIP's length."""
     if shape == "papercut":
-        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(resolve_model(EMBEDDED_TEACHER) / "tokenizer")
-        tokenizer.model_max_length = check_model_folder(resolve_model(EMBEDDED_TEACHER)).text_tokens
+        info = check_model_folder(resolve_model(EMBEDDED_TEACHER))
+        tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(info.folder("tokenizer"))
+        tokenizer.model_max_length = info.text_tokens
         return tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(char + "</w>" for char in alphabet), "<|startoftext|>", "<|endoftext|>"]
