@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_cli.errors import TiueError, UsageError, full_installation
 from tiue_cli.export.config import EngineConfig, ExportConfig
+from tiue_cli.export.run import run_engine, run_export
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
 from tiue_cli.generate.drawing import Pipeline
 
@@ -112,11 +113,7 @@ def export(
         check=check,
         overwrite=overwrite,
     )
-    config.validate()
-    with full_installation("exporting"):
-        from tiue_cli.export.onnx.export import export_student
-
-    return export_student(config, stage=on_stage)
+    return run_export(config, stage=on_stage)
 
 
 def build_engine(
@@ -144,14 +141,7 @@ def build_engine(
     """
     ranges = tuple((batch, batch, batch) if isinstance(batch, int) else batch for batch in batches)
     config = EngineConfig(export=Path(export), profile=profile, batches=ranges, check=check, rebuild=rebuild)
-    from tiue_cli.backends.trt_device import require_tensorrt
-    from tiue_cli.files.exports import read_export_manifest
-
-    read_export_manifest(config.export)
-    require_tensorrt()
-    from tiue_cli.export.trt.engine import build_engine as build
-
-    return build(config, stage=on_stage)
+    return run_engine(config, stage=on_stage)
 
 
 def distill(

@@ -20,7 +20,7 @@ from helpers import TINY_TEXT_WIDTH
 
 from tiue_cli.export.config import ExportConfig
 from tiue_cli.files.exports import EXPORT_MANIFEST
-from tiue_cli.files.hashes import sha256_folder
+from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.student import StudentModel, load_student, save_student
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"
@@ -97,7 +97,7 @@ def _cache() -> Path:
 
 
 def _key(student: Path, options: dict[str, Any]) -> str:
-    digest = hashlib.sha256(f"{sorted(options.items())}\n{sha256_folder(student)}\n".encode())
+    digest = hashlib.sha256(f"{sorted(options.items())}\n{model_sha256(student)}\n".encode())
     for source in _SOURCES:
         path = _PACKAGE / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:

@@ -235,7 +235,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         return tuple(self._entered.notes)
 
     def _load(self, dtype: torch.dtype) -> StudentModel:
-        student = load_student(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        student = load_student(self._info, device=self.device, dtype=dtype, vae=self._vae)
         self._unet_encoder = UNetEncoder(student.unet)
         self._unet_decoder = SharedUNetDecoder(student.unet)
         return student
@@ -316,7 +316,7 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         self._steps: TeacherSteps | None = None
 
     def _load(self, dtype: torch.dtype) -> Teacher:
-        return load_teacher(self._info.path, device=self.device, dtype=dtype, vae=self._vae)
+        return load_teacher(self._info, device=self.device, dtype=dtype, vae=self._vae)
 
     def _prepare(self, model: Teacher) -> None:
         self._steps = None

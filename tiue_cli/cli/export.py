@@ -15,18 +15,17 @@ from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
 from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
-from tiue_cli.export.config import OPSETS, EngineRequest, ExportConfig, checked_student
+from tiue_cli.export import run
+from tiue_cli.export.config import OPSETS, EngineConfig, EngineRequest, ExportConfig
 from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
 
 if TYPE_CHECKING:
-    from tiue_cli.export.config import EngineRequest, ExportConfig
     from tiue_cli.export.onnx.export import ExportResult
     from tiue_cli.export.trt.engine import EngineResult
-    from tiue_cli.files.exports import ExportParity, Precision
-
+    from tiue_cli.files.exports import ExportParity
 
 _EXPORT = ExportConfig(student="")
 _TENSORRT = "TensorRT"
@@ -167,7 +166,6 @@ def run_engine(
     TensorRT is reported before the export, which takes minutes. Raises what both raise.
     """
     from tiue_cli.backends.trt_device import require_tensorrt
-    from tiue_cli.export.config import EngineConfig
 
     source = user_path(config.student, error=ModelFolderError)
     fitted = request.fit(config, precision=precision)
@@ -189,8 +187,6 @@ def run_engine(
             exported = _export(config, console)
         show_export(console, exported, last=False)
         folder = exported.folder
-    from tiue_cli.export.trt.engine import build_engine
-
     wanted = EngineConfig(
         export=folder,
         profile=request.profile,
@@ -200,7 +196,7 @@ def run_engine(
     )
     try:
         with interrupt_reported(console), console.stages() as show:
-            built = build_engine(wanted, stage=lambda what, share, text: show(what, round(100 * share), 100, text))
+            built = run.run_engine(wanted, stage=lambda what, share, text: show(what, round(100 * share), 100, text))
     except (TiueError, KeyboardInterrupt):
         if exported is not None:
             console.note(f"the export itself is complete; to build its engine: tiue export {folder} --trt")
@@ -209,11 +205,8 @@ def run_engine(
 
 
 def _export(config: ExportConfig, console: Console) -> ExportResult:
-    checked_student(config)
-    from tiue_cli.export.onnx.export import export_student
-
     with console.steps() as begin:
-        return export_student(config, stage=begin)
+        return run.run_export(config, stage=begin)
 
 
 @contextlib.contextmanager

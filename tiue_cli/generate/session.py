@@ -26,8 +26,7 @@ from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import Plan, PlannedImage, plan_images
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.generate.target import ExportInfo, ModelTarget, open_target
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES
-from tiue_cli.papercut.captions import BACKGROUNDS, COLORS, OBJECTS, RELATIONS, unknown_words
+from tiue_cli.model.hub import EMBEDDED
 
 if TYPE_CHECKING:
     from tiue_cli.backends.base import Backend, ProgressFn
@@ -118,7 +117,9 @@ class Session:
         for size in {spec.size for spec in specs}:
             backend.latent_shape(size)
         self._note_cuts(backend, [plan.images[index] for index in todo])
-        self._note_unknown_words(specs)
+        note = self.target.vocabulary_note(spec.prompt for spec in specs)
+        if note is not None:
+            self._say(note)
         self._note_sizes(specs)
         pipeline = OnePassPipeline(backend, batch=plan.config.batch)
         started = time.perf_counter()
@@ -173,18 +174,6 @@ class Session:
                     f"{size[0]}x{size[1]} pixels are far from the {own[0]}x{own[1]} that the model was trained for:"
                     f" expect repeated motifs or crops; its own size is --size {own[0]}x{own[1]}"
                 )
-
-    def _note_unknown_words(self, specs: Sequence[ImageSpec]) -> None:
-        """The embedded model knows three dozen words: a newcomer should learn why a dragon is not one."""
-        if self.target.origin not in EMBEDDED_NAMES:
-            return
-        words = list(dict.fromkeys(word for spec in specs for word in unknown_words(spec.prompt)))
-        if words:
-            self._say(
-                f"{EMBEDDED} has never seen: {', '.join(words[:8])}{' …' if len(words) > 8 else ''}. "
-                f"It knows {', '.join(OBJECTS)}; {', '.join(COLORS)}; {', '.join(RELATIONS)}; "
-                f"{', '.join(BACKGROUNDS.values())}"
-            )
 
     def _say(self, text: str) -> None:
         if text in self.notes:

@@ -29,6 +29,7 @@ from tiue_cli.model.hub import (
 from tiue_cli.model.identity import model_fingerprint
 from tiue_cli.model.lora.files import lora_uses
 from tiue_cli.model.weights import read_json
+from tiue_cli.papercut.vocabulary import vocabulary_note
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,10 @@ class ModelTarget:
                 hint=f"export the student with it: tiue export {self.info.manifest.student.source} --lora {texts[0]}",
             )
         return lora_uses(texts)
+
+    def vocabulary_note(self, prompts: Iterable[str]) -> str | None:
+        """What to say of words in ``prompts`` that the model has never read; known of papercut alone."""
+        return vocabulary_note(prompts, model=EMBEDDED) if self.origin in EMBEDDED_NAMES else None
 
     def steps(self, config: GenerateConfig, row: PromptRow | None = None) -> int:
         """Decoder timesteps of a student (checked against its training), or sampler steps of a teacher."""

@@ -42,7 +42,7 @@ class Components:
 
 
 def load_components(
-    source: str | Path,
+    source: str | Path | ModelInfo,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -50,10 +50,11 @@ def load_components(
 ) -> Components:
     """Check, load and move all parts of ``source`` (see ``resolve_model``); ``vae`` replaces its autoencoder.
 
+    What ``check_model_folder`` has found out already is not looked at again.
     Modules come in evaluation mode. Raises ModelFolderError, ManifestError or DeviceError.
     """
     device = _checked_device(device)
-    info = check_model_folder(resolve_model(source))
+    info = source if isinstance(source, ModelInfo) else check_model_folder(resolve_model(source))
     with quiet():
         text_encoder = _load_module(CLIPTextModel, "text_encoder", info=info, dtype=dtype)
         components = Components(
@@ -61,7 +62,7 @@ def load_components(
             tokenizer=_load_tokenizer(info, vocabulary=int(text_encoder.config.vocab_size)),
             text_encoder=text_encoder,
             unet=_load_module(UNet2DConditionModel, "unet", info=info, dtype=dtype),
-            vae=load_vae(info.path if vae is None else resolve_vae(vae), dtype=dtype),
+            vae=_own_vae(info, dtype=dtype) if vae is None else load_vae(resolve_vae(vae), dtype=dtype),
             scheduler_config=read_json(info.folder("scheduler") / "scheduler_config.json"),
         )
     _check_vae_fits(components, vae)
@@ -95,6 +96,11 @@ def quiet() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if bars:
                 library.enable_progress_bar()
+
+
+def _own_vae(info: ModelInfo, *, dtype: torch.dtype) -> AutoencoderKL | AutoencoderTiny:
+    vae: AutoencoderKL | AutoencoderTiny = _load_module(_AUTOENCODERS[info.vae_class], "vae", info=info, dtype=dtype)
+    return vae
 
 
 def _load_module(class_: type[_Part], name: str, *, info: ModelInfo, dtype: torch.dtype) -> _Part:

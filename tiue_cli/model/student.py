@@ -82,19 +82,20 @@ class StudentModel:
 
 
 def load_student(
-    source: str | Path,
+    source: str | Path | ModelInfo,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | Path | None = None,
 ) -> StudentModel:
-    """Load a student from the embedded name, a folder or a hub id; ``vae`` replaces its autoencoder.
+    """Load a student from the embedded name, a folder, a hub id or a checked folder; ``vae`` replaces its autoencoder.
 
     A folder without ``tiue.json``, as the TiUE authors released theirs, gets the paper's four leading timesteps
     ([751, 501, 251, 1] for Stable Diffusion's schedule) and a note that says so; a teacher loaded that way makes poor
     pictures. Raises ModelFolderError, ManifestError, SchedulerError or DeviceError.
     """
-    return student_of(load_components(source, device=device, dtype=dtype, vae=vae), source=str(source))
+    name = source.path if isinstance(source, ModelInfo) else source
+    return student_of(load_components(source, device=device, dtype=dtype, vae=vae), source=str(name))
 
 
 def student_of(components: Components, *, source: str) -> StudentModel:

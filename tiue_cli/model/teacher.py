@@ -130,13 +130,13 @@ class Teacher:
 
 
 def load_teacher(
-    source: str | Path,
+    source: str | Path | ModelInfo,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | Path | None = None,
 ) -> Teacher:
-    """Load a model folder, embedded name or hub id as a many-step sampler.
+    """Load a model folder, embedded name, hub id or checked folder as a many-step sampler.
 
     Raises ModelFolderError, ManifestError, SchedulerError or DeviceError.
     """

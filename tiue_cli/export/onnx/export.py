@@ -112,16 +112,19 @@ class ExportResult:
         }
 
 
-def export_student(config: ExportConfig, *, stage: StageFn | None = None) -> ExportResult:
+def export_student(
+    config: ExportConfig, *, info: ModelInfo | None = None, stage: StageFn | None = None
+) -> ExportResult:
     """Write the export folder of a student; a failure or a kill leaves the old one or none.
 
+    ``info`` is what ``checked_student`` has said of ``config``, where it was asked already.
     Raises what loading the student raises, UsageError for options that do not fit it, OutputError, ParityError.
     """
     started = time.perf_counter()
-    info = checked_student(config)
+    info = info or checked_student(config)
     out = config.folder
     with terminated_as_interrupt(), atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
-        student = load_student(config.student, vae=config.vae)
+        student = load_student(info, vae=config.vae)
         job = _Job(config, info, student, folder, stage)
         manifest = job.run(name=out.resolve().name)
         notes = (*student.notes, *manifest.notes, *_carry_engines(out, folder, manifest))
