@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -69,4 +72,23 @@ def test_shards_equal_those_of_one_process_though_a_worker_and_a_node_die(
     for thread in threads:
         thread.join(10)
     assert sorted(killed) == ["node", "worker"] and totals["images"] == 2000
+    assert data_files(out) == data_files(tmp_path / "one")
+
+
+def test_a_driver_that_is_killed_goes_on_where_its_shards_end(cluster: Any, tiny_export: Path, tmp_path: Path) -> None:
+    prompts = prompts_file(tmp_path / "p.txt", 3000)
+    run(job(tiny_export, prompts, tmp_path / "one", shard=20))
+    out = tmp_path / "ray"
+    words = ["generate", "--model", str(tiny_export), "--prompts", str(prompts), "--out", str(out), "--seed", "100"]
+    command = [sys.executable, "-m", "tiue_cli", *words, "--shards", "20", "--launch", "ray"]
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    driver = subprocess.Popen(command, env=environment)
+    while len(list(out.glob("*_stats.json"))) < 5:
+        assert driver.poll() is None, "the driver ended"
+        time.sleep(0.01)
+    driver.kill()
+    driver.wait()
+    there = len(list(out.glob("*_stats.json")))
+    assert there < 150, "the job was too quick to be killed"
+    subprocess.run(command, env=environment, check=True)
     assert data_files(out) == data_files(tmp_path / "one")
