@@ -19,6 +19,7 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     asked = set(re.findall(r"tiue_\w+", " ".join(expressions)))
     metrics = Metrics()
     metrics.observe_batch(1, 0.1)
+    metrics.observe_stage("png", 0.1)
     metrics.requests.labels("ok").inc()
     there = set(re.findall(r"^(tiue_\w+)", metrics.text().decode(), re.MULTILINE))
     assert asked and asked <= there

@@ -203,6 +203,12 @@ def test_under_load_whoever_shares_a_batch_changes_nothing(tiny_export: Path, tm
     assert float(figures['tiue_requests_total{outcome="ok"}']) == 200
     assert float(figures["tiue_batch_size_sum"]) == 201  # with the first image
     assert float(figures["tiue_images_total"]) == 200
+    batches = float(figures["tiue_batch_size_count"])
+    for stage in ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"):
+        assert float(figures[f'tiue_stage_seconds_count{{stage="{stage}"}}']) == batches
+    assert float(figures['tiue_stage_seconds_count{stage="png"}']) == 200
+    parts_s = sum(float(value) for name, value in figures.items() if name.startswith('tiue_stage_seconds_sum{stage="u'))
+    assert 0 < parts_s < float(figures["tiue_batch_seconds_sum"])
     assert 'tiue_model_info{backend="onnx",k="4",model="tiny",precision="fp32"}' in figures
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
+from tiue_cli.backends.stages import timed_stage
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.errors import DeviceError
 from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphName, GraphSpec, check_files, read_export_manifest
@@ -178,7 +179,8 @@ class ExportBackend(ABC, Generic[_Graph]):
         graph = self.manifest.graph(name, size=size)
         if graph.onnx.file not in self._graphs:
             self._graphs[graph.onnx.file] = self._open(graph)
-        return self._call(self._graphs[graph.onnx.file], graph, inputs)
+        with timed_stage(name):
+            return self._call(self._graphs[graph.onnx.file], graph, inputs)
 
     def _decode(self, latents: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Pixels of latents (B, C, h, w)."""

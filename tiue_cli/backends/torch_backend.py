@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tiue_cli.backends.base import ProgressFn
+from tiue_cli.backends.stages import timed_stage
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.errors import DeviceError, OutOfMemoryError
 from tiue_cli.files.png import LoraUse
@@ -113,7 +114,9 @@ class _TorchBackend(ABC, Generic[_Model]):
         placed = torch.from_numpy(noise).to(self.device)
         with _memory_errors(self.device), torch.inference_mode():
             try:
-                images = self._entered_decoder.decode(self._latents(list(prompts), placed, steps, progress))
+                latents = self._latents(list(prompts), placed, steps, progress)
+                with timed_stage("vae_decoder"):
+                    images = self._entered_decoder.decode(latents)
             except BadLatentsError as error:
                 raise self._first_not_finite(list(prompts)) from error
         if progress is not None:
@@ -282,13 +285,16 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         student = self._entered
         combine = self._combine(steps)
         rounded = noise.to(student.unet.dtype)
-        text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts).to(student.unet.dtype)
+        with timed_stage("text_encoder"):
+            text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts).to(student.unet.dtype)
         first = combine.timesteps[0] if self._moves_encoder else student.manifest.encoder_timestep
-        features = self._unet_encoder(rounded, text_states, first)
+        with timed_stage("unet_encoder"):
+            features = self._unet_encoder(rounded, text_states, first)
         timesteps = torch.tensor(combine.timesteps, device=noise.device)
-        predictions = self._unet_decoder(features, timesteps, text_states)
-        # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
-        result: torch.Tensor = combine(noise, predictions)
+        with timed_stage("unet_decoder"):
+            predictions = self._unet_decoder(features, timesteps, text_states)
+            # The sum takes the unrounded noise: its weight is the largest, and its rounding would show.
+            result: torch.Tensor = combine(noise, predictions)
         return result
 
     def _combine(self, steps: int | None) -> LinearCombine:

@@ -20,6 +20,7 @@ from tiue_cli.cli.options import (
     MODEL,
     OUTPUT,
     BackendOption,
+    CompileOption,
     DeviceOption,
     FormatOption,
     GuidanceOption,
@@ -170,12 +171,7 @@ def generate(
     provider: ProviderOption = _DEFAULTS.provider,
     device: DeviceOption = _DEFAULTS.device,
     dtype: PrecisionOption = _DEFAULTS.dtype,
-    compiled: Annotated[
-        bool,
-        typer.Option(
-            "--compile", help="CUDA: torch.compile; minutes for each new shape, for long runs.", rich_help_panel=MACHINE
-        ),
-    ] = _DEFAULTS.compiled,
+    compiled: CompileOption = _DEFAULTS.compiled,
 ) -> None:
     """Draw pictures of prompts.
 

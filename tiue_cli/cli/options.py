@@ -44,3 +44,9 @@ PrecisionOption = Annotated[
     DtypeName,
     typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
 ]
+CompileOption = Annotated[
+    bool,
+    typer.Option(
+        "--compile", help="CUDA: torch.compile; minutes for each new shape, for long runs.", rich_help_panel=MACHINE
+    ),
+]

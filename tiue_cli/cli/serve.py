@@ -11,6 +11,7 @@ from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import (
     MODEL,
     BackendOption,
+    CompileOption,
     DeviceOption,
     GuidanceOption,
     PrecisionOption,
@@ -100,6 +101,7 @@ def serve(
     provider: ProviderOption = _DRAW.provider,
     device: DeviceOption = _DRAW.device,
     dtype: PrecisionOption = _DRAW.dtype,
+    compiled: CompileOption = _DRAW.compiled,
 ) -> None:
     """Serve a model: OpenAI's images API, A1111's, and a page that draws as you type.
 
@@ -114,6 +116,7 @@ def serve(
             provider=provider,
             device=device,
             dtype=dtype,
+            compiled=compiled,
         ),
         teacher=teacher,
         host=host,

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from tiue_cli.backends.stages import listening
 from tiue_cli.errors import TiueError
 from tiue_cli.files.png import ImageRecord
 from tiue_cli.generate.drawing import Request
@@ -72,7 +73,7 @@ class Service:
         self._loading: dict[str, asyncio.Task[None]] = {}
         self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="tiue-encode")
         self.batcher: MicroBatcher[Job, Drawn] = MicroBatcher(
-            engine.draw,
+            self._draw_batch,
             key=batch_key,
             max_batch=lambda job: min(config.max_batch, engine.largest_batch(job)),
             max_wait_ms=config.max_wait_ms,
@@ -101,6 +102,11 @@ class Service:
         await self.batcher.drain()
         self._encoders.shutdown(wait=True)
         self.engine.close()
+
+    def _draw_batch(self, jobs: Sequence[Job]) -> Sequence[Drawn]:
+        """In the model thread."""
+        with listening(self.metrics.observe_stage):
+            return self.engine.draw(jobs)
 
     async def draw(self, order: Order, *, gone: asyncio.Task[None] | None = None) -> list[Picture]:
         """The pictures of ``order``, in order of their seeds. Raises RequestFailure.
@@ -194,12 +200,14 @@ class Service:
         loop = asyncio.get_running_loop()
 
         def work(timed: Timed[Drawn]) -> Picture:
+            started_s = time.perf_counter()
             data = encode(
                 timed.result,
                 output_format=order.output_format,
                 quality=order.quality,
                 metadata=self.config.metadata,
             )
+            self.metrics.observe_stage(order.output_format, time.perf_counter() - started_s)
             return Picture(data, timed.result.record, timed.queue_ms, timed.model_ms, timed.batch)
 
         return list(await asyncio.gather(*(loop.run_in_executor(self._encoders, work, timed) for timed in drawn)))
