@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from tiue_cli.backends.few_entries import FewEntries
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
-from tiue_cli.backends.torch_graphs import FewEntries
 from tiue_cli.errors import DeviceError, ModelFolderError
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise

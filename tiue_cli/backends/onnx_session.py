@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tiue_cli.backends.cuda import device_count
 from tiue_cli.base.machine import usable_cores
-from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError
+from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError, UsageError
 from tiue_cli.files.caches import user_cache
 
 if TYPE_CHECKING:
@@ -31,12 +33,50 @@ PROVIDERS: Final = {
 _DOCTOR = "see what is missing: tiue doctor"
 
 
+CUDA_SWITCHES: Final = "TIUE_ORT_CUDA"
+"""The environment variable for what ``CudaOptions`` holds: ``nhwc,search,graphs,memory=8``."""
+
+
+@dataclass(frozen=True)
+class CudaOptions:
+    """How ONNX Runtime's CUDA provider runs. The defaults are the careful ones: none of the others is measured yet.
+
+    ``benchmarks/gpu_check.sh`` compares them. TF32 is never on: an export in fp32 computes in fp32.
+    """
+
+    nhwc: bool = False
+    """Convolutions in the order that tensor cores read; what is between them is transposed."""
+    search: bool = False
+    """cuDNN tries every algorithm for each new shape, which takes seconds, instead of guessing."""
+    graphs: bool = False
+    """From the second run of a shape on each graph is one launch; inputs and outputs keep their memory for that."""
+    memory_bytes: int | None = None
+    """The most that a session, of which an export has four, may hold of the GPU's memory; None: all there is."""
+
+
+def read_cuda_options(text: str) -> CudaOptions:
+    """The options of ``nhwc,search,graphs,memory=GIB``, in any order; empty text is the defaults. Raises UsageError."""
+    switches: dict[str, bool] = {}
+    memory: int | None = None
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        if word in ("nhwc", "search", "graphs"):
+            switches[word] = True
+        elif match := re.fullmatch(r"memory=(\d+(?:\.\d+)?)", word):
+            memory = int(float(match[1]) * 2**30)
+        else:
+            raise UsageError(
+                f"{CUDA_SWITCHES}: {word} is not known", hint="give nhwc, search, graphs and memory=GIB, with commas"
+            )
+    return CudaOptions(**switches, memory_bytes=memory)
+
+
 @dataclass(frozen=True)
 class Provider:
     """The execution provider that sessions are made for; ``note`` says why ``auto`` left out a GPU that is there."""
 
     name: str
     note: str | None = None
+    cuda: CudaOptions = CudaOptions()
 
     @property
     def device(self) -> str:
@@ -44,29 +84,35 @@ class Provider:
         return "cpu" if self.name == "cpu" else "cuda"
 
 
-def choose_provider(asked: str) -> Provider:
+def choose_provider(asked: str, *, cuda: CudaOptions | None = None) -> Provider:
     """The provider for ``--provider``; ``auto`` takes CUDA where it starts, else the CPU.
 
-    Raises DeviceError with the reason where the one that was asked for cannot start, MissingDependencyError without
-    ONNX Runtime.
+    ``cuda`` None reads TIUE_ORT_CUDA. Raises DeviceError with the reason where the one that was asked for cannot start,
+    MissingDependencyError without ONNX Runtime, UsageError for words in TIUE_ORT_CUDA that mean nothing.
     """
     if asked == "cpu":
         return Provider("cpu")
+    cuda = read_cuda_options(os.environ.get(CUDA_SWITCHES, "")) if cuda is None else cuda
     if asked == "auto":
         if device_count() == 0:
             return Provider("cpu")
         problem = provider_problem("cuda")
         if problem is None:
-            return Provider("cuda")
+            return Provider("cuda", cuda=cuda)
         return Provider("cpu", note=f"there is a GPU, and ONNX Runtime runs on the CPU: {problem}; {_DOCTOR}")
     problem = provider_problem(asked)
     if problem is not None:
         raise DeviceError(f"--provider {asked} cannot be used: {problem}", hint=f"use --provider cpu, or {_DOCTOR}")
-    return Provider(asked)
+    return Provider(asked, cuda=cuda)
 
 
-def open_session(path: Path, provider: Provider, *, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """A session for one graph on ``provider``; ``threads`` None takes every core. Raises DeviceError."""
+def open_session(
+    path: Path, provider: Provider, *, threads: int | None = None, graphs: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session for one graph on ``provider``; ``threads`` None takes every core. Raises DeviceError.
+
+    ``graphs`` is for ``onnx_static``, the one caller that can run a session which records CUDA graphs.
+    """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -76,9 +122,9 @@ def open_session(path: Path, provider: Provider, *, threads: int | None = None) 
     # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted = PROVIDERS[provider.name]
-    chain: list[Any] = [(wanted, _options(provider))]
+    chain: list[Any] = [(wanted, _options(provider, graphs=graphs))]
     if provider.name == "tensorrt":
-        chain.append((PROVIDERS["cuda"], _options(Provider("cuda"))))
+        chain.append((PROVIDERS["cuda"], _options(Provider("cuda", cuda=provider.cuda))))
     if provider.name != "cpu":
         chain.append(PROVIDERS["cpu"])  # shape arithmetic runs there by design
     with session_errors(path.name):
@@ -93,7 +139,11 @@ def open_session(path: Path, provider: Provider, *, threads: int | None = None) 
 
 
 def run_session(
-    session: onnxruntime.InferenceSession, inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue], provider: Provider
+    session: onnxruntime.InferenceSession,
+    inputs: Mapping[str, np.ndarray | onnxruntime.OrtValue],
+    provider: Provider,
+    *,
+    options: onnxruntime.RunOptions | None = None,
 ) -> dict[str, onnxruntime.OrtValue]:
     """Run a graph; outputs stay on the provider's device, and inputs that lie there already are not copied."""
     ort = import_onnxruntime()
@@ -104,7 +154,7 @@ def run_session(
     names = [output.name for output in session.get_outputs()]
     for name in names:
         binding.bind_output(name, provider.device)
-    session.run_with_iobinding(binding)
+    session.run_with_iobinding(binding, options)
     return dict(zip(names, binding.get_outputs(), strict=True))
 
 
@@ -165,16 +215,22 @@ def provider_problem(name: str) -> str | None:
     return None
 
 
-def _options(provider: Provider) -> dict[str, Any]:
+def _options(provider: Provider, *, graphs: bool = False) -> dict[str, Any]:
     """What each provider is told."""
     if provider.name == "cuda":
-        # Sizes change from call to call: an exhaustive search for each would cost more than it brings.
         # Without TF32 an export in fp32 computes in fp32, as engines do, which are compared with it.
-        return {
-            "cudnn_conv_algo_search": "HEURISTIC",
+        told = {
+            "cudnn_conv_algo_search": "EXHAUSTIVE" if provider.cuda.search else "HEURISTIC",
             "arena_extend_strategy": "kSameAsRequested",
             "use_tf32": "0",
         }
+        if provider.cuda.nhwc:
+            told["prefer_nhwc"] = "1"
+        if provider.cuda.memory_bytes is not None:
+            told["gpu_mem_limit"] = str(provider.cuda.memory_bytes)
+        if graphs:
+            told["enable_cuda_graph"] = "1"
+        return told
     if provider.name == "tensorrt":
         cache = user_cache() / "onnxruntime-tensorrt"
         cache.mkdir(parents=True, exist_ok=True)

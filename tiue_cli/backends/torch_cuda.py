@@ -20,7 +20,8 @@ from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionMode
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tiue_cli.backends.torch_graphs import Captured, FewEntries
+from tiue_cli.backends.few_entries import FewEntries
+from tiue_cli.backends.torch_graphs import Captured
 from tiue_cli.errors import DeviceError
 from tiue_cli.model.autoencoder import ImageDecoder, images_at_once, to_levels
 from tiue_cli.model.fast.autoencoder import fast_decoder

@@ -1,17 +1,14 @@
-"""Work that is launched once and replayed: CUDA graphs over static memory, a few at a time."""
+"""Work that is launched once and replayed: CUDA graphs over static memory."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 _WARM_UP = 2
 """Plain runs before a capture: kernels are compiled, workspaces allocated and algorithms chosen in them."""
-
-_Entry = TypeVar("_Entry")
 
 
 class Captured:
@@ -42,31 +39,3 @@ class Captured:
     def __call__(self) -> None:
         """Launch it all."""
         self._graph.replay()
-
-
-class FewEntries(Generic[_Entry]):
-    """The entries that were used last, at most ``capacity``; others are dropped, and made anew when asked for."""
-
-    def __init__(self, capacity: int) -> None:
-        assert capacity >= 1, "one entry at least"
-        self._capacity = capacity
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], _Entry]) -> _Entry:
-        """The entry of ``key``, made where it is not there; the oldest one goes first, as it may hold memory."""
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return self._entries[key]
-        while len(self._entries) >= self._capacity:
-            self._entries.popitem(last=False)
-        self._entries[key] = entry = make()
-        return entry
-
-    def clear(self) -> None:
-        """Drop all."""
-        self._entries.clear()
-
-    @property
-    def keys(self) -> Sequence[Hashable]:
-        """Of the entries, the oldest first."""
-        return tuple(self._entries)
