@@ -46,12 +46,12 @@ def load(
     """Load a model to draw with.
 
     ``model`` is a student's or teacher's folder, an export or engine folder, a hub id ``OWNER/NAME``, or ``papercut``,
-    which is part of the package. ``backend`` is ``torch`` for model folders, ``onnx`` or ``trt`` for exports.
-    ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own. ``vae`` replaces
-    the autoencoder of a model folder (``taesd`` is the tiny one for Stable Diffusion), ``loras`` are put on a model
-    folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it later), ``provider`` is ONNX Runtime's, ``compiled``
-    sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's. ``on_note`` is called with each
-    sentence that is worth knowing.
+    which is part of the package. ``backend`` is ``torch`` for model folders; ``onnx``, ``openvino`` or ``trt`` for
+    exports. ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own, which
+    OpenVINO computes in fp32 or bf16. ``vae`` replaces the autoencoder of a model folder (``taesd`` is the tiny one for
+    Stable Diffusion), ``loras`` are put on a model folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it
+    later), ``provider`` is ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance``
+    is a teacher's. ``on_note`` is called with each sentence that is worth knowing.
 
     Raises ModelFolderError or ManifestError for a model that cannot be used, AdapterError for such a LoRA, UsageError
     for options that do not fit it, DeviceError for a device that is not there, MissingDependencyError for a library

@@ -25,6 +25,7 @@ MACHINE = MachineInfo(
     executable=sys.executable,
     cpu="a CPU",
     cores=2,
+    cpu_arithmetic=("AVX2",),
     memory_bytes=16 * GIB,
     memory_free_bytes=8 * GIB,
     gpus=(),
@@ -191,3 +192,30 @@ def test_doctor_on_this_machine_reports_the_versions_in_use(capsys: pytest.Captu
     main(["doctor"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in checks)
+
+
+def test_what_openvino_would_bring_depends_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "package_version", lambda name: None)
+    old = check(monkeypatch, "OpenVINO")
+    assert old.status == "missing" and "(AVX2)" in old.detail and "8-bit exports faster" in old.detail
+    assert old.fix is not None and "tiue[openvino]" in old.fix
+    modern = check(monkeypatch, "OpenVINO", found=replace(MACHINE, cpu_arithmetic=("AVX-512", "VNNI", "AMX")))
+    assert "in bf16 in about half its time" in modern.detail
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("fpu sse avx2", ("AVX2",)),
+        ("avx2 avx512f avx512_vnni avx512_bf16", ("AVX2", "AVX-512", "VNNI", "AVX-512 BF16")),
+        ("avx2 avx_vnni amx_tile amx_bf16", ("AVX2", "VNNI", "AMX")),
+    ],
+)
+def test_the_cpus_arithmetic_is_read_from_its_flags(
+    flags: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\n")
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
+    assert machine.cpu_arithmetic() == names
+    monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "none")
+    assert machine.cpu_arithmetic() == ()

@@ -25,7 +25,17 @@ from tiue_cli.model.student import StudentModel, load_student, save_student
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"
 _SOURCES = ("export", "model", "backends", "files")
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime")
+_LIBRARIES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "openvino",
+)
 
 
 def build_small_student(source: Path, out: Path) -> Path:

@@ -27,7 +27,7 @@ class Backend(Protocol):
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``, never ``auto``."""
+        """``cpu``, ``cuda``, or OpenVINO's ``gpu`` and ``npu``; never ``auto``."""
 
     @property
     def dtype(self) -> str:

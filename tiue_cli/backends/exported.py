@@ -70,6 +70,9 @@ class ExportBackend(ABC, Generic[_Graph]):
     def _array(value: Any) -> np.ndarray:
         """One of the runtime's tensors as an array."""
 
+    def _prepare(self, *, batch: int, steps: int, size: tuple[int, int]) -> None:
+        """Called before a run of ``batch`` images of ``size`` (H, W) with K ``steps``; what it makes ready."""
+
     # --- what is the same for all ---
 
     @property
@@ -127,6 +130,7 @@ class ExportBackend(ABC, Generic[_Graph]):
         import numpy as np
 
         combine, size = self.manifest.combine(steps), self._size_of(noise)
+        self._prepare(batch=len(noise), steps=combine.steps, size=size)
         text_states = self._run("text_encoder", None, {"input_ids": self._entered(prompts)})
         report(0.1)
         features = self._run("unet_encoder", size, {"noise": noise, **text_states})
@@ -177,10 +181,15 @@ class ExportBackend(ABC, Generic[_Graph]):
     def _run(self, name: GraphName, size: tuple[int, int] | None, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """One graph's outputs, on the device."""
         graph = self.manifest.graph(name, size=size)
+        opened = self._graph(graph)
+        with timed_stage(name):
+            return self._call(opened, graph, inputs)
+
+    def _graph(self, graph: GraphSpec) -> _Graph:
+        """The graph as the runtime holds it, opened where it is not yet."""
         if graph.onnx.file not in self._graphs:
             self._graphs[graph.onnx.file] = self._open(graph)
-        with timed_stage(name):
-            return self._call(self._graphs[graph.onnx.file], graph, inputs)
+        return self._graphs[graph.onnx.file]
 
     def _decode(self, latents: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """Pixels of latents (B, C, h, w)."""

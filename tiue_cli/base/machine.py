@@ -29,6 +29,13 @@ POLYGRAPHY: Final = "polygraphy>=0.53,<1"
 
 _GPU_LIBRARY = re.compile(r"lib(?P<name>cudart|cublas|cudnn|nvinfer)\.so\.(?P<major>\d+)")
 _SYSTEM_LIBRARIES = (Path("/usr/local/cuda/lib64"), Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"))
+_ARITHMETIC: Final = {
+    "AVX2": {"avx2"},
+    "AVX-512": {"avx512f"},
+    "VNNI": {"avx512_vnni", "avx_vnni"},
+    "AVX-512 BF16": {"avx512_bf16"},
+    "AMX": {"amx_tile"},
+}
 _MEMINFO = Path("/proc/meminfo")
 _CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/sys/fs/cgroup")
@@ -76,6 +83,8 @@ class MachineInfo:
     executable: str
     cpu: str
     cores: int
+    cpu_arithmetic: tuple[str, ...]
+    """Which of AVX2, AVX-512, VNNI, AVX-512 BF16 and AMX its instructions are; empty where the system does not say."""
     memory_bytes: int | None
     memory_free_bytes: int | None
     gpus: tuple[GpuInfo, ...]
@@ -92,6 +101,7 @@ def machine_info() -> MachineInfo:
         executable=sys.executable,
         cpu=_cpu_name(),
         cores=usable_cores(),
+        cpu_arithmetic=cpu_arithmetic(),
         memory_bytes=total,
         memory_free_bytes=free,
         gpus=gpus(),
@@ -240,6 +250,16 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def cpu_arithmetic() -> tuple[str, ...]:
+    """The CPU's wide and short arithmetic by the names that people use, read from /proc/cpuinfo."""
+    try:
+        lines = _CPUINFO.read_text().splitlines()
+    except OSError:
+        return ()
+    flags = set(next((line.partition(":")[2].split() for line in lines if line.startswith("flags")), []))
+    return tuple(name for name, wanted in _ARITHMETIC.items() if flags & wanted)
 
 
 def _hub_cache() -> Path:

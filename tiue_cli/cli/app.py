@@ -148,7 +148,7 @@ def _show_usage_error(error: Any, words: Sequence[str], format_: console.Format)
         error.message = (
             f"one GPU is used, the first that is visible; for another one: CUDA_VISIBLE_DEVICES={number} tiue …"
             if device.startswith("cuda:") and number.isdigit()
-            else f"{excerpt(visible(device))!r} is not supported: choose auto, cpu, or cuda (an NVIDIA GPU)"
+            else f"{excerpt(visible(device))!r} is not supported: choose auto, cpu, cuda (NVIDIA), gpu or npu (Intel)"
         )
     elif known is not None:
         error.message, error.possibilities = f"No such option: {error.option_name}. {known}", None

@@ -297,3 +297,8 @@ def _show_parity(console: Console, parity: ExportParity | None) -> None:
         f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
         f" ({len(parity.prompts)} prompts)",
     )
+    for found in parity.runtimes:
+        console.line(
+            f"OpenVINO in {found.precision}: {found.image_psnr_db:.1f} dB, {found.required_psnr_db:.0f} needed"
+            + ("" if found.holds else "; it is not chosen by itself"),
+        )

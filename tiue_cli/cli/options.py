@@ -36,13 +36,22 @@ LoraOption = Annotated[
 ]
 BackendOption = Annotated[
     BackendName,
-    typer.Option(help="What computes: torch for a model folder, onnx or trt for an export.", rich_help_panel=MACHINE),
+    typer.Option(
+        help="What computes: torch for a model folder; onnx, openvino or trt for an export.", rich_help_panel=MACHINE
+    ),
 ]
 ProviderOption = Annotated[ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)]
-DeviceOption = Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)]
+DeviceOption = Annotated[
+    DeviceName, typer.Option(help="Device to run on; gpu and npu are Intel's, by OpenVINO.", rich_help_panel=MACHINE)
+]
 PrecisionOption = Annotated[
     DtypeName,
-    typer.Option("--precision", "--dtype", help="auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
+    typer.Option(
+        "--precision",
+        "--dtype",
+        help="auto is fp32 on a CPU, fp16 on CUDA. bf16 on a CPU is slower in torch, and faster in OpenVINO.",
+        rich_help_panel=MACHINE,
+    ),
 ]
 CompileOption = Annotated[
     bool,

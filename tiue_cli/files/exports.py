@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,31 @@ class GraphSpec(_Model):
         """Bytes on disk, weights included."""
         return sum(file.size_bytes for file in (self.onnx, *self.data))
 
+    def input_shapes(self, *, batch: int, steps: int, size: Size, factor: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every input for ``batch`` images of ``size`` (H, W) pixels with K ``steps``, in their order.
+
+        ``factor`` is pixels per latent. Raises ManifestError for a free dimension whose name means nothing.
+        """
+        known = {"batch": batch, "steps": steps, "steps_plus_1": steps + 1}
+        known |= {"image_height": size[0], "image_width": size[1]}
+        latent = {"height": size[0] // factor, "width": size[1] // factor}
+
+        def number(dim: int | str, where: str) -> int:
+            if isinstance(dim, int):
+                return dim
+            if dim in known:
+                return known[dim]
+            side, _, level = dim.partition("_")
+            if side not in latent or (level and not level.isdecimal()) or level == "0":
+                raise ManifestError(
+                    f"{self.name}: {where}: nothing is known about the dimension {dim!r}",
+                    hint="export the student again",
+                )
+            # height_4 is a quarter of the latents' height, rounded up as the UNet's strided convolutions do.
+            return math.ceil(latent[side] / int(level or 1))
+
+        return {port.name: tuple(number(dim, port.name) for dim in port.shape) for port in self.inputs}
+
 
 class CombineSpec(_Model):
     """How K decoder timesteps make an image: what to feed as ``timesteps`` (K) and ``weights`` (K + 1)."""
@@ -143,6 +169,22 @@ class OutputParity(_Model):
     relative_error: float
 
 
+class RuntimeParity(_Model):
+    """The fixed prompts' images in another runtime than ONNX Runtime, against the same reference; PSNR of the worst."""
+
+    runtime: Literal["openvino"]
+    version: str
+    precision: Literal["fp32", "bf16"]
+    """What it computed the graphs' floats in."""
+    image_psnr_db: float
+    required_psnr_db: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the images are as near as they must be."""
+        return self.image_psnr_db >= self.required_psnr_db
+
+
 class ExportParity(_Model):
     """What was compared when the folder was written; PSNR is that of the worst of the fixed prompts' images."""
 
@@ -151,6 +193,13 @@ class ExportParity(_Model):
     prompts: tuple[str, ...]
     image_psnr_db: float
     required_psnr_db: float
+    runtimes: tuple[RuntimeParity, ...] = ()
+    """Those that were installed beside ONNX Runtime where the folder was written."""
+
+    @property
+    def openvino_bf16(self) -> RuntimeParity | None:
+        """What OpenVINO drew in bf16; None where it, or a CPU that computes bf16, was not at hand."""
+        return next((found for found in self.runtimes if found.precision == "bf16"), None)
 
     def rows(self) -> list[OutputParity]:
         """The outputs with the skips of a graph in one row, the worst of them: a table that people can read."""

@@ -8,13 +8,15 @@ from typing import Literal
 
 from tiue_cli.model.hub import EMBEDDED
 
-BackendName = Literal["auto", "torch", "onnx", "trt"]
+BackendName = Literal["auto", "torch", "onnx", "openvino", "trt"]
 
 
-DeviceName = Literal["auto", "cpu", "cuda"]
+DeviceName = Literal["auto", "cpu", "cuda", "gpu", "npu"]
+"""``gpu`` and ``npu`` are Intel's, which OpenVINO runs."""
 
 
-DtypeName = Literal["auto", "fp32", "fp16", "bf16"]
+DtypeName = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+"""``int8`` is for 8-bit exports."""
 
 
 EncoderTimestep = Literal["trained", "first"]

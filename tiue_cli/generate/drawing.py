@@ -145,12 +145,12 @@ class Pipeline:
 
     @property
     def backend(self) -> str:
-        """``torch``, ``onnx`` or ``trt``."""
+        """``torch``, ``onnx``, ``openvino`` or ``trt``."""
         return self._entered.name
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``."""
+        """``cpu``, ``cuda``, or OpenVINO's ``gpu`` and ``npu``."""
         return self._entered.device
 
     @property

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_BATCH = 16
 
 
-PIXELS_PER_BATCH = {"cpu": 512 * 512, "cuda": 8 * 512 * 512}
+PIXELS_PER_BATCH = {"cpu": 512 * 512, "cuda": 8 * 512 * 512, "gpu": 2 * 512 * 512, "npu": 512 * 512}
 
 
 class OnePassPipeline:

@@ -198,7 +198,7 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
     """The backend that ``config`` asks for, not yet entered. Raises DeviceError and what the backends raise."""
     info = target.info
     if isinstance(info, ExportInfo):
-        return _open_export(info, target)
+        return _open_export(info, target, config)
     with full_installation(f"{target.source}, a model folder,"):
         from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 
@@ -216,7 +216,11 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
     return TeacherTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance)
 
 
-def _open_export(info: ExportInfo, target: ModelTarget) -> Backend:
+def _open_export(info: ExportInfo, target: ModelTarget, config: GenerateConfig) -> Backend:
+    if target.backend == "openvino":
+        from tiue_cli.backends.openvino_backend import OpenvinoBackend
+
+        return OpenvinoBackend(info.path, device=config.device, precision=config.dtype)
     if target.backend == "trt":
         from tiue_cli.backends.trt_backend import TrtBackend
 

@@ -86,7 +86,7 @@ def find_export(source: str) -> ExportInfo | None:
 
 
 def backend_for(info: ExportInfo | None, source: str, *, backend: str) -> str:
-    """``torch``, ``onnx`` or ``trt`` for what ``--backend`` says of a model. Raises UsageError for a misfit."""
+    """``torch``, ``onnx``, ``openvino`` or ``trt`` for what ``--backend`` says of a model. UsageError for a misfit."""
     if info is None:
         if backend in ("auto", "torch"):
             return "torch"
@@ -114,6 +114,9 @@ def check_export_options(
         raise UsageError(
             "the autoencoder is part of an export", hint=f"export with it: tiue export STUDENT --vae {vae}"
         )
+    if backend == "openvino":
+        return _check_openvino_options(info, dtype=dtype, device=device, provider=provider)
+    _refuse_openvino_device(device, model=f"{info.path} with --backend {backend}")
     if dtype not in ("auto", precision):
         raise UsageError(
             f"{info.path} was exported in {precision}, and --precision says {dtype}",
@@ -130,6 +133,33 @@ def check_export_options(
     return device if provider == "auto" else provider
 
 
+OPENVINO_DEVICES = ("gpu", "npu")
+
+
+def _check_openvino_options(info: ExportInfo, *, dtype: str, device: str, provider: str) -> str:
+    """OpenVINO chooses what floats are computed in: only what the graphs themselves settle is refused."""
+    if provider != "auto":
+        raise UsageError(
+            "--provider is for ONNX Runtime, and --backend says openvino", hint="choose with --device cpu, gpu or npu"
+        )
+    if device == "cuda":
+        raise UsageError("OpenVINO does not run on --device cuda", hint="use --backend onnx or trt")
+    if dtype == "int8" and info.manifest.precision != "int8":
+        raise UsageError(
+            f"{info.path} was exported in {info.manifest.precision}, and --precision says int8",
+            hint="export in it: tiue export STUDENT --precision int8",
+        )
+    return "auto"
+
+
+def _refuse_openvino_device(device: str, *, model: str) -> None:
+    if device in OPENVINO_DEVICES:
+        raise UsageError(
+            f"--device {device} is for OpenVINO, and not for {model}",
+            hint="use --device cuda for an NVIDIA GPU; or an export with --backend openvino",
+        )
+
+
 @dataclass(frozen=True)
 class ModelTarget:
     """The model that a session uses, checked and not loaded."""
@@ -138,7 +168,7 @@ class ModelTarget:
     info: ModelInfo | ExportInfo
     model_id: str
     backend: str
-    """``torch``, ``onnx`` or ``trt``."""
+    """``torch``, ``onnx``, ``openvino`` or ``trt``."""
     vae: str | None
     vae_folder: Path | None
     vae_id: str | None
@@ -205,6 +235,12 @@ def _bare_target(config: GenerateConfig) -> ModelTarget:
         return _export_target(config, export, backend=backend)
     if config.provider != "auto":
         raise UsageError("--provider is for exported students", hint="use --device for a model folder")
+    _refuse_openvino_device(config.device, model=f"{config.model}, a model folder")
+    if config.dtype == "int8":
+        raise UsageError(
+            f"--precision int8 is for exports, and {config.model} is a model folder",
+            hint=f"export it in 8 bits: tiue export {config.model} --precision int8",
+        )
     folder = resolve_model(config.model)
     info = check_model_folder(folder)
     _refuse_other_kinds_options(config, info)

@@ -17,7 +17,7 @@ from tiue_cli.files.png import ImageRecord, ImageSpec
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.drawing import Pipeline, Request
 from tiue_cli.generate.session import Session
-from tiue_cli.generate.target import ExportInfo
+from tiue_cli.generate.target import OPENVINO_DEVICES, ExportInfo
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES, EMBEDDED_TEACHER
 
 if TYPE_CHECKING:
@@ -59,7 +59,10 @@ class Engine:
         if teacher is not None and teacher != config.model:
             name = served_name(teacher)
             name = f"{name}-teacher" if name == self.name else name
-            self._configs[name] = GenerateConfig(model=teacher, device=config.device, dtype=config.dtype)
+            # OpenVINO's devices and 8 bits are for exports; a teacher is a model folder.
+            device = "auto" if config.device in OPENVINO_DEVICES else config.device
+            dtype = "auto" if config.backend == "openvino" else config.dtype
+            self._configs[name] = GenerateConfig(model=teacher, device=device, dtype=dtype)
         self._pipelines: dict[str, Pipeline] = {}
         self._lock = threading.Lock()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_export import CHANNELS, TOKENS, WIDTH, write_tiny_export
 
-from tiue_cli.errors import ProfileError, UsageError
+from tiue_cli.errors import ManifestError, ProfileError, UsageError
 from tiue_cli.export.trt.profiles import (
     batch_profiles,
     fit_profiles,
@@ -88,7 +88,7 @@ def test_a_fixed_graph_has_shapes_for_its_own_size_only(fixed: ExportManifest) -
 def test_a_dimension_without_meaning_is_refused(free: ExportManifest) -> None:
     graph = graph_of(free, "text_encoder")
     odd = graph.inputs[0].model_copy(update={"shape": ("batch", "sequence")})
-    with pytest.raises(ProfileError, match="'sequence'"):
+    with pytest.raises(ManifestError, match="'sequence'"):
         input_shapes(graph.model_copy(update={"inputs": (odd,)}), profile(), factor=FACTOR)
 
 

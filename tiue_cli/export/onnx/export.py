@@ -39,6 +39,7 @@ from tiue_cli.export.onnx.parity import (
     check_cases,
     check_graph,
     check_images,
+    check_openvino,
     check_prompts,
     image_case,
     largest_magnitude,
@@ -251,6 +252,7 @@ class _Job:
             prompts=tuple(check_prompts(max(case.batch for case, _ in images))),
             image_psnr_db=check_images(self._folder, images),
             required_psnr_db=REQUIRED_PSNR_DB[self._config.precision],
+            runtimes=check_openvino(self._folder, images),
         )
 
     def _manifest(self, name: str, tokenizer: FileSpec, graphs: Sequence[GraphSpec]) -> ExportManifest:

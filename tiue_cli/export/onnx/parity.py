@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -18,8 +18,19 @@ from torch import nn
 
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.onnx_session import choose_provider, open_session, run_session, session_errors
-from tiue_cli.export.tolerance import CHECK_PROMPTS, IDENTICAL_DB, check_image, check_relative_error, output_errors
-from tiue_cli.files.exports import GraphSpec, OutputParity, Size
+from tiue_cli.backends.openvino_backend import OpenvinoBackend
+from tiue_cli.backends.openvino_device import native_precisions, open_core
+from tiue_cli.base.machine import package_version
+from tiue_cli.export.tolerance import (
+    CHECK_PROMPTS,
+    IDENTICAL_DB,
+    REQUIRED_PSNR_DB,
+    check_image,
+    check_relative_error,
+    output_errors,
+    psnr_db,
+)
+from tiue_cli.files.exports import GraphSpec, OutputParity, RuntimeParity, Size
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.schedule import LinearCombine, decoder_timesteps
@@ -79,14 +90,54 @@ def check_images(folder: Path, references: Sequence[tuple[Case, Tensors]]) -> fl
     worst = IDENTICAL_DB
     with OnnxBackend(folder, provider=PROVIDER) as backend:
         precision = backend.manifest.precision
-        for case, tensors in references:
-            prompts = check_prompts(case.batch)
-            images = backend.generate(prompts, tensors["noise"], steps=case.steps)
-            for prompt, image, reference in zip(prompts, images, tensors["images"], strict=True):
-                where = f"the image of {prompt!r} with {case.label}"
-                found = check_image(image, reference, where=where, reference=_TORCH, precision=precision, hint=_NEXT)
-                worst = min(worst, found)
+        for where, image, reference in _drawn(backend, references):
+            found = check_image(image, reference, where=where, reference=_TORCH, precision=precision, hint=_NEXT)
+            worst = min(worst, found)
     return worst
+
+
+def check_openvino(folder: Path, references: Sequence[tuple[Case, Tensors]]) -> tuple[RuntimeParity, ...]:
+    """The same images in OpenVINO, where it is installed: in the export's precision, and in bf16 where the CPU has it.
+
+    bf16 is measured and not required: ``--precision auto`` takes it only where it holds. Raises ParityError for images
+    of the export's own precision below its bar.
+    """
+    if package_version("openvino") is None:
+        return ()
+    found = [_openvino_parity(folder, references, precision="fp32")]
+    if "bf16" in native_precisions(open_core(cache=None), "CPU"):
+        found.append(_openvino_parity(folder, references, precision="bf16"))
+    return tuple(found)
+
+
+def _openvino_parity(
+    folder: Path, references: Sequence[tuple[Case, Tensors]], *, precision: Literal["fp32", "bf16"]
+) -> RuntimeParity:
+    worst = IDENTICAL_DB
+    with OpenvinoBackend(folder, device="cpu", precision=precision) as backend:
+        own = backend.manifest.precision
+        for where, image, reference in _drawn(backend, references):
+            where = f"{where} in OpenVINO"
+            if precision == "fp32":
+                check_image(image, reference, where=where, reference=_TORCH, precision=own, hint=_NEXT)
+            worst = min(worst, psnr_db(image, reference))
+    bar = REQUIRED_PSNR_DB[own] if precision == "fp32" else min(REQUIRED_PSNR_DB[own], REQUIRED_PSNR_DB["fp16"])
+    version = package_version("openvino")
+    assert version is not None
+    return RuntimeParity(
+        runtime="openvino", version=version, precision=precision, image_psnr_db=worst, required_psnr_db=bar
+    )
+
+
+def _drawn(
+    backend: OnnxBackend | OpenvinoBackend, references: Sequence[tuple[Case, Tensors]]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """(what it is, image, the reference's) for every image of the cases."""
+    for case, tensors in references:
+        prompts = check_prompts(case.batch)
+        images = backend.generate(prompts, tensors["noise"], steps=case.steps)
+        for prompt, image, reference in zip(prompts, images, tensors["images"], strict=True):
+            yield f"the image of {prompt!r} with {case.label}", image, reference
 
 
 Tensors = Mapping[str, np.ndarray]

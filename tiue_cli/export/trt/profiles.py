@@ -8,7 +8,6 @@ three are equal is the fastest. Users never meet rows: a batch counts images, wh
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,35 +252,17 @@ def _check_size(profile: ProfileSpec, manifest: ExportManifest) -> None:
 def input_shapes(graph: GraphSpec, profile: ProfileSpec, *, factor: int) -> Shapes:
     """(min, opt, max) shape of every input of ``graph`` under ``profile``; empty where the graph has another size.
 
-    ``factor`` is pixels per latent. Raises ProfileError for a free dimension whose name means nothing.
+    ``factor`` is pixels per latent. Raises ManifestError for a free dimension whose name means nothing.
     """
     if graph.size is not None and graph.size != (profile.height[1], profile.width[1]):
         return {}
-    shapes: Shapes = {}
-    for port in graph.inputs:
-        low, opt, high = (
-            tuple(_dim(dim, profile, index, factor=factor, where=f"{graph.name}: {port.name}") for dim in port.shape)
-            for index in range(3)
+    low, opt, high = (
+        graph.input_shapes(
+            batch=profile.batch[index],
+            steps=profile.steps[index],
+            size=(profile.height[index], profile.width[index]),
+            factor=factor,
         )
-        shapes[port.name] = (low, opt, high)
-    return shapes
-
-
-def _dim(dim: int | str, profile: ProfileSpec, index: int, *, factor: int, where: str) -> int:
-    """One dimension at a profile's minimum (index 0), optimum (1) or maximum (2)."""
-    if isinstance(dim, int):
-        return dim
-    pixels = {"height": profile.height[index], "width": profile.width[index]}
-    known = {
-        "batch": profile.batch[index],
-        "steps": profile.steps[index],
-        "steps_plus_1": profile.steps[index] + 1,
-        **{f"image_{side}": value for side, value in pixels.items()},
-    }
-    if dim in known:
-        return known[dim]
-    side, _, level = dim.partition("_")
-    if side not in pixels or (level and not level.isdecimal()):
-        raise ProfileError(f"{where}: nothing is known about the dimension {dim!r}", hint="export the student again")
-    # height_4 is a quarter of the latents' height, rounded up as the UNet's strided convolutions do.
-    return math.ceil(pixels[side] // factor / int(level or 1))
+        for index in range(3)
+    )
+    return {name: (low[name], opt[name], high[name]) for name in low}
