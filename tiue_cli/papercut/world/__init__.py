@@ -1,0 +1,1 @@
+"""The papercut world: its grammar, its paper, its shapes, and the scenes that they make."""
