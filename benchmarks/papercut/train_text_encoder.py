@@ -13,15 +13,23 @@ from __future__ import annotations
 import random
 
 import torch
-from common import WORK, Run, optimizer_state, parser, restore_optimizer, trapezoid
+from common import WORK, Run, begin, optimizer_state, parser, restore_optimizer, trapezoid
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tiue_cli.papercut.captions import COLORS, OBJECTS, WORDS, SceneSpec, random_specs
-from tiue_cli.papercut.checker import HEADS, IGNORE, targets
+from tiue_cli.papercut.world.captions import (
+    COLORS,
+    OBJECTS,
+    PLURALS,
+    WORDS,
+    SceneSpec,
+    random_specs,
+    rough_phrase,
+)
+from tiue_cli.papercut.world.checker import HEADS, IGNORE, PRINTS, SLOTS, targets
 
-TOKENS, WIDTH, LAYERS, BATCH, LEARNING_RATE = 24, 128, 3, 128, 1e-3
+TOKENS, WIDTH, LAYERS, BATCH, LEARNING_RATE = 24, 160, 3, 128, 1e-3
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -47,41 +55,33 @@ def make_tokenizer() -> CLIPTokenizer:
     return tokenizer
 
 
-def roughen(spec: SceneSpec, rng: random.Random) -> str:
-    """A caption as people write it: other wordings, articles missing, words that papercut does not know."""
-    words = spec.phrase(long_relation=rng.random() < 0.25, swap=rng.random() < 0.5).split()
-    if rng.random() < 0.1:
-        words = [word for word in words if word not in ("a", "an", "the")]
-    if rng.random() < 0.1:
-        foreign = "".join(rng.choice("abcdefghijklmnoprstuvwy") for _ in range(rng.randint(1, 4)))
-        words.insert(rng.randrange(len(words) + 1), foreign)
-    return " ".join(words)
+# What a noun's own word must tell: the attributes of its group. A class more than the checker's, for what is left open.
+OWN = {"color": len(COLORS) + 1, "size": 3, "pattern": len(PRINTS) + 1, "count": 4}
 
 
 def batch_of(count: int, seed: int) -> tuple[list[SceneSpec], list[str]]:
     rng = random.Random(seed)
-    specs = random_specs(count, seed, pair_share=0.75)
-    specs = [SceneSpec(s.things, s.relation, None) if rng.random() < 0.15 else s for s in specs]
-    return specs, [roughen(spec, rng) for spec in specs]
+    specs = random_specs(count, seed)
+    return specs, [rough_phrase(spec, rng) for spec in specs]
 
 
 class Reader(nn.Module):
-    """The text encoder with linear probes: the scene's attributes at every position from the end token on, and an
-    object's own kind and colour at its word."""
+    """The text encoder with linear probes: the scene's attributes at every position from the end token on, and at each
+    noun the attributes of its own group that were said before it."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.text_encoder = CLIPTextModel(config)
-        self.probes = nn.ModuleDict({name: nn.Linear(WIDTH, classes) for name, classes in HEADS.items()})
-        self.own_color = nn.Linear(WIDTH, len(COLORS))
+        self.probes = nn.ModuleDict({name: nn.Linear(WIDTH, classes + 1) for name, classes in HEADS.items()})
+        self.own = nn.ModuleDict({name: nn.Linear(WIDTH, classes) for name, classes in OWN.items()})
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.text_encoder(input_ids=ids).last_hidden_state
 
 
 def main() -> None:
-    args = parser(__doc__, minutes=3).parse_args()
-    torch.manual_seed(args.seed)
+    args = parser(__doc__, minutes=5).parse_args()
+    begin(args)
     tokenizer = make_tokenizer()
     config = CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
@@ -94,12 +94,11 @@ def main() -> None:
     if (states := run.load()) is not None:
         reader.load_state_dict(states["model"])
         restore_optimizer(optimizer, states["optimizer"])
-    object_ids = torch.tensor([tokenizer(word).input_ids[1] for word in OBJECTS])
-    color_ids = torch.tensor([tokenizer(word).input_ids[1] for word in COLORS])
+    nouns = torch.tensor([tokenizer(word).input_ids[1] for word in sorted({*OBJECTS, *PLURALS.values(), "fishes"})])
     while run.progress < 1:
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * trapezoid(run.progress, warmup=0.03, decay=0.6)
         specs, captions = batch_of(BATCH, args.seed * 10_000_000 + run.step)
-        loss, accuracy = step_loss(reader, tokenizer, specs, captions, (object_ids, color_ids))
+        loss, accuracy = step_loss(reader, tokenizer, specs, captions, nouns)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(reader.parameters(), 1.0)
         optimizer.step()
@@ -110,10 +109,23 @@ def main() -> None:
             run.save(model=reader.state_dict(), optimizer=optimizer_state(optimizer))
     with torch.inference_mode():
         specs, captions = batch_of(4096, 2**40)
-        _, accuracy = step_loss(reader.eval(), tokenizer, specs, captions, (object_ids, color_ids))
+        _, accuracy = step_loss(reader.eval(), tokenizer, specs, captions, nouns)
     run.log(final=True, held_out_probe_accuracy=round(accuracy, 5))
     reader.text_encoder.save_pretrained(WORK / "text_encoder")
     tokenizer.save_pretrained(WORK / "tokenizer")
+
+
+def own_targets(specs: list[SceneSpec]) -> dict[str, torch.Tensor]:
+    """For each caption and each of its nouns in the order of words, the classes of OWN; (N, SLOTS), IGNORE beyond."""
+    wanted = targets(specs)
+    result = {name: torch.full((len(specs), SLOTS), IGNORE) for name in OWN}
+    for row, spec in enumerate(specs):
+        for word, group in enumerate(spec.groups):
+            slot = spec.slots.index(group)
+            for name in OWN:
+                value = int(wanted[f"{name}_{slot}"][row])
+                result[name][row, word] = value if value != IGNORE else OWN[name] - 1
+    return result
 
 
 def step_loss(
@@ -121,34 +133,32 @@ def step_loss(
     tokenizer: CLIPTokenizer,
     specs: list[SceneSpec],
     captions: list[str],
-    word_ids: tuple[torch.Tensor, torch.Tensor],
+    nouns: torch.Tensor,
 ) -> tuple[torch.Tensor, float]:
     """Cross-entropy over all probes, and the share of attributes read right at the end token."""
-    device = reader.own_color.weight.device
+    device = next(reader.parameters()).device
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
     states = reader(ids)
     after_end = ids == tokenizer.eos_token_id
     first_end = after_end.int().argmax(1)
-    wanted = targets(specs)
-    # An open background is a class of its own for the reader's targets: it is left out.
     loss = states.new_zeros(())
     right = total = 0
-    for name, probe in reader.probes.items():
-        logits, target = probe(states), wanted[name].to(device)
-        spread = torch.where(after_end, target[:, None], IGNORE)
-        loss = loss + nn.functional.cross_entropy(logits.flatten(0, 1), spread.flatten(), ignore_index=IGNORE)
-        known = target != IGNORE
-        read = logits[torch.arange(len(ids)), first_end].argmax(-1)
-        right, total = right + int((read == target)[known].sum()), total + int(known.sum())
-    object_ids, color_ids = word_ids
-    is_object, is_color = torch.isin(ids, object_ids.to(device)), torch.isin(ids, color_ids.to(device))
-    place = torch.arange(ids.shape[1], device=device).expand_as(ids)
-    last_color = torch.where(is_color, place, 0).cummax(1).values
-    own = torch.searchsorted(color_ids.to(device).sort().values, ids.gather(1, last_color).contiguous())
-    own = color_ids.to(device).argsort()[own.clamp(max=len(COLORS) - 1)]
-    own = torch.where(is_object & (last_color > 0), own, IGNORE)
-    own_loss = nn.functional.cross_entropy(reader.own_color(states).flatten(0, 1), own.flatten(), ignore_index=IGNORE)
-    return loss + own_loss, right / total
+    ends = states[after_end]
+    rows = torch.arange(len(ids), device=device)[:, None].expand_as(ids)[after_end]
+    for name, target in targets(specs).items():
+        target = torch.where(target == IGNORE, HEADS[name], target).to(device)  # open: a class of its own
+        loss = loss + nn.functional.cross_entropy(reader.probes[name](ends), target[rows])
+        read = reader.probes[name](states[torch.arange(len(ids)), first_end]).argmax(-1)
+        right, total = right + int((read == target).sum()), total + len(target)
+    is_noun = torch.isin(ids, nouns.to(device))
+    rank = (is_noun.cumsum(1) - 1)[is_noun]
+    noun_rows = torch.arange(len(ids), device=device)[:, None].expand_as(ids)[is_noun]
+    known = rank < SLOTS
+    words = states[is_noun][known]
+    for name, target in own_targets(specs).items():
+        wanted = target.to(device)[noun_rows[known], rank[known]]
+        loss = loss + 0.5 * nn.functional.cross_entropy(reader.own[name](words), wanted, ignore_index=IGNORE)
+    return loss, right / total
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import numpy as np
 from tiue_cli.papercut.world.paper import UNITS, Array, Color, cover, lay, paint, rgb
 
 
+CELL = 13.0
+"""Units of a cell that holds at most one speck."""
+
+
 @dataclass(frozen=True)
 class Backdrop:
     """Colours from sky top to near hill (sRGB, 0..1), the disc in the sky if any, the specks if any."""
@@ -35,26 +39,44 @@ BACKDROPS = {
 }  # fmt: skip
 
 
-def paint_background(canvas: Array, name: str, rng: np.random.Generator, scale: float) -> None:
-    """Fill the canvas (3, S, S), in place; draws of `rng` decide bends, hills and specks."""
-    backdrop, size = BACKDROPS[name], canvas.shape[-1]
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / np.float32(scale)  # in units
+@dataclass(frozen=True)
+class Weather:
+    """What varies in a background: bends, hills and light (24,), and the specks' places and sizes, if it has any."""
+
+    name: str
+    u: Array
+    places: Array | None = None
+    sizes: Array | None = None
+
+
+def draw_weather(name: str, rng: np.random.Generator) -> Weather:
+    """The random numbers of a background, the same for every size of picture."""
     u = rng.random(24, np.float32)
+    if BACKDROPS[name].specks is None:
+        return Weather(name, u)
+    cells = int(UNITS / CELL) + 2
+    return Weather(name, u, rng.random((cells, cells, 2), np.float32), rng.random((cells, cells), np.float32))
+
+
+def paint_background(canvas: Array, weather: Weather, scale: float) -> None:
+    """Fill the canvas (3, S, S), in place."""
+    backdrop, size, u = BACKDROPS[weather.name], canvas.shape[-1], weather.u
+    grid = (np.arange(size, dtype=np.float32) + 0.5) / np.float32(scale)  # in units
     tones = [rgb(c) for c in (backdrop.top, backdrop.bottom, backdrop.far, backdrop.near)]
     height = np.clip(grid / UNITS * (1 + 0.36 * (u[0] - 0.5)), 0, 1)[:, None]
     canvas[:] = tones[0] + (tones[1] - tones[0]) * height
     if backdrop.specks is not None:
-        _specks(canvas, grid, backdrop.specks, u[1:5], rng, scale)
+        _specks(canvas, grid, backdrop.specks, weather, scale)
     if backdrop.disc is not None:
         x, y = grid[None, :] - (14 + 36 * u[5]), grid[:, None] - (30 + 10 * u[6])
         area = cover((np.sqrt(x * x + y * y) - np.float32(9.5)) * np.float32(scale))
         lay(canvas, area, rgb(backdrop.disc), depth=0.6, scale=scale)
-    middle = 0.5 * (tones[2] + tones[3]) if name != "sea" else tones[2] * np.float32(0.86)
+    middle = 0.5 * (tones[2] + tones[3]) if weather.name != "sea" else tones[2] * np.float32(0.86)
     layers = ((42.0, tones[2]), (48.5, middle), (55.0, tones[3]))
     for number, (base, tone) in enumerate(layers):
         a, b, c, d = u[8 + 4 * number : 12 + 4 * number]
-        wave = base + 5 * (a - 0.5) + (1.4 + 1.8 * b) * np.sin(grid / 9.5 + 6.28 * c) + 1.1 * np.sin(grid / 4.9 + 6.28 * d)
-        _hill(canvas, grid, wave.astype(np.float32), tone, scale)
+        swell = (1.4 + 1.8 * b) * np.sin(grid / 9.5 + 6.28 * c) + 1.1 * np.sin(grid / 4.9 + 6.28 * d)
+        _hill(canvas, grid, (base + 5 * (a - 0.5) + swell).astype(np.float32), tone, scale)
     canvas *= np.float32(0.97 + 0.06 * u[7])
 
 
@@ -71,16 +93,14 @@ def _hill(canvas: Array, grid: Array, wave: Array, tone: Array, scale: float) ->
     paint(rows, cover(-below * np.float32(scale)), paper)
 
 
-def _specks(canvas: Array, grid: Array, color: Color, u: Array, rng: np.random.Generator, scale: float) -> None:
-    """Small dots in the sky: stars, flakes or bubbles, at most one in each cell of 13 units."""
-    cell = np.float32(13.0)
-    cells = int(UNITS / cell) + 2
-    place, size = rng.random((cells, cells, 2), np.float32), rng.random((cells, cells), np.float32)
-    ix = ((grid + cell * u[0]) / cell).astype(int)
-    iy = ((grid + cell * u[1]) / cell).astype(int)
-    px, py = (grid + cell * u[0]) % cell, (grid + cell * u[1]) % cell
-    center = (np.float32(2) + (cell - 4) * place)[iy][:, ix]
-    dx, dy = px[None, :] - center[..., 0], py[:, None] - center[..., 1]
-    radius = np.where(size < 0.55, np.float32(0.45) + np.float32(0.8) * size, np.float32(-9))[iy][:, ix]
-    area = cover((np.sqrt(dx * dx + dy * dy) - radius) * np.float32(scale))
+def _specks(canvas: Array, grid: Array, color: Color, weather: Weather, scale: float) -> None:
+    """Small dots in the sky: stars, flakes or bubbles, at most one in each cell."""
+    assert weather.places is not None and weather.sizes is not None
+    cell = np.float32(CELL)
+    across, down = grid + cell * weather.u[1], grid + cell * weather.u[2]
+    ix, iy = (across / cell).astype(int), (down / cell).astype(int)
+    center = (np.float32(2) + (cell - 4) * weather.places)[iy][:, ix]
+    dx, dy = (across % cell)[None, :] - center[..., 0], (down % cell)[:, None] - center[..., 1]
+    radius = np.where(weather.sizes < 0.55, np.float32(0.45) + np.float32(0.8) * weather.sizes, np.float32(-9))
+    area = cover((np.sqrt(dx * dx + dy * dy) - radius[iy][:, ix]) * np.float32(scale))
     paint(canvas, np.float32(0.85) * area, rgb(color))

@@ -98,15 +98,22 @@ class SceneSpec:
 
     def phrase(self, *, long_relation: bool = False, swap: bool = False) -> str:
         """The caption in another wording: `to the left of`, or told from the second group's side."""
-        groups, relation = self.groups, self.relation
-        if swap and relation in INVERSE:
-            groups, relation = groups[::-1], INVERSE[relation]
-        *first, last = map(str, groups)
+        if swap:
+            return self.turned.phrase(long_relation=long_relation)
+        relation = self.relation
+        *first, last = map(str, self.groups)
         words = ", ".join(first) + f" and {last}" if first else last
         if relation is not None:
             shown = LONG_RELATIONS.get(relation, relation) if long_relation else relation
             words = f"{first[0]} {shown} {last}"
         return words if self.background is None else f"{words} {BACKGROUNDS[self.background]}"
+
+    @property
+    def turned(self) -> SceneSpec:
+        """The same scene told from the second group's side: "below" for "above"; itself where no relation is said."""
+        if self.relation not in RELATIONS:
+            return self
+        return SceneSpec(self.groups[::-1], INVERSE[self.relation], self.background)
 
     @property
     def slots(self) -> tuple[Group, ...]:
@@ -200,9 +207,9 @@ def unknown_words(prompt: str) -> list[str]:
 
 # --- drawing scenes -----------------------------------------------------------------------------------------------------
 
-KINDS = {"single": (1,), "several": (2, 3), "pair": (1, 1), "pair with count": (), "three": (1, 1, 1)}
+KINDS = {"single": (1,), "several": (2, 3), "pair": (1, 1), "counted_pair": (), "three": (1, 1, 1)}
 """The kinds of scenes: one thing; two or three equal ones; two things; two groups of 3 or 4 things; three things."""
-SHARES = {"single": 0.2, "several": 0.16, "pair": 0.34, "pair with count": 0.16, "three": 0.14}
+SHARES = {"single": 0.2, "several": 0.16, "pair": 0.34, "counted_pair": 0.16, "three": 0.14}
 _COUNTED_PAIRS = ((1, 2), (2, 1), (1, 3), (3, 1), (2, 2))
 
 
@@ -210,7 +217,7 @@ def kind_of(spec: SceneSpec) -> str:
     """Which of KINDS a scene is."""
     if len(spec.groups) == 1:
         return "single" if spec.things == 1 else "several"
-    return "three" if len(spec.groups) == 3 else "pair" if spec.things == 2 else "pair with count"
+    return "three" if len(spec.groups) == 3 else "pair" if spec.things == 2 else "counted_pair"
 
 
 def random_spec(rng: random.Random, kind: str, *, open_words: bool = True) -> SceneSpec:
@@ -218,7 +225,7 @@ def random_spec(rng: random.Random, kind: str, *, open_words: bool = True) -> Sc
     counts: Sequence[int] = KINDS[kind]
     if kind == "several":
         counts = (rng.choice((2, 3)),)
-    elif kind == "pair with count":
+    elif kind == "counted_pair":
         counts = rng.choice(_COUNTED_PAIRS)
     groups: list[Group] = []
     while len(groups) < len(counts):
@@ -245,6 +252,25 @@ def random_specs(count: int, seed: int, *, open_words: bool = True) -> list[Scen
     rng = random.Random(f"papercut-specs-{seed}")
     kinds = rng.choices(tuple(SHARES), tuple(SHARES.values()), k=count)
     return [random_spec(rng, kind, open_words=open_words) for kind in kinds]
+
+
+def rough_phrase(spec: SceneSpec, rng: random.Random) -> str:
+    """A caption as people write it: other wordings, articles missing, words that papercut does not know."""
+    words = spec.phrase(long_relation=rng.random() < 0.25)
+    if rng.random() < 0.15:  # "a striped small red boat": adjectives in another order
+        words = re.sub(rf"\b({'|'.join(PATTERNS)}) ({'|'.join(COLORS)})\b", r"\2 \1", words)
+    if rng.random() < 0.15:
+        said, meant = rng.choice(tuple(SYNONYMS.items()))
+        words = re.sub(rf"\b{meant}\b", said, words)
+    if rng.random() < 0.5:
+        words = words.replace(",", " and") if rng.random() < 0.3 else words.replace(",", "")
+    parts = words.split()
+    if rng.random() < 0.08:
+        parts = [word for word in parts if word not in ("a", "an", "the")]
+    if rng.random() < 0.08:
+        foreign = "".join(rng.choice("abcdefghijklmnoprstuvwy") for _ in range(rng.randint(1, 4)))
+        parts.insert(rng.randrange(len(parts) + 1), foreign)
+    return " ".join(parts)
 
 
 def resolved(spec: SceneSpec, rng: random.Random) -> SceneSpec:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tiue_cli.papercut.world.backgrounds import paint_background
+from tiue_cli.papercut.world.backgrounds import Weather, draw_weather, paint_background
 from tiue_cli.papercut.world.captions import Group, SceneSpec, resolved
 from tiue_cli.papercut.world.paper import UNITS, Array, Brush, fibre
 from tiue_cli.papercut.world.shapes import DRAWERS, MIRRORED, Stock
@@ -34,31 +35,76 @@ PALETTE = {
 SIZE_RANGES: dict[str | None, tuple[float, float]] = {"small": (0.54, 0.62), "big": (0.92, 1.0), None: (0.66, 0.98)}
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One thing as it is cut: x, y, radius in units, angle in radians."""
+
+    object: str
+    color: Array
+    pattern: str | None
+    x: float
+    y: float
+    radius: float
+    angle: float
+    flip: bool
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Everything that chance decides about a picture, apart from its grain; the same for every size in pixels."""
+
+    scene: SceneSpec
+    """The spec with its open colours, background and relation as drawn."""
+    weather: Weather
+    groups: tuple[tuple[Piece, ...], ...]
+    """The pieces of each group, in reading order of the groups."""
+
+
+def compose(spec: SceneSpec, rng: np.random.Generator) -> Composition:
+    """Decide what a spec leaves open."""
+    scene = resolved(spec, random.Random(int(rng.integers(2**62))))
+    assert scene.background is not None
+    weather = draw_weather(scene.background, rng)
+    groups = []
+    for group, places in zip(scene.slots, layout(scene, rng), strict=True):
+        color = _shade(group, rng)
+        turn = 0.3 * (rng.random() - 0.5)
+        flip = group.object in MIRRORED and rng.random() < 0.5
+        groups.append(tuple(
+            Piece(group.object, color, group.pattern, x, y, radius, turn + 0.16 * (rng.random() - 0.5), flip)
+            for x, y, radius in places
+        ))  # fmt: skip
+    return Composition(scene, weather, tuple(groups))
+
+
+def paint_picture(composition: Composition, rng: np.random.Generator, *, size: int = SIZE) -> NDArray[np.uint8]:
+    """The picture (size, size, 3) uint8 of a composition; `rng` draws the grain."""
+    canvas, scale = np.empty((3, size, size), np.float32), size / UNITS
+    paint_background(canvas, composition.weather, scale)
+    for piece in (piece for group in composition.groups for piece in group):
+        place = (piece.x, piece.y)
+        brush = Brush(canvas, place, piece.radius, angle=piece.angle, flip=piece.flip, scale=scale)
+        DRAWERS[piece.object](brush, Stock(piece.color, piece.pattern))
+    canvas += fibre(rng, size)
+    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+
+
 def render(specs: Sequence[SceneSpec], seed: int, *, size: int = SIZE) -> NDArray[np.uint8]:
     """Render one image a spec; returns (N, size, size, 3) uint8. Image i depends on (seed, i, specs[i], size) alone."""
     images = np.empty((len(specs), size, size, 3), np.uint8)
     for index, spec in enumerate(specs):
-        images[index] = render_one(spec, np.random.default_rng([seed % 2**64, index]), size=size)
+        rng = _draws(seed, index)
+        images[index] = paint_picture(compose(spec, rng), rng, size=size)
     return images
 
 
-def render_one(spec: SceneSpec, rng: np.random.Generator, *, size: int = SIZE) -> NDArray[np.uint8]:
-    """One image (size, size, 3) uint8 of a scene."""
-    scene = resolved(spec, random.Random(int(rng.integers(2**62))))
-    canvas = np.empty((3, size, size), np.float32)
-    scale = size / UNITS
-    assert scene.background is not None
-    paint_background(canvas, scene.background, rng, scale)
-    for group, places in zip(scene.slots, layout(scene, rng), strict=True):
-        stock_color = _shade(group, rng)
-        turn = 0.3 * (rng.random() - 0.5)
-        flip = group.object in MIRRORED and rng.random() < 0.5
-        for x, y, radius in places:
-            angle = turn + 0.16 * (rng.random() - 0.5)
-            brush = Brush(canvas, (x, y), radius, angle=angle, flip=flip, scale=scale)
-            DRAWERS[group.object](brush, Stock(stock_color, group.pattern))
-    canvas += fibre(rng, size)
-    return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+def compositions(specs: Sequence[SceneSpec], seed: int) -> list[Composition]:
+    """What `render` paints for these specs and this seed: colours, places and sizes of all things."""
+    return [compose(spec, _draws(seed, index)) for index, spec in enumerate(specs)]
+
+
+def _draws(seed: int, index: int) -> np.random.Generator:
+    return np.random.default_rng([seed % 2**64, index])
 
 
 def _shade(group: Group, rng: np.random.Generator) -> Array:
