@@ -99,7 +99,9 @@ class Workers:
         if self.count == 1:
             return loss, progress
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([*(g.reshape(-1) for g in gradients), torch.tensor([loss, progress if self.rank == 0 else 0.0])])
+        flat = torch.cat(
+            [*(g.reshape(-1) for g in gradients), torch.tensor([loss, progress if self.rank == 0 else 0.0])]
+        )
         dist.all_reduce(flat)
         *parts, losses, first = flat.split([*(g.numel() for g in gradients), 1, 1])
         for gradient, part in zip(gradients, parts, strict=True):

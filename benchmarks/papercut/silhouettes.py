@@ -2,10 +2,10 @@
 
     python benchmarks/papercut/silhouettes.py --model papercut --count 96
 
-A checker forgives lumps: it reads a fish with two heads as a fish. Here each picture of one plain thing is compared with
-what the renderer would cut: the thing's pixels are those of its colour, place, size, turn and side are fitted by random
-search, and the score is the intersection over union of the two areas. Renders score what the fit and the shades allow
-(the ceiling in the report).
+A checker forgives lumps: it reads a fish with two heads as a fish. Here each picture of one plain thing is compared
+with what the renderer would cut: the thing's pixels are those of its colour; place, size, turn and side are fitted by
+random search; and the score is the intersection over union of the two areas. Renders score what the fit and the shades
+allow (the ceiling in the report).
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/papercut/train_autoencoder.py --minutes 20
 
-Random 64 × 64 crops; the highest level has no blocks, which keeps decoding cheap. Loss: an edge-weighted L1 + L2, L1 on gradients (crisp outlines), and a penalty that keeps the
-latents zero-mean with unit covariance, so that the diffusion model sees unit scale without a measured factor.
+Random 64 × 64 crops; the highest level has no blocks, which keeps decoding cheap. Loss: an edge-weighted L1 + L2, L1 on
+gradients (crisp outlines), and a penalty that keeps the latents zero-mean with unit covariance, so that the diffusion
+model sees unit scale without a measured factor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,19 @@ import argparse
 
 import numpy as np
 import torch
-from common import SCENES, WORK, Run, Workers, begin, optimizer_state, parser, restore_optimizer, scenes, to_tensor, trapezoid
+from common import (
+    SCENES,
+    WORK,
+    Run,
+    Workers,
+    begin,
+    optimizer_state,
+    parser,
+    restore_optimizer,
+    scenes,
+    to_tensor,
+    trapezoid,
+)
 from diffusers import AutoencoderTiny
 
 from tiue_cli.papercut.world.scenes import SIZE

@@ -207,7 +207,9 @@ def train(rank: int, args: argparse.Namespace) -> None:
         torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
         run.step += 1
         if rank == 0 and run.step % 200 == 0:
-            run.log(loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1))
+            run.log(
+                loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1)
+            )
             run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
         if rank == 0 and run.elapsed_s > next_evaluation:
             next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes

@@ -8,7 +8,6 @@ import numpy as np
 
 from tiue_cli.papercut.world.paper import UNITS, Array, Color, cover, lay, paint, rgb
 
-
 CELL = 13.0
 """Units of a cell that holds at most one speck."""
 

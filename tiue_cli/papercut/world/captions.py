@@ -205,7 +205,7 @@ def unknown_words(prompt: str) -> list[str]:
     return list(dict.fromkeys(word for word in words if word not in WORDS))
 
 
-# --- drawing scenes -----------------------------------------------------------------------------------------------------
+# --- drawing scenes ---------------------------------------------------------------------------------------------------
 
 KINDS = {"single": (1,), "several": (2, 3), "pair": (1, 1), "counted_pair": (), "three": (1, 1, 1)}
 """The kinds of scenes: one thing; two or three equal ones; two things; two groups of 3 or 4 things; three things."""

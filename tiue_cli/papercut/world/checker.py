@@ -23,7 +23,7 @@ WEIGHTS = Path(__file__).parents[1] / "model" / "checker.safetensors"
 AXES = ("horizontal", "vertical")
 PRINTS = (None, *PATTERNS)
 SLOTS = 3
-# Classes of the scene, and of each group. Groups are in reading order: slot 0 is the left or upper one (or the only one).
+# Classes of the scene, and of each group. Groups are in reading order: slot 0 is the left or upper one.
 SCENE = {"background": len(BACKGROUNDS), "groups": SLOTS, "axis": len(AXES)}
 GROUP = {
     "object": len(OBJECTS),

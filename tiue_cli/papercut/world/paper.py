@@ -21,7 +21,7 @@ UNITS = 64.0
 def cover(distance: Array) -> Array:
     """Coverage 0..1 of a pixel at a signed distance in pixels; an edge is a pixel and a half wide."""
     t = np.clip(0.5 - distance * np.float32(0.67), 0, 1)
-    return t * t * (3 - 2 * t)
+    return np.asarray(t * t * (3 - 2 * t), np.float32)
 
 
 def blurred(area: Array, radius: int) -> Array:

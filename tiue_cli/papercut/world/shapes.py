@@ -164,7 +164,9 @@ def _cloud(b: Brush, s: Stock) -> None:
         box(b.x, b.y - 0.34, 0.90, 0.22, 0.20),
     )
     b.lay(puffs, s.printed(b), depth=DEPTH)
-    low = union(circle(b.x + 0.40, b.y - 0.38, 0.22), circle(b.x + 0.02, b.y - 0.26, 0.30), circle(b.x - 0.40, b.y - 0.36, 0.24))
+    low = union(
+        circle(b.x + 0.40, b.y - 0.38, 0.22), circle(b.x + 0.02, b.y - 0.26, 0.30), circle(b.x - 0.40, b.y - 0.36, 0.24)
+    )
     b.lay(np.maximum(low, b.y - np.float32(0.54)), s.tint(0.22), depth=0.3)
 
 
