@@ -11,6 +11,28 @@ import pytest
 
 # Before any library of the hub is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    # Before torch is imported: as many threads as there are cores, over all workers.
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+MOST_WORKERS = 4
+"""A worker takes one to two gigabytes of memory."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the whole suite among several processes, a file in one of them; ``-n 0`` keeps it in one.
+
+    Some files, or a group of slow tests, are sooner done in this process, and a debugger needs it.
+    """
+    if not config.pluginmanager.hasplugin("xdist") or "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    a_group = any(word.startswith("-m") for word in config.invocation_params.args)
+    if config.option.numprocesses is None and whole and not a_group and not config.option.usepdb:
+        config.option.numprocesses = min(MOST_WORKERS, os.cpu_count() or 1)
+        config.option.dist = "loadfile"
 
 
 @pytest.fixture(scope="session")

@@ -75,32 +75,41 @@ def controls(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "cp1252", "ascii"])
-@pytest.mark.parametrize("format_", ["human", "json", "quiet"])
-def test_nothing_from_outside_controls_the_terminal(hostile: Path, encoding: str, format_: str) -> None:
-    done = shell(f"tiue inspect '{hostile}' --format {format_}", PYTHONIOENCODING=encoding)
-    assert done.returncode == 0
+def test_nothing_from_outside_controls_the_terminal(hostile: Path, encoding: str) -> None:
+    """In all three formats, one after the other in one process that takes its encoding as it starts."""
+    code = (
+        "import sys; from tiue_cli.cli.app import main; from tiue_cli.cli.streams import prepare_streams\n"
+        "prepare_streams()\n"
+        "for name in ('human', 'json', 'quiet'):\n"
+        f"    assert main(['inspect', {str(hostile)!r}, '--format', name]) == 0\n"
+        "    print('=====', flush=True)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
     assert controls(done.stdout + done.stderr) == set()
-    assert ("猫" in done.stdout) == (encoding == "utf-8")
-    if format_ == "json":
-        assert "\x1b]0;title\x07 \x9b31m\rmake" in json.loads(done.stdout)["parameters"]
+    human, document, quiet, _ = done.stdout.split("=====\n")
+    assert ("猫" in human) == ("猫" in quiet) == (encoding == "utf-8")
+    assert "\x1b]0;title\x07 \x9b31m\rmake" in json.loads(document)["parameters"]
 
 
-def test_messages_show_no_controls_of_file_names(tmp_path: Path) -> None:
-    done = shell(f"tiue inspect '{tmp_path}/\x1b[31mred.png'")
-    assert done.returncode == 2
-    assert controls(done.stderr) == set()
-    assert "\\x1b[31mred.png" in done.stderr
+def test_messages_show_no_controls_of_file_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", f"{tmp_path}/\x1b[31mred.png"]) == 2
+    shown = capsys.readouterr().err
+    assert controls(shown) == set()
+    assert "\\x1b[31mred.png" in shown
 
 
-def test_failures_are_documents_too(tmp_path: Path) -> None:
+def test_failures_are_documents_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command, type_, status in (
-        ("tiue inspect nothing.png --format json", "UsageError", 2),
-        ("tiue generate --nonsense --format=json", "UsageError", 2),
-        (f"tiue generate --prompts {tmp_path}/none.txt --format json", "PromptError", 1),
+        ("inspect nothing.png --format json", "UsageError", 2),
+        ("generate --nonsense --format=json", "UsageError", 2),
+        (f"generate --prompts {tmp_path}/none.txt --format json", "PromptError", 1),
     ):
-        done = shell(command)
-        assert done.returncode == status
-        error = json.loads(done.stdout)["error"]
+        assert cli.main(command.split()) == status
+        error = json.loads(capsys.readouterr().out)["error"]
         assert (error["type"], sorted(error)) == (type_, ["hint", "message", "type"])
 
 
@@ -136,10 +145,11 @@ def test_sigterm_unwinds_with_status_143(tmp_path: Path) -> None:
         ("--sead 3", "--seed"),
     ],
 )
-def test_options_of_other_programs_get_their_name_here(words: str, said: str) -> None:
-    done = shell(f"tiue generate a {words} --format json")
-    assert done.returncode == 2
-    assert said in json.loads(done.stdout)["error"]["message"]
+def test_options_of_other_programs_get_their_name_here(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["generate", "a", *words.split(), "--format", "json"]) == 2
+    assert said in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
 def test_help_speaks_no_python(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

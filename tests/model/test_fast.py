@@ -26,9 +26,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shared", [False, True], ids=["plain", "shared"])
-@pytest.mark.parametrize("name", TINY_UNETS)
+# Both networks with both decoders; of each variant both networks, one decoder each.
+CASES = [
+    *((name, shared, "") for name in TINY_UNETS for shared in (False, True)),
+    *((name, name == "sd15", variant) for variant in VARIANTS if variant for name in TINY_UNETS),
+]
+
+
+@pytest.mark.parametrize(("name", "shared", "variant"), CASES)
 @torch.no_grad()
 def test_fast_unet_equals_the_split_unet(name: str, shared: bool, variant: str) -> None:
     unet = tiny_unet(name, dtype=torch.float64, **VARIANTS[variant])

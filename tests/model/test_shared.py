@@ -34,9 +34,12 @@ def both(unet: UNet2DConditionModel, *, merged: bool) -> tuple[UNetDecoder, Shar
     return UNetDecoder(unet), SharedUNetDecoder(unet, merged_upsampler=merged)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+# Single precision adds rounding and nothing else: one size shows it.
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [((16, 16), torch.float64), ((9, 7), torch.float64), ((5, 12), torch.float64), ((9, 7), torch.float32)],
+)
 @pytest.mark.parametrize("merged", [False, True], ids=["nearest", "merged"])
-@pytest.mark.parametrize("size", [(16, 16), (9, 7), (5, 12)])
 @pytest.mark.parametrize("name", TINY_UNETS)
 def test_shared_decoder_equals_plain_decoder(
     name: str, size: tuple[int, int], merged: bool, dtype: torch.dtype

@@ -6,6 +6,7 @@ export cannot pass for a fresh one.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -74,9 +75,12 @@ def exported(student: Path, **options: Any) -> Path:
     from tiue_cli.export.onnx.export import export_student
 
     folder = _cache() / _key(student, options) / "export"
-    if not (folder / EXPORT_MANIFEST).is_file():
-        # Written aside and renamed by the export itself: two test runs at once do not meet half an export.
-        export_student(ExportConfig(student=str(student), out=folder, overwrite=True, **options))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Several processes share a test run: the second one waits for the first one's export.
+    with (folder.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / EXPORT_MANIFEST).is_file():
+            export_student(ExportConfig(student=str(student), out=folder, overwrite=True, **options))
     return folder
 
 
