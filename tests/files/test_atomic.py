@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,7 @@ from tiue_cli.files.atomic import atomic_file, atomic_folder
 from tiue_cli.files.hashes import sha256_file, sha256_folder
 from tiue_cli.files.manifests import read_manifest, write_json
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
-from tiue_cli.files.temporary import UNTOUCHED_S, remove_leftovers
+from tiue_cli.files.temporary import UNTOUCHED_S, remove_leftovers, temporary_folder
 
 FIELDS: dict[str, Any] = {
     "decoder_timesteps": (751, 501, 251, 1),
@@ -395,6 +396,21 @@ def test_what_another_machine_or_an_older_version_left_goes_after_a_day(tmp_path
     os.utime(left, (day_ago, day_ago))
     remove_leftovers(tmp_path)
     assert not left.exists()
+
+
+def test_a_killed_runs_temporary_folder_goes_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import os, signal; from tiue_cli.files.temporary import temporary_folder\n"
+        "with temporary_folder('tiue-bench') as folder:\n"
+        "    (folder / 'graph').write_bytes(b'x')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+    (left,) = tmp_path.iterdir()
+    with temporary_folder("tiue-bench") as folder, temporary_folder("tiue-bench") as other:
+        assert not left.exists() and folder != other and folder.is_dir()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +35,19 @@ def temporary_sibling(path: Path) -> Path:
     stem = os.fsencode(path.stem)[:_STEM_BYTES].decode(errors="ignore")
     suffix = path.suffix if len(os.fsencode(path.suffix)) <= _SUFFIX_BYTES else ""
     return path.parent / f".{stem}.{_machine()}-{os.getpid()}.{secrets.token_hex(4)}.tmp{suffix}"
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder in the system's place for temporary files, removed at the end; with those that killed runs left."""
+    place = Path(tempfile.gettempdir())
+    remove_leftovers(place)
+    folder = temporary_sibling(place / name)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,11 +9,9 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -39,6 +37,7 @@ from tiue_cli.bench.subjects.models import LoadedModel, check_same_size, student
 from tiue_cli.bench.subjects.peers import PeerSubject, load_peer, pipeline_bytes
 from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, UsageError
+from tiue_cli.files.temporary import temporary_folder
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER
 
@@ -340,7 +339,7 @@ class _Opener:
         found = find_export_of(model, precision=opened.precision, size=opened.size, vae=self._config.vae)
         if isinstance(found, ReadyExport) or not asked:
             return found
-        folder = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="tiue-bench-")))
+        folder = self._stack.enter_context(temporary_folder("tiue-bench"))
         return export_now(model, folder, precision=opened.precision, size=opened.size, say=self._say)
 
     def _with_engine(self, ready: ReadyExport, *, asked: bool) -> ReadyExport:
