@@ -101,11 +101,23 @@ def test_sizes_and_steps_that_do_not_fit(tiny: Path) -> None:
         assert "1, 2, 3, 4" in str(caught.value)
 
 
-def test_latents_that_are_no_numbers_are_an_error(tiny: Path) -> None:
-    noise = draw_noise([0], (4, 8, 8))
-    noise[0, 0, 0, 0] = np.nan
-    with OnnxBackend(tiny, provider="cpu") as backend, pytest.raises(DeviceError, match="produced NaN or infinity"):
-        backend.generate(["a star"], noise)
+@pytest.mark.parametrize("part", ["text encoder", "UNet encoder", "UNet decoder"])
+def test_latents_that_are_no_numbers_are_an_error_of_the_first_part_to_blame(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    with OnnxBackend(tiny, provider="cpu") as backend:
+        run = backend._run
+
+        def spoiled(name: str, size: Any, inputs: Any) -> dict[str, Any]:
+            found = run(name, size, inputs)
+            if name != part.lower().replace(" ", "_"):
+                return found
+            arrays = {key: np.full_like(backend._array(value), np.nan) for key, value in found.items()}
+            return {key: onnxruntime.OrtValue.ortvalue_from_numpy(array) for key, array in arrays.items()}
+
+        monkeypatch.setattr(backend, "_run", spoiled)
+        with pytest.raises(DeviceError, match=f"the {part} produced NaN or infinity in fp32"):
+            backend.generate(["a star"], draw_noise([0], (4, 8, 8)))
 
 
 def test_what_lies_on_the_device_is_not_copied(tiny: Path) -> None:

@@ -135,6 +135,21 @@ def test_sigterm_unwinds_with_status_143(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "a", "--model", ""],
+        ["generate", "a", "--out="],
+        ["distill", "--out", " ", "--dry-run"],
+        ["bench", "papercut", "--compare", ""],
+    ],
+)
+def test_an_empty_path_is_not_this_folder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a script's variable that was not set; to Python an empty path is the working directory."""
+    assert cli.main(words) == 2
+    assert "was given an empty value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ("--negative-prompt fog", "no negative prompts"),
@@ -143,6 +158,9 @@ def test_sigterm_unwinds_with_status_143(tmp_path: Path) -> None:
         ("--device mps", "'mps' is not supported"),
         ("--device cuda:1", "CUDA_VISIBLE_DEVICES=1"),
         ("--sead 3", "--seed"),
+        ("--num_inference_steps 20", "--teacher-steps N"),
+        ("--cfg 7", "--guidance G"),
+        ("--ckpt x", "--model FOLDER"),
     ],
 )
 def test_options_of_other_programs_get_their_name_here(

@@ -143,8 +143,16 @@ class ExportBackend(ABC, Generic[_Graph]):
         latents = self._array(self._run("unet_decoder", size, inputs)["latents"])
         report(0.75)
         if not np.isfinite(latents).all():
-            raise DeviceError(f"the UNet decoder produced NaN or infinity in {self.dtype}", hint=self._finite_hint)
+            # Every later part passes them on: the first one is to blame.
+            made = {"text encoder": text_states, "UNet encoder": features}
+            part = next((part for part, values in made.items() if not self._finite(values)), "UNet decoder")
+            raise DeviceError(f"the {part} produced NaN or infinity in {self.dtype}", hint=self._finite_hint)
         return latents
+
+    def _finite(self, values: Mapping[str, Any]) -> bool:
+        import numpy as np
+
+        return all(bool(np.isfinite(self._array(value)).all()) for value in values.values())
 
     @property
     def _finite_hint(self) -> str:

@@ -166,7 +166,7 @@ class TrtBackend:
         results = chain.run(inputs, outputs)
         if not np.isfinite(results["latents"]).all():
             raise DeviceError(
-                f"the UNet decoder produced NaN or infinity in {self.dtype}",
+                f"the UNet or the text encoder produced NaN or infinity in {self.dtype}",
                 hint="export it with --precision fp32, and build the engine again",
             )
         return results

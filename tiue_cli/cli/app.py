@@ -18,7 +18,7 @@ from tiue_cli.base.text import excerpt, visible
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
 from tiue_cli.cli.bulk import with_shard_size
 from tiue_cli.cli.streams import prepare_streams
-from tiue_cli.errors import TiueError, full_installation
+from tiue_cli.errors import TiueError, UsageError, full_installation
 from tiue_cli.files.access import access_error
 from tiue_cli.files.atomic import terminated_as_interrupt
 
@@ -103,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     format_ = _format_of(words)
     try:
+        _refuse_empty_values(words)
         with full_installation("this command"):
             return app(args=list(words), prog_name="tiue", standalone_mode=False) or 0
     except SystemExit as stop:
@@ -126,6 +127,23 @@ def _run(words: Sequence[str]) -> int:
         if console.debugging():
             raise
         return _fault(error, format_)
+
+
+_PATHS = frozenset(
+    {
+        *("--out", "-o", "--model", "--vae", "--lora", "--prompts", "--config", "--teacher", "--triton", "--profile"),
+        *("--render", "--compare", "--reference", "--extractor", "--clip", "--keep-images"),
+    }
+)
+
+
+def _refuse_empty_values(words: Sequence[str]) -> None:
+    """An empty path would be this folder to Python; it is a variable of a script that was not set."""
+    options = words[: words.index("--")] if "--" in words else words
+    given = [*itertools.pairwise(options), *((word[:-1], "") for word in options if word.endswith("="))]
+    for option, value in given:
+        if option in _PATHS and not value.strip():
+            raise UsageError(f"{option} was given an empty value", hint=f"give a name, or leave {option} out")
 
 
 def _fault(error: Exception, format_: console.Format) -> int:

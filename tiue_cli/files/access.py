@@ -42,7 +42,9 @@ _SPECIAL = (
 
 
 def user_path(text: str | Path, *, error: type[TiueError] = AccessError) -> Path:
-    """``text`` as a path, with ``~`` and ``~user`` expanded. Raises ``error`` for a user that there is not, and NUL."""
+    """``text`` as a path, with ``~`` and ``~user`` expanded. Raises ``error`` for an unknown user, NUL, and ""."""
+    if text == "":  # to Path it is this folder
+        raise error("a path is empty", hint="give a file or folder")
     if "\0" in str(text):
         raise error(f"{str(text)!r} is not a path: it contains a NUL character", hint="check the path")
     try:

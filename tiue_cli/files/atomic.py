@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -140,7 +141,7 @@ def _swap_in(temporary: Path, path: Path) -> None:
     if exchange(temporary, path):
         shutil.rmtree(temporary, ignore_errors=True)
         return
-    old = path.with_name(f".{path.name[:_OLD_NAME_CHARS]}{_OLD_SUFFIX}")
+    old = _aside(path)
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     try:
@@ -151,12 +152,21 @@ def _swap_in(temporary: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-_OLD_NAME_CHARS = 60
+def _aside(path: Path) -> Path:
+    """Where the old folder lies while two renames put the new one in its place; one name for each ``path``."""
+    name = path.name
+    if len(os.fsencode(name)) > _NAME_BYTES:
+        name = f"{name[:_KEPT_CHARS]}-{hashlib.sha256(os.fsencode(name)).hexdigest()[:8]}"
+    return path.with_name(f".{name}{_OLD_SUFFIX}")
+
+
+_NAME_BYTES = 200
+_KEPT_CHARS = 40
 
 
 def _recover(path: Path) -> None:
     """Put back the folder that a run had moved aside when it was killed."""
-    old = path.with_name(f".{path.name[:_OLD_NAME_CHARS]}{_OLD_SUFFIX}")
+    old = _aside(path)
     with contextlib.suppress(OSError):
         if not os.path.lexists(path) and old.is_dir():
             old.rename(path)

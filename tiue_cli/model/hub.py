@@ -34,6 +34,7 @@ TEACHER_GUIDANCE = 7.5
 """Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_HUB_PAGE = re.compile(rf"https?://(?:www\.)?huggingface\.co/({_HUB_ID.pattern})")
 _CONFIG_PATTERNS = (
     "model_index.json",
     "tiue.json",
@@ -111,10 +112,11 @@ def is_hub_id(source: str | Path) -> bool:
 def _local(source: str | Path) -> Path:
     path = user_path(source, error=ModelFolderError)
     if not exists(path, error=ModelFolderError):
-        names = _similar(path)
+        names, page = _similar(path), _HUB_PAGE.match(str(source))
+        hint = f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME"
         raise ModelFolderError(
-            f"model folder {path} does not exist",
-            hint=f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME",
+            f"model folder {source if page else path} does not exist",
+            hint=f"of a page of the hub give the id: {page[1]}" if page else hint,
         )
     run, student = path / RUN_MANIFEST, path / "student"
     if is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError):
