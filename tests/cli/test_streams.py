@@ -170,9 +170,27 @@ def test_options_of_other_programs_get_their_name_here(
     assert said in json.loads(capsys.readouterr().out)["error"]["message"]
 
 
-def test_help_speaks_no_python(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        "",
+        "generate",
+        "serve",
+        "inspect",
+        "doctor",
+        "export",
+        "distill",
+        "bench",
+        "recipes",
+        "recipes ls",
+        "recipes copy",
+    ],
+)
+def test_help_speaks_no_python(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    assert cli.main(["generate", "--help"]) == 0
+    assert cli.main([*command.split(), "--help"]) == 0
     shown = capsys.readouterr().out
     assert "list[str]" not in shown and "<bool>" not in shown and "92233" not in shown
     assert max(map(len, shown.splitlines())) <= 80

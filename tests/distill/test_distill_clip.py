@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers import build_tokenizer, seeded_noise, tiny_vae
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from tiue_cli.distill.clip import ClipLoss, make_clip_loss
@@ -123,6 +125,17 @@ def test_run_with_clip_loss_anneals_it_by_optimiser_steps(
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     # Two steps of warm start, two with a weight of 0.1 and 0.05, then none.
     assert ["clip" in line for line in lines] == [False, False, True, True, False]
+
+
+def test_clip_model_without_some_weights_is_refused(clip_folder: Path, tmp_path: Path) -> None:
+    """The library would draw them at random, and say so in a log."""
+    shutil.copytree(clip_folder, tmp_path / "clip")
+    file = tmp_path / "clip" / "model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[-1]
+    save_file({key: weight for key, weight in weights.items() if key != name}, file, metadata={"format": "pt"})
+    with pytest.raises(ModelFolderError, match=f"the weights lack {name}"):
+        make_loss(tmp_path / "clip", 0.35)
 
 
 def test_clip_model_that_is_not_there_is_named(tmp_path: Path) -> None:

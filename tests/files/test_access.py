@@ -12,6 +12,8 @@ import PIL.Image  # noqa: F401
 import pytest
 from permissions import open_folder, unprivileged
 
+from tiue_cli.bench.quality.extractors import open_extractor
+from tiue_cli.bench.quality.references import _load_npz
 from tiue_cli.cli.inspection import inspect_source
 from tiue_cli.distill.data.prompts import read_training_prompts
 from tiue_cli.distill.resolve import config_layer, copy_recipe
@@ -24,11 +26,13 @@ from tiue_cli.files.exports import is_export_folder
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.png import read_pixels, read_text_chunks
 from tiue_cli.files.students import StudentManifest
+from tiue_cli.generate.bulk.rows import estimated_rows, read_rows
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.generate.target import find_export
 from tiue_cli.model.folder import check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.weights import read_json
+from tiue_cli.serve.security import read_keys
 
 
 def write_file(path: Path) -> None:
@@ -47,6 +51,12 @@ READERS: dict[str, Callable[[Path], object]] = {
     "generate --vae": lambda path: check_vae_folder(resolve_vae(str(path))),
     "generate --prompts": lambda path: read_prompts(path.with_suffix(".txt")),
     "export": lambda path: ExportConfig(student=str(path)).folder,
+    "generate --shards": lambda path: list(read_rows(str(path.with_suffix(".txt")))),
+    "generate --shards, CSV": lambda path: list(read_rows(str(path.with_suffix(".csv")))),
+    "generate --shards, counted": lambda path: estimated_rows(str(path.with_suffix(".csv"))),
+    "serve --api-keys": lambda path: read_keys(path),
+    "bench --reference": lambda path: _load_npz(path.with_suffix(".npz")),
+    "bench --extractor": lambda path: open_extractor(path.with_suffix(".onnx"), papercut=False),
     "distill --prompts": lambda path: read_training_prompts(str(path.with_suffix(".txt"))),
     "distill --config": lambda path: config_layer(str(path.with_suffix(".yaml"))),
     "distill --out": lambda path: check_out_folder(path, resume=False),
@@ -60,7 +70,16 @@ READERS: dict[str, Callable[[Path], object]] = {
     "writing a file": write_file,
     "writing a folder": write_folder,
 }
-MISSING_IS_FINE = {"export", "distill --out", "recipes copy", "an export", "writing a file", "writing a folder"}
+SUFFIXES = ("", ".txt", ".yaml", ".csv", ".npz", ".onnx")
+MISSING_IS_FINE = {
+    "generate --shards, counted",
+    "export",
+    "distill --out",
+    "recipes copy",
+    "an export",
+    "writing a file",
+    "writing a folder",
+}
 
 
 @pytest.fixture
@@ -85,8 +104,8 @@ def test_a_name_that_cannot_be_is_an_error_of_the_tree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for link in ("loop", "loop.txt", "loop.yaml"):
-        Path(link).symlink_to(link)
+    for suffix in SUFFIXES:
+        Path(f"loop{suffix}").symlink_to(f"loop{suffix}")
     if name.startswith("~") and reader in MISSING_IS_FINE | {"distill --resume"}:
         pytest.skip("there a tilde is a letter like any other, as the shell expands it")
     if name == "loop" and reader.startswith("writing a file"):
@@ -99,7 +118,7 @@ def test_a_name_that_cannot_be_is_an_error_of_the_tree(
 @pytest.mark.parametrize("what", ["fifo", "socket", "device"])
 def test_what_is_no_regular_file_is_refused_and_never_waited_for(tmp_path: Path, reader: str, what: str) -> None:
     path = tmp_path / "x"
-    for name in (path, path.with_suffix(".txt"), path.with_suffix(".yaml")):
+    for name in (path.with_suffix(suffix) for suffix in SUFFIXES):
         if what == "fifo":
             os.mkfifo(name)
         elif what == "device":

@@ -267,7 +267,10 @@ def _hub_cache() -> Path:
     if (cache := os.environ.get("HF_HUB_CACHE")) is not None:
         return Path(cache)
     home = os.environ.get("HF_HOME", str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"))
-    return Path(home).expanduser() / "hub"
+    try:
+        return Path(home).expanduser() / "hub"
+    except RuntimeError:  # a user that there is not
+        return Path(home) / "hub"
 
 
 def _mebibytes(text: str) -> int | None:

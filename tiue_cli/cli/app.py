@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperArgument, TyperCommand
 
 from tiue_cli import __version__
 from tiue_cli.base.text import excerpt, visible
 from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
-from tiue_cli.cli.bulk import with_shard_size
+from tiue_cli.cli.help_text import Command, Group
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, UsageError, full_installation
 from tiue_cli.files.access import access_error
@@ -24,6 +23,7 @@ from tiue_cli.files.atomic import terminated_as_interrupt
 
 app = typer.Typer(
     name="tiue",
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -39,25 +39,6 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         console.show_version(__version__)
         raise typer.Exit
-
-
-class _Command(TyperCommand):
-    """Without Python's types in its help: ``--grid`` is not ``<bool>``, and ``PROMPT`` is not ``<list[str]>``."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        for parameter in self.params:
-            if isinstance(parameter, TyperArgument) or getattr(parameter, "is_flag", False):
-                vars(parameter)["display_type_rich"] = lambda ctx: None
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        return super().parse_args(ctx, with_shard_size(args))
-
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if option is not None:
-            vars(option)["display_type_rich"] = lambda ctx: None
-        return option
 
 
 @app.callback(
@@ -84,7 +65,7 @@ for _module, _command in (
     (distill, distill.distill),
     (bench, bench.bench),
 ):
-    app.command(epilog=_examples(*_module.EXAMPLES), cls=_Command)(_command)
+    app.command(epilog=_examples(*_module.EXAMPLES), cls=Command)(_command)
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -25,7 +25,7 @@ from tiue_cli.bench.config import (
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, DeviceOption, FormatOption
 from tiue_cli.errors import UsageError
-from tiue_cli.model.noise import MAX_SEED
+from tiue_cli.model.noise import check_seed
 
 if TYPE_CHECKING:
     from tiue_cli.base.events import BenchEvent
@@ -121,9 +121,7 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .jsonl. Without it: captions of papercut.")
     ] = _BENCH.prompts,
-    seed: Annotated[
-        int, typer.Option(metavar="N", min=0, max=MAX_SEED, help="Image number i uses seed + i.")
-    ] = _BENCH.seed,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, help="Image number i uses seed + i.")] = _BENCH.seed,
     no_latency: Annotated[
         bool, typer.Option("--no-latency", help="Measure quality only; time nothing.", rich_help_panel=_QUALITY)
     ] = not _BENCH.latency,
@@ -240,7 +238,7 @@ def bench(
             random_weights=random_weights,
             peers=tuple(parse_peer(text) for text in peers or ()),
             prompts=prompts,
-            seed=seed,
+            seed=check_seed(seed),
             threads=threads,
             out=_BENCH.out if out is None else out,
             latency=not no_latency,

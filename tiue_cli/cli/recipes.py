@@ -9,12 +9,13 @@ from typing import Annotated
 import typer
 
 from tiue_cli.cli.console import Console
+from tiue_cli.cli.help_text import Command, Group
 from tiue_cli.cli.options import FormatOption
 
-app = typer.Typer(no_args_is_help=True, help="Settings of tiue distill that ship with it.")
+app = typer.Typer(cls=Group, no_args_is_help=True, help="Settings of tiue distill that ship with it.")
 
 
-@app.command("ls")
+@app.command("ls", cls=Command)
 def recipes_ls(format_: FormatOption = "human") -> None:
     """List the recipes."""
     from tiue_cli.distill.resolve import all_recipes
@@ -22,7 +23,7 @@ def recipes_ls(format_: FormatOption = "human") -> None:
     show_recipes(Console(format_), {recipe.name: recipe.summary for recipe in all_recipes()})
 
 
-@app.command("show")
+@app.command("show", cls=Command)
 def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print a recipe's YAML; what it does not set has tiue's defaults."""
     from tiue_cli.distill.resolve import find_recipe
@@ -30,7 +31,7 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     Console().text(find_recipe(name).text)
 
 
-@app.command("copy")
+@app.command("copy", cls=Command)
 def recipes_copy(
     name: Annotated[str, typer.Argument(metavar="NAME")], path: Annotated[Path, typer.Argument(metavar="FILE.yaml")]
 ) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tiue_cli.cli.console import Console
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.export.triton.pbtxt import TritonBackend
+from tiue_cli.files.access import has_file
 from tiue_cli.files.exports import ENGINE_MANIFEST, is_export_folder
 
 TRITON = "Triton"
@@ -33,7 +34,7 @@ def export_of(source: Path) -> Path | None:
     if is_export_folder(source):
         return source
     parent = source.resolve().parent
-    return parent if (source / ENGINE_MANIFEST).is_file() and is_export_folder(parent) else None
+    return parent if has_file(source / ENGINE_MANIFEST, error=ManifestError) and is_export_folder(parent) else None
 
 
 def run_triton(

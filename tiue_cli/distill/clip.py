@@ -19,8 +19,9 @@ from tiue_cli.distill.config import ClipSettings, DistillConfig
 from tiue_cli.distill.losses import clamped_clip_loss
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.autoencoder import ImageDecoder
-from tiue_cli.model.components import load_vae, quiet
+from tiue_cli.model.components import load_vae
 from tiue_cli.model.hub import resolve_vae
+from tiue_cli.model.pretrained import load_pretrained
 
 # What all of OpenAI's and LAION's CLIP models were trained with (their preprocessor_config.json).
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -88,15 +89,9 @@ def make_clip_loss(
     recompute: bool = False,
 ) -> ClipLoss:
     """Load the CLIP model and the decoder of ``settings``, frozen; see ``ClipLoss``. Raises ModelFolderError."""
-    try:
-        with quiet():
-            clip = CLIPModel.from_pretrained(settings.model, use_safetensors=True)
-            tokenizer = CLIPTokenizer.from_pretrained(settings.model)
-    except (OSError, ValueError) as error:
-        raise ModelFolderError(
-            f"clip.model {settings.model} cannot be loaded: {str(error).splitlines()[0]}",
-            hint="give a CLIPModel's folder or hub id with safetensors, or set clip.weight=0",
-        ) from error
+    what, hint = f"clip.model {settings.model}", "give a CLIPModel's folder or hub id, or set clip.weight=0"
+    clip = load_pretrained(CLIPModel, settings.model, what=what, hint=hint, error=ModelFolderError)
+    tokenizer = load_pretrained(CLIPTokenizer, settings.model, what=what, hint=hint, error=ModelFolderError)
     vae: Any = teacher_vae if settings.vae is None else load_vae(resolve_vae(settings.vae))
     for module in (clip, vae):
         module.requires_grad_(False).eval().to(device)

@@ -28,6 +28,7 @@ from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.autoencoder import ImageDecoder, latent_size
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.pretrained import load_pretrained
 from tiue_cli.model.student import choose_timesteps, refuse_student
 from tiue_cli.model.weights import read_json
 
@@ -171,13 +172,13 @@ class _FakeClip:
     """The CLIP loss without numbers. Made within a FakeTensorMode."""
 
     def __init__(self, config: DistillConfig, info: ModelInfo, batch: int, *, half: bool) -> None:
-        try:
-            clip_config: Any = CLIPConfig.from_pretrained(config.clip.model)
-        except (OSError, ValueError) as error:
-            raise ModelFolderError(
-                f"clip.model {config.clip.model} cannot be read: {str(error).splitlines()[0]}",
-                hint="give a CLIPModel's folder or hub id, or set clip.weight=0",
-            ) from error
+        clip_config = load_pretrained(
+            CLIPConfig,
+            config.clip.model,
+            what=f"clip.model {config.clip.model}",
+            hint="give a CLIPModel's folder or hub id, or set clip.weight=0",
+            error=ModelFolderError,
+        )
         clip: Any = CLIPModel(clip_config)
         vae = _fake_vae(info.path if config.clip.vae is None else resolve_vae(config.clip.vae))
         decoder, shape = ImageDecoder(vae), _latent_shape(config, info)

@@ -28,6 +28,7 @@ from tiue_cli.files.access import has_file, is_file, kind_of, list_folder, read_
 from tiue_cli.files.atomic import atomic_file, check_writable, output_error
 from tiue_cli.files.lock import NoLocksError, held_lock
 from tiue_cli.files.manifests import read_manifest, write_json
+from tiue_cli.files.structured import parse_json
 from tiue_cli.files.students import RUN_MANIFEST
 
 LEFTOVERS = ".*.tmp*"
@@ -93,7 +94,7 @@ class RunFolder:
 def _step_of(line: str) -> float:
     """The step of a log line; infinite for the half line that a kill left."""
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

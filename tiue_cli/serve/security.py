@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tiue_cli.errors import UsageError
+from tiue_cli.files.access import read_bytes
 from tiue_cli.serve.config import BODY_TIMEOUT_S, MAX_BODY_BYTES, ServeConfig, is_loopback
 from tiue_cli.serve.failures import RequestFailure, failure_response
 
@@ -36,14 +37,15 @@ _HEADERS = {
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
 _SHORTEST_KEY = 16
+_KEYS_BYTES = 2**20
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """SHA-256 of each key in ``path``, one a line; lines that begin with # are comments. Raises UsageError."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        lines = read_bytes(path, error=UsageError, limit_bytes=_KEYS_BYTES).decode("utf-8").splitlines()
+    except (FileNotFoundError, UnicodeDecodeError) as error:
+        reason = "it does not exist" if isinstance(error, OSError) else "it is not UTF-8"
         raise UsageError(f"{path} cannot be read: {reason}", hint="give a text file with one key a line") from None
     keys = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
     if not keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny_export import write_tiny_export
 
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.tokenizer import PromptTokenizer
-from tiue_cli.errors import OutputError, UsageError
+from tiue_cli.errors import ManifestError, OutputError, UsageError
 from tiue_cli.export.triton.repository import TRITON_MANIFEST, write_repository
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.model.noise import draw_noise
@@ -34,6 +35,19 @@ def configs(repository: Path) -> dict[str, Any]:
     for path in sorted(repository.glob("*/config.pbtxt")):
         found[path.parent.name] = text_format.Parse(path.read_text(), model_config_pb2.ModelConfig())
     return found
+
+
+def test_a_graph_that_is_no_onnx_is_one_clear_error(export: Path, tmp_path: Path) -> None:
+    """Its hash is right, so that it was exported like this, or the manifest was changed with it."""
+    folder = tmp_path / "export"
+    shutil.copytree(export, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    file = next(graph["onnx"] for graph in manifest["graphs"] if graph["name"] == "unet_decoder")
+    (folder / file["file"]).write_bytes(b"\xff" * 100)
+    file |= {"sha256": sha256_file(folder / file["file"]), "size_bytes": 100}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError, match="cannot be read as ONNX"):
+        write_repository(folder, tmp_path / "repository")
 
 
 @pytest.mark.parametrize("backend", ["onnx", "tensorrt", "python"])

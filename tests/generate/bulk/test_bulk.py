@@ -36,6 +36,7 @@ from tiue_cli.generate.prompts import PromptRow
 parquet = pytest.importorskip("pyarrow.parquet")
 import pyarrow  # noqa: E402
 from bulk_jobs import data_files, job, prompts_file, run  # noqa: E402
+from permissions import open_folder, unprivileged  # noqa: E402
 
 
 def members(out: Path) -> dict[str, bytes]:
@@ -110,6 +111,27 @@ def test_rows_of_every_kind_of_file_are_the_same(tmp_path: Path, monkeypatch: py
     assert of(tmp_path) == expected * 3 + [("a star", None, None, None)]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO((tmp_path / "a.jsonl").read_bytes())))
     assert of("-") == expected
+
+
+def test_cells_and_folders_that_break_readers_are_rows_and_errors_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text(f"prompt,seed\na star,{'9' * 5000}\na star,7\n")
+    bad, good = read_rows(str(tmp_path / "n.csv"))
+    assert isinstance(bad, BadRow) and "seed" in bad.reason and len(bad.reason) < 300
+    assert isinstance(good, PromptRow) and good.seed == 7
+    below = tmp_path / "more" / "below"
+    below.mkdir(parents=True)
+    os.mkfifo(below / "p.parquet")
+    for reader in (lambda source: list(read_rows(source)), estimated_rows):
+        with pytest.raises(PromptError, match="a FIFO"):
+            reader(str(tmp_path / "more"))
+
+
+def test_a_folder_of_prompts_that_may_not_be_listed_is_not_left_out() -> None:
+    with open_folder() as folder:
+        (folder / "p.txt").write_text("a star\n")
+        (folder / "private").mkdir(mode=0o700 if os.geteuid() == 0 else 0o000)
+        with unprivileged(), pytest.raises(PromptError, match="permission denied"):
+            list(read_rows(str(folder)))
 
 
 def test_bad_rows_are_recorded_and_move_no_other(tiny_export: Path, tmp_path: Path) -> None:

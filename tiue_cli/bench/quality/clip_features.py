@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from tiue_cli.bench.quality.features import Images
 from tiue_cli.errors import QualityError
+from tiue_cli.files.access import has_file
 from tiue_cli.files.hashes import sha256_folder
-from tiue_cli.model.components import quiet
+from tiue_cli.model.pretrained import load_pretrained
 from tiue_cli.model.weights import read_json
 
 _BATCH = 32
@@ -36,17 +36,17 @@ class ClipExtractor:
         has_text = "text_config" in config
         self._model: Any = _load(CLIPModel if has_text else CLIPVisionModelWithProjection, folder).to(self._device)
         self._tokenizer: Any = _load(CLIPTokenizer, folder) if has_text else None
-        has_file = (folder / "preprocessor_config.json").is_file()
+        has_settings = has_file(folder / "preprocessor_config.json", error=QualityError)
         side = int(self._model.config.vision_config.image_size if has_text else self._model.config.image_size)
         self._processor: Any = (
             _load(CLIPImageProcessorPil, folder)
-            if has_file
+            if has_settings
             else CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
         )
         self.name = f"{folder.resolve().name} (CLIP image embeddings)"
         self.sha256 = sha256_folder(folder)
         self.width = int(self._model.config.projection_dim)
-        source = "preprocessor_config.json" if has_file else "OpenAI's settings"
+        source = "preprocessor_config.json" if has_settings else "OpenAI's settings"
         self.resize = f"shorter side to {side}, then centre crop, bicubic, 8 bit ({source})"
 
     @property
@@ -89,7 +89,7 @@ class ClipExtractor:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    if not (folder / "config.json").is_file():
+    if not has_file(folder / "config.json", error=QualityError):
         raise QualityError(f"{folder} holds no config.json", hint=_HINT)
     config = read_json(folder / "config.json")
     if config.get("model_type") not in ("clip", "clip_vision_model"):
@@ -98,18 +98,4 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _load(class_: Any, folder: Path) -> Any:
-    """``from_pretrained`` from files alone, refusing weights that are missing (the library would draw them)."""
-    is_model = issubclass(class_, torch.nn.Module)
-    extra = {"use_safetensors": True, "output_loading_info": True} if is_model else {}
-    try:
-        with quiet():
-            loaded = class_.from_pretrained(folder, local_files_only=True, **extra)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise QualityError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}", hint=_HINT) from error
-    if not is_model:
-        return loaded
-    model, info = loaded
-    absent = sorted(map(str, info["missing_keys"]))
-    if absent:
-        raise QualityError(f"{folder}: the weights lack {absent[0]}", hint=_HINT)
-    return model.eval()
+    return load_pretrained(class_, folder, what=str(folder), hint=_HINT, error=QualityError, local_files_only=True)

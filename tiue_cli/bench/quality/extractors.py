@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tiue_cli.bench.quality.features import Extractor, Images
 from tiue_cli.errors import UsageError
+from tiue_cli.files.access import kind_of
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.papercut.checker import FEATURES, WEIGHTS, embed
 from tiue_cli.papercut.evaluation import shipped_checker
@@ -72,14 +73,15 @@ def open_extractor(source: Path | None, *, papercut: bool) -> Extractor:
         if not papercut:
             raise UsageError("the quality of these pictures needs a feature extractor", hint=_EXTRACTOR_HINT)
         return PapercutChecker()
-    if not source.exists():
+    kind = kind_of(source, error=UsageError)
+    if kind == "nothing":
         raise UsageError(f"--extractor {source} does not exist", hint=_EXTRACTOR_HINT)
     # Here, because both know this module's types.
     from tiue_cli.bench.quality.clip_features import ClipExtractor
     from tiue_cli.bench.quality.onnx_features import OnnxExtractor
 
-    if source.is_dir():
+    if kind == "folder":
         return ClipExtractor(source)
-    if source.suffix == ".onnx":
+    if kind == "file" and source.suffix == ".onnx":
         return OnnxExtractor(source)
     raise UsageError(f"--extractor {source} is neither an .onnx file nor a folder", hint=_EXTRACTOR_HINT)

@@ -20,6 +20,7 @@ from PIL import Image
 from tiue_cli.backends.onnx_session import choose_provider, open_session, run_session, session_errors
 from tiue_cli.bench.quality.features import Images
 from tiue_cli.errors import QualityError
+from tiue_cli.files.access import is_file
 from tiue_cli.files.hashes import sha256_file
 
 PIXELS_KEY, PIXELS = "pixels", "0..255"
@@ -138,7 +139,7 @@ def _sha256(path: Path) -> str:
     names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
     digest = hashlib.sha256(sha256_file(path).encode())
     for name in sorted(names):
-        if not (path.parent / name).is_file():
+        if not is_file(path.parent / name, error=QualityError):
             raise QualityError(f"{path} lacks its weights, {name}", hint="keep both files in one folder")
         digest.update(sha256_file(path.parent / name).encode())
     return sha256_file(path) if not names else digest.hexdigest()

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from tiue_cli.bench.quality.features import Extractor, Images, Resizing
 from tiue_cli.bench.quality.metrics import FeatureSet, Moments
 from tiue_cli.errors import QualityError, UsageError
+from tiue_cli.files.access import kind_of, open_file
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.papercut.captions import SceneSpec
@@ -64,12 +65,13 @@ def open_reference(
                 hint="give --reference FOLDER_OF_IMAGES or --reference STATS.npz",
             )
         return render_reference(specs, extractor=extractor, resizing=resizing, progress=progress)
-    if source.is_dir():
+    kind = kind_of(source, error=UsageError)
+    if kind == "folder":
         return folder_reference(source, extractor=extractor, resizing=resizing, size=size, progress=progress)
-    if source.suffix == ".npz":
+    if kind == "file" and source.suffix == ".npz":
         return read_statistics(source, extractor=extractor, resizing=resizing)
     raise UsageError(
-        f"--reference {source} {'is neither a folder nor an .npz file' if source.exists() else 'does not exist'}",
+        f"--reference {source} {'does not exist' if kind == 'nothing' else 'is neither a folder nor an .npz file'}",
         hint="give a folder of images, or a file of statistics",
     )
 
@@ -173,7 +175,10 @@ def _read(file: Path) -> tuple[Image.Image, bool]:
     """An RGB image, and whether it was one."""
     try:
         # No more formats than are asked for: for EPS Pillow would start Ghostscript.
-        with Image.open(file, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
+        with (
+            open_file(file, error=QualityError) as opened,
+            Image.open(opened, formats=["PNG", "JPEG", "WEBP", "BMP"]) as image,
+        ):
             return image.convert("RGB"), image.mode == "RGB"
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise QualityError(f"{file} cannot be read as an image: {error}", hint="replace or remove it") from error
@@ -249,7 +254,7 @@ def write_statistics(path: Path, reference: Reference, *, extractor: Extractor, 
 
 def _load_npz(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_file(path, error=QualityError) as opened, np.load(opened, allow_pickle=False) as file:
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise ValueError("one array, not an archive of them")
             data = {key: file[key] for key in file.files}

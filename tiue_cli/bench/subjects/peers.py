@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -17,6 +16,7 @@ from tiue_cli.bench.report.schema import Stage, SubjectRecord
 from tiue_cli.bench.subjects.models import DTYPES, parameter_bytes
 from tiue_cli.bench.subjects.torch_subjects import Outcome, Subject
 from tiue_cli.errors import ModelFolderError, UsageError
+from tiue_cli.files.access import exists, is_file, user_path
 from tiue_cli.model.components import quiet
 
 _PARTS = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae")
@@ -135,9 +135,10 @@ def load_peer(peer: PeerSpec, *, device: str, precision: str) -> tuple[Any, floa
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     started = time.perf_counter()
-    path = Path(peer.source).expanduser()
-    looks_local = path.exists() or peer.source.startswith((".", "/", "~")) or peer.source.count("/") != 1
-    if looks_local and not (path / "model_index.json").is_file():
+    path = user_path(peer.source, error=ModelFolderError)
+    like_a_path = peer.source.startswith((".", "/", "~")) or peer.source.count("/") != 1
+    looks_local = like_a_path or exists(path, error=ModelFolderError)
+    if looks_local and not is_file(path / "model_index.json", error=ModelFolderError):
         raise ModelFolderError(
             f"--peer {peer.name}: {path} is not a diffusers folder (no model_index.json)",
             hint="give a folder that diffusers wrote, or a hub id OWNER/NAME",

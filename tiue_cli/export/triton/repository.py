@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tiue_cli import __version__
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.export.triton.pbtxt import Port, Step, TritonBackend, ensemble_config, model_config, port_of
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.exports import GRAPHS, CombineSpec, ExportManifest, GraphSpec, check_files, read_export_manifest
@@ -141,8 +141,12 @@ def _save_with_constants(source: Path, target: Path, combine: CombineSpec) -> No
     """The decoder with ``timesteps`` and ``weights`` as constants; its external weights stay where they are."""
     import numpy as np
     import onnx
+    from google.protobuf.message import DecodeError
 
-    model = onnx.load(source, load_external_data=False)
+    try:
+        model = onnx.load(source, load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ManifestError(f"{source} cannot be read as ONNX: {error}", hint="export the student again") from error
     values: dict[str, Any] = {
         "timesteps": np.array(combine.timesteps, dtype=np.int64),
         "weights": np.array(combine.weights, dtype=np.float32),

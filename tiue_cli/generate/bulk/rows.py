@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
+from tiue_cli.files.access import has_file, kind_of, list_folder, open_file, user_path
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.generate.prompts import PromptRow, check_prompt, row_from_fields, row_from_json
 
@@ -23,6 +25,8 @@ KINDS = (".txt", ".jsonl", ".csv", ".parquet")
 _FIELDS = ("prompt", "seed", "size", "steps")
 _PARQUET_ROWS = 4096
 _SAMPLE_BYTES = 2**20
+_WHOLE = re.compile(r"[0-9]{1,20}")
+"""Python refuses to read a number of thousands of digits."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,24 @@ def read_rows(source: str) -> Iterator[Row]:
 
 def files_of(source: str) -> list[Path]:
     """The files that ``source`` names. Raises UsageError."""
-    path = Path(source).expanduser()
-    if not path.is_dir():
+    path = user_path(source, error=PromptError)
+    if kind_of(path, error=PromptError) != "folder":
         if path.suffix.lower() not in KINDS:
             raise UsageError(f"{path} is none of {', '.join(KINDS)}", hint="give one of these, a folder of them, or -")
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in KINDS and not file.name.startswith("."))
+    found = sorted(_files_below(path))
     if not found:
         raise PromptError(f"{path} holds no {', '.join(KINDS)} file", hint="check the folder given to --prompts")
     return found
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of all kinds, in folders below as well; one that may not be listed is an error, and never left out."""
+    for path in list_folder(folder, error=PromptError):
+        if not path.is_symlink() and kind_of(path, error=PromptError) == "folder":
+            yield from _files_below(path)
+        elif path.suffix.lower() in KINDS and not path.name.startswith("."):
+            yield path
 
 
 def estimated_rows(source: str) -> int | None:
@@ -77,9 +90,9 @@ def estimated_rows(source: str) -> int | None:
 def _line_count(file: Path) -> int:
     try:
         size = file.stat().st_size
-        with file.open("rb") as opened:
+        with open_file(file, error=PromptError) as opened:
             sample = opened.read(_SAMPLE_BYTES)
-    except OSError:  # reading its rows says what is wrong
+    except FileNotFoundError:  # reading its rows says so
         return 0
     ends = max(sample.count(b"\n"), sample.count(b"\r")) + (not sample.endswith((b"\n", b"\r")))
     return round(ends * size / len(sample)) if sample else 0
@@ -140,13 +153,15 @@ def _typed(cells: Mapping[str, str]) -> dict[str, object]:
         if name == "prompt":
             found[name] = text
         elif text.strip():
-            found[name] = int(text) if text.strip().isascii() and text.strip().isdigit() else text.strip()
+            found[name] = int(text) if _WHOLE.fullmatch(text.strip()) else text.strip()
     return found
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
     parquet = import_pyarrow("pyarrow.parquet", f"reading {file.name}")
     arrow = import_pyarrow("pyarrow", f"reading {file.name}")
+    if not has_file(file, error=PromptError):
+        raise PromptError(f"{file} does not exist", hint="check the path given to --prompts")
     try:
         table = parquet.ParquetFile(file)
         names = [name for name in table.schema_arrow.names if name in _FIELDS]
@@ -156,8 +171,6 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
             for fields in batch.to_pylist():
                 number += 1
                 yield _row({name: value for name, value in fields.items() if value is not None}, f"{file}:{number}")
-    except FileNotFoundError:
-        raise PromptError(f"{file} does not exist", hint="check the path given to --prompts") from None
     except (OSError, arrow.ArrowException) as error:
         raise PromptError(f"{file} cannot be read: {error}", hint="check the file given to --prompts") from error
 
@@ -165,6 +178,8 @@ def _parquet_rows(file: Path) -> Iterator[Row]:
 def _parquet_count(file: Path) -> int:
     parquet = import_pyarrow("pyarrow.parquet", f"reading {file.name}")
     arrow = import_pyarrow("pyarrow", f"reading {file.name}")
+    if not has_file(file, error=PromptError):
+        return 0
     try:
         return int(parquet.read_metadata(file).num_rows)
     except (OSError, arrow.ArrowException):  # reading its rows says what is wrong
