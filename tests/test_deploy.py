@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tiue_cli.serve.metrics import Metrics
 
-DEPLOY = Path(__file__).resolve().parent.parent / "deploy"
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOY = ROOT / "deploy"
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
@@ -23,6 +28,25 @@ def test_the_dashboard_asks_for_metrics_that_exist() -> None:
     metrics.requests.labels("ok").inc()
     there = set(re.findall(r"^(tiue_\w+)", metrics.text().decode(), re.MULTILINE))
     assert asked and asked <= there
+
+
+def test_the_dockerfile_has_no_finding_of_hadolint() -> None:
+    found = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
+    if found is None:
+        pytest.skip("hadolint is not installed: its wheel is for Linux x86-64")
+    done = subprocess.run([found, "--no-color", DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    bad = subprocess.run([found, "-"], input="FROM python\nRUN cd /src\n", capture_output=True, text=True)
+    assert bad.returncode != 0, "the linter finds nothing in a bad file"
+
+
+def test_the_dockerfile_names_files_and_variants_that_exist() -> None:
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert set(re.findall(r"^FROM \S+ AS (\w+)", text, re.MULTILINE)) == {"export", "cpu", "cuda"}
+    asked = re.findall(r"-r /(requirements/\S+)", text)
+    assert len(asked) == 4 and all((ROOT / name).is_file() for name in asked)
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not {"requirements", "tiue_cli", "README.md", "engines"} & set(ignored) and "!engines/profiles" in ignored
 
 
 def test_the_compose_file_publishes_on_loopback_only() -> None:

@@ -5,15 +5,19 @@ The installing test downloads, so it is of the group ``install`` (``pytest -m in
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -60,7 +64,7 @@ def test_what_pip_is_asked_for_is_what_the_package_asks_for(project: dict[str, A
     assert project["optional-dependencies"]["trt"] == [f"tensorrt>={oldest},<{newest}"]
 
 
-@pytest.mark.parametrize("file", ["runtime.txt", "runtime-cuda.txt"])
+@pytest.mark.parametrize("file", ["runtime.txt", "runtime-cuda.txt", "serve.txt"])
 def test_runtime_ranges_are_those_of_the_package(file: str, project: dict[str, Any]) -> None:
     whole = dict(split(line) for line in project["dependencies"])
     asked = requirements(file)
@@ -129,3 +133,26 @@ def test_an_empty_environment_draws_from_an_export_without_torch(
     assert size_bytes < LARGEST_BYTES, (
         f"{size_bytes / 1000**2:.0f} MB in {len(installed)} packages: {sorted(installed)}"
     )
+
+    run(python, "-m", "pip", "install", "-r", REQUIREMENTS / "serve.txt")
+    words = [tiue, "serve", "export", "--port", "0"]
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            url = server.stdout.readline().strip()
+            served = _served(url, {"prompt": "a red heart", "seed": 3})
+        finally:
+            server.terminate()
+    assert server.returncode == 0
+    np.testing.assert_array_equal(served, drawn[0])
+
+
+def _served(url: str, asked: dict[str, Any]) -> np.ndarray:
+    """The picture that a server sends once it is ready."""
+    answer = httpx.get(f"{url}/readyz", timeout=60)
+    until_s = time.monotonic() + 60
+    while answer.status_code != 200 and time.monotonic() < until_s:
+        time.sleep(0.1)
+        answer = httpx.get(f"{url}/readyz", timeout=60)
+    data = httpx.post(f"{url}/v1/images/generations", json=asked, timeout=60).json()["data"][0]["b64_json"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
