@@ -73,6 +73,26 @@ def test_a_full_batch_does_not_wait_and_none_is_too_large() -> None:
     assert [len(batch) for batch in model.batches] == [8, 8, 4]
 
 
+def test_a_client_that_is_alone_waits_for_company_once() -> None:
+    model = Model()
+    waited_ms: list[float] = []
+
+    async def scenario(batcher: MicroBatcher[int, int]) -> None:
+        for asked in ([1], [2], [3, 4]):  # three requests, one after the other
+            waited_ms.append((await asyncio.gather(*batcher.submit(asked)))[0].queue_ms)
+        model.hold.clear()
+        futures = batcher.submit([5])
+        await asyncio.sleep(0.05)
+        futures += [*batcher.submit([6]), *batcher.submit([7])]  # two that come while the model is busy
+        model.hold.set()
+        assert await results(futures) == [10, 12, 14]
+        waited_ms.append((await asyncio.gather(*batcher.submit([8])))[0].queue_ms)
+
+    run(model, scenario, max_wait_ms=400.0)
+    assert model.batches == [[1], [2], [3, 4], [5], [6, 7], [8]]
+    assert [wait >= 399 for wait in waited_ms] == [True, False, False, True]
+
+
 def test_the_event_loop_goes_on_while_the_model_computes() -> None:
     model = Model()
 

@@ -82,6 +82,7 @@ class MicroBatcher(Generic[_Item, _Result]):
         self._loop_task: asyncio.Task[None] | None = None
         self._running = 0
         self._closing = False
+        self._expects_company = True
         self._item_s = 0.05
         """Seconds an image took lately; what Retry-After is worked out from."""
 
@@ -167,10 +168,10 @@ class MicroBatcher(Generic[_Item, _Result]):
     async def _gather(self, key: Hashable) -> None:
         """Wait for company until the batch is full or its oldest item has waited ``max_wait_ms``.
 
-        A request on an idle server gains nothing from the wait unless others come: it waits all the same, because
-        those others would otherwise wait for a whole run of it.
+        Not where the last batch was of one request: a client that is alone would wait for nobody, every time. Should
+        others have come meanwhile, they share a batch as soon as the model is free.
         """
-        while not self._closing:
+        while not self._closing and self._expects_company:
             queue = self._waiting.get(key)
             if not queue:
                 return
@@ -196,6 +197,8 @@ class MicroBatcher(Generic[_Item, _Result]):
     async def _run(self, key: Hashable, batch: list[_Waiting[_Item, _Result]]) -> None:
         started_s = time.perf_counter()
         self._running = len(batch)
+        # What one request asks for is queued at one time.
+        self._expects_company = len({waiting.since_s for waiting in batch}) > 1
         try:
             items = [waiting.item for waiting in batch]
             results = await asyncio.get_running_loop().run_in_executor(self._thread, self._draw, items)
