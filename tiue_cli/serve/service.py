@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tiue_cli.backends.stages import listening
+from tiue_cli.base.machine import usable_cores
 from tiue_cli.errors import TiueError
 from tiue_cli.files.png import ImageRecord
 from tiue_cli.generate.drawing import Request
@@ -28,8 +29,8 @@ from tiue_cli.serve.metrics import Metrics
 
 _T = TypeVar("_T")
 
-ENCODERS = 2
-"""Threads that encode; Pillow lets go of the interpreter while it compresses."""
+MOST_ENCODERS = 16
+"""Threads that encode, where there are as many cores; Pillow lets go of the interpreter while it compresses."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Service:
         self.failed: str | None = None
         self._log = log
         self._loading: dict[str, asyncio.Task[None]] = {}
-        self._encoders = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="tiue-encode")
+        self._encoders = ThreadPoolExecutor(min(MOST_ENCODERS, usable_cores()), thread_name_prefix="tiue-encode")
         self.batcher: MicroBatcher[Job, Drawn] = MicroBatcher(
             self._draw_batch,
             key=batch_key,
