@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from tiue_cli.errors import TiueError, UsageError, full_installation
 from tiue_cli.export.config import EngineConfig, ExportConfig
 from tiue_cli.export.run import run_engine, run_export
-from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, ProviderName
+from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, LongPrompts, ProviderName
 from tiue_cli.generate.drawing import Pipeline
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def load(
     precision: DtypeName = _LOAD.dtype,
     vae: str | Path | None = None,
     loras: Sequence[str | Path] = (),
+    long_prompts: LongPrompts = _LOAD.long_prompts,
     provider: ProviderName = _LOAD.provider,
     compiled: bool = _LOAD.compiled,
     guidance: float | None = None,
@@ -50,8 +51,9 @@ def load(
     exports. ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own, which
     OpenVINO computes in fp32 or bf16. ``vae`` replaces the autoencoder of a model folder (``taesd`` is the tiny one for
     Stable Diffusion), ``loras`` are put on a model folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it
-    later), ``provider`` is ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance``
-    is a teacher's. ``on_note`` is called with each sentence that is worth knowing.
+    later), ``long_prompts`` is ``cut``, or ``chunk`` to read them in pieces of what the text encoder takes,
+    ``provider`` is ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a
+    teacher's. ``on_note`` is called with each sentence that is worth knowing.
 
     Raises ModelFolderError or ManifestError for a model that cannot be used, AdapterError for such a LoRA, UsageError
     for options that do not fit it, DeviceError for a device that is not there, MissingDependencyError for a library
@@ -67,6 +69,7 @@ def load(
         model=str(model),
         vae=None if vae is None else str(vae),
         loras=tuple(str(lora) for lora in loras),
+        long_prompts=long_prompts,
         guidance=guidance,
         backend=backend,
         device=device,
@@ -85,6 +88,7 @@ def export(
     opset: int = _EXPORT.opset,
     sizes: Sequence[tuple[int, int]] = (),
     vae: str | Path | None = None,
+    loras: Sequence[str | Path] = (),
     check: bool = _EXPORT.check,
     overwrite: bool = _EXPORT.overwrite,
     on_stage: Callable[[str, int, int], None] | None = None,
@@ -92,9 +96,10 @@ def export(
     """Write a student as four ONNX graphs that run without torch, and compare them with it unless ``check`` is False.
 
     ``out`` None is ``engines/NAME``. ``precision`` is ``fp32`` or ``fp16``, ``opset`` 18 to 23. ``sizes`` in pixels
-    (height, width) fix the graphs to them; without, they take any. ``on_stage`` is called as a stage begins: what it
-    is, its number from 1, how many there are. Returns where it lies (``folder``), its ``manifest``, ``seconds``, and
-    ``notes``. A failure leaves the old export or none.
+    (height, width) fix the graphs to them; without, they take any. ``loras`` (``SOURCE[:WEIGHT]`` each) are added to
+    the weights first. ``on_stage`` is called as a stage begins: what it is, its number from 1, how many there are.
+    Returns where it lies (``folder``), its ``manifest``, ``seconds``, and ``notes``. A failure leaves the old
+    export or none.
 
     Raises what loading a student raises, UsageError, OutputError, and ParityError where a graph computes something
     else.
@@ -110,6 +115,7 @@ def export(
         opset=opset,
         sizes=tuple(sizes),
         vae=None if vae is None else str(vae),
+        loras=tuple(str(lora) for lora in loras),
         check=check,
         overwrite=overwrite,
     )

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from helpers import TINY_TEXT_WIDTH, TINY_TOKENS, build_sd_folder
 
 from tiue_cli.model.components import Components, load_components
-from tiue_cli.model.text import cut_text, encode_prompts
+from tiue_cli.model.text import chunk_counts, cut_text, encode_in_chunks, encode_prompts
 
 PROMPTS = ["a red star", "", "a blue tree above a house " * 8, "Zürich 日本 !"]
 
@@ -59,3 +59,22 @@ def test_the_cut_text_is_as_it_was_written(components: Components) -> None:
 
 def test_a_prompt_that_just_fits_is_not_cut(components: Components) -> None:
     assert cut_text(components.tokenizer, ["a " * (TINY_TOKENS - 2), "a " * (TINY_TOKENS - 1)]) == ["", "a"]
+
+
+# --- prompts in several sequences ---------------------------------------------------------------------------------
+
+WORDS = "a red tree above a blue house " * 5  # one token a word: 35, where one sequence takes 14
+
+
+def test_chunks_are_sequences_of_their_own_side_by_side(components: Components) -> None:
+    tokenizer, encoder = components.tokenizer, components.text_encoder
+    room = TINY_TOKENS - 2
+    assert chunk_counts(tokenizer, ["", "a", "a " * room, "a " * (room + 1), WORDS]) == [1, 1, 1, 2, 3]
+    words = WORDS.split()
+    pieces = [" ".join(words[first : first + room]) for first in range(0, len(words), room)]
+    expected = torch.cat([encode_prompts(tokenizer, encoder, [piece])[0] for piece in pieces])
+    found = encode_in_chunks(tokenizer, encoder, [WORDS, "a star"], chunks=3)
+    assert found.shape == (2, 3 * TINY_TOKENS, TINY_TEXT_WIDTH)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-6)
+    short = torch.cat([encode_prompts(tokenizer, encoder, [text])[0] for text in ("a star", "", "")])
+    torch.testing.assert_close(found[1], short, rtol=1e-5, atol=1e-6)

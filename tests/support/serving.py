@@ -37,7 +37,7 @@ def running_server(
     config = ServeConfig(draw=GenerateConfig(model=str(model)), port=0, **options)
     lines: list[str] = []
     listener = _listen(config)
-    opened = Engine(config.draw, teacher=config.teacher) if engine is None else engine
+    opened = Engine(config.draw, teacher=config.teacher, lora_dir=config.lora_dir) if engine is None else engine
     app, service = create_app(opened, config, keys=keys, log=lines.append)
     server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="on", ws="none"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -26,7 +26,7 @@ from tiue_cli.model.schedule import LinearCombine, combine_for_run, ddim_steps
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.student import StudentModel, load_student
 from tiue_cli.model.teacher import Teacher, load_teacher
-from tiue_cli.model.text import cut_text, encode_prompts
+from tiue_cli.model.text import chunk_counts, cut_text, encode_in_chunks, encode_prompts
 from tiue_cli.model.unet import UNetEncoder
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -60,8 +60,20 @@ class _TorchBackend(ABC, Generic[_Model]):
 
     name = "torch"
 
-    def __init__(self, info: ModelInfo, *, vae: Path | None = None, device: str = "auto", dtype: str = "auto") -> None:
-        """``info`` is a checked model folder; ``vae`` replaces its autoencoder. Raises DeviceError; loads nothing."""
+    def __init__(
+        self,
+        info: ModelInfo,
+        *,
+        vae: Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        chunked: bool = False,
+    ) -> None:
+        """``info`` is a checked model folder; ``vae`` replaces its autoencoder. Raises DeviceError; loads nothing.
+
+        ``chunked`` reads long prompts in several sequences instead of cutting them.
+        """
+        self._chunked = chunked
         self._info = info
         self._vae = vae
         self.device = choose_device(device)
@@ -101,7 +113,7 @@ class _TorchBackend(ABC, Generic[_Model]):
 
     def cut_text(self, prompts: Sequence[str]) -> list[str]:
         """The end of each prompt that does not fit; "" where it does."""
-        return cut_text(self._entered.tokenizer, prompts)
+        return [""] * len(prompts) if self._chunked else cut_text(self._entered.tokenizer, prompts)
 
     def generate(
         self,
@@ -115,7 +127,7 @@ class _TorchBackend(ABC, Generic[_Model]):
         placed = torch.from_numpy(noise).to(self.device)
         with _memory_errors(self.device), torch.inference_mode():
             try:
-                latents = self._latents(list(prompts), placed, steps, progress)
+                latents = self._latents_of_any(list(prompts), placed, steps, progress)
                 with timed_stage("vae_decoder"):
                     images = self._entered_decoder.decode(latents)
             except BadLatentsError as error:
@@ -133,7 +145,36 @@ class _TorchBackend(ABC, Generic[_Model]):
         return latents.numpy()
 
     def _all_latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None) -> torch.Tensor:
-        return self._latents(list(prompts), torch.from_numpy(noise).to(self.device), steps, None)
+        return self._latents_of_any(list(prompts), torch.from_numpy(noise).to(self.device), steps, None)
+
+    def _latents_of_any(
+        self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
+    ) -> torch.Tensor:
+        """``_latents``, for prompts of one length at a time: a picture must not depend on its neighbours' lengths."""
+        counts = self._chunk_counts(prompts)
+        if len(set(counts)) == 1:
+            return self._latents(prompts, noise, steps, progress)
+        found: dict[int, torch.Tensor] = {}
+        for count in sorted(set(counts)):
+            rows = [row for row, own in enumerate(counts) if own == count]
+            latents = self._latents([prompts[row] for row in rows], noise[rows], steps, None)
+            found |= dict(zip(rows, latents, strict=True))
+        return torch.stack([found[row] for row in range(len(prompts))])
+
+    def _chunk_counts(self, prompts: Sequence[str]) -> list[int]:
+        """Sequences that each prompt is read in."""
+        return chunk_counts(self._entered.tokenizer, prompts) if self._chunked else [1] * len(prompts)
+
+    def _is_long(self, prompts: Sequence[str]) -> bool:
+        """Whether a prompt takes several sequences, which the prepared networks are not made for."""
+        return max(self._chunk_counts(prompts)) > 1
+
+    def _text_states(self, prompts: Sequence[str], *, chunks: int) -> torch.Tensor:
+        """(B, chunks·L, D)."""
+        model = self._entered
+        if not self._chunked:
+            return encode_prompts(model.tokenizer, model.text_encoder, prompts)
+        return encode_in_chunks(model.tokenizer, model.text_encoder, prompts, chunks=chunks)
 
     @torch.inference_mode()
     def _first_not_finite(self, prompts: list[str]) -> DeviceError:
@@ -219,6 +260,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         vae: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        chunked: bool = False,
         compiled: bool = False,
         moves_encoder: bool = False,
     ) -> None:
@@ -227,7 +269,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         ``moves_encoder``: with fewer steps the UNet encoder runs at the first of them, as in the TiUE authors' script,
         and not where it was trained.
         """
-        super().__init__(info, vae=vae, device=device, dtype=dtype)
+        super().__init__(info, vae=vae, device=device, dtype=dtype, chunked=chunked)
         if compiled and self.device != "cuda":
             raise DeviceError("--compile is for CUDA, and the device is the CPU", hint="leave --compile out")
         self._compiled = compiled
@@ -267,7 +309,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         progress: ProgressFn | None = None,
     ) -> np.ndarray:
         """See ``Backend.generate``."""
-        if self._pass is None:
+        if self._pass is None or self._is_long(prompts):
             return super().generate(prompts, noise, steps=steps, progress=progress)
         with _memory_errors(self.device), torch.inference_mode():
             images = self._pass(prompts, noise, self._combine(steps))
@@ -276,7 +318,7 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         return images
 
     def _all_latents(self, prompts: Sequence[str], noise: np.ndarray, steps: int | None) -> torch.Tensor:
-        if self._pass is None:
+        if self._pass is None or self._is_long(prompts):
             return super()._all_latents(prompts, noise, steps)
         return self._pass.latents(prompts, noise, self._combine(steps))
 
@@ -286,8 +328,9 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         student = self._entered
         combine = self._combine(steps)
         rounded = noise.to(student.unet.dtype)
+        chunks = max(self._chunk_counts(prompts))
         with timed_stage("text_encoder"):
-            text_states = encode_prompts(student.tokenizer, student.text_encoder, prompts).to(student.unet.dtype)
+            text_states = self._text_states(prompts, chunks=chunks).to(student.unet.dtype)
         first = combine.timesteps[0] if self._moves_encoder else student.manifest.encoder_timestep
         with timed_stage("unet_encoder"):
             features = self._unet_encoder(rounded, text_states, first)
@@ -316,9 +359,10 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         vae: Path | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        chunked: bool = False,
     ) -> None:
         """As the base; ``guidance`` 1 or less samples without."""
-        super().__init__(info, vae=vae, device=device, dtype=dtype)
+        super().__init__(info, vae=vae, device=device, dtype=dtype, chunked=chunked)
         self._guidance = guidance
         self._steps: TeacherSteps | None = None
 
@@ -347,7 +391,7 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         progress: ProgressFn | None = None,
     ) -> np.ndarray:
         """See ``Backend.generate``."""
-        if self._steps is None:
+        if self._steps is None or self._is_long(prompts):
             return super().generate(prompts, noise, steps=steps, progress=progress)
         assert steps is not None, "a teacher has no number of steps of its own"
         with _memory_errors(self.device), torch.inference_mode():
@@ -363,12 +407,18 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
         self, prompts: list[str], noise: torch.Tensor, steps: int | None, progress: ProgressFn | None
     ) -> torch.Tensor:
         assert steps is not None, "a teacher has no number of steps of its own"
-        return self._entered.latents(
-            prompts,
+        report = None if progress is None else lambda done: progress(done / steps)
+        chunks = max(self._chunk_counts(prompts))
+        if chunks == 1:
+            return self._entered.latents(prompts, noise, steps=steps, guidance=self._guidance, progress=report)
+        empty = self._text_states([""] * len(prompts), chunks=chunks)
+        return self._entered.denoise(
+            self._text_states(prompts, chunks=chunks),
             noise,
+            unconditional=empty if self._guidance > 1.0 else None,
             steps=steps,
             guidance=self._guidance,
-            progress=None if progress is None else lambda done: progress(done / steps),
+            progress=report,
         )
 
 

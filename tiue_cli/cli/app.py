@@ -14,7 +14,7 @@ import typer
 
 from tiue_cli import __version__
 from tiue_cli.base.text import excerpt, visible
-from tiue_cli.cli import bench, console, distill, doctor, export, generate, inspect, recipes, serve
+from tiue_cli.cli import bench, console, convert, distill, doctor, export, generate, inspect, merge, recipes, serve
 from tiue_cli.cli.help_text import Command, Group
 from tiue_cli.cli.streams import prepare_streams
 from tiue_cli.errors import TiueError, UsageError, full_installation
@@ -63,6 +63,8 @@ for _module, _command in (
     (doctor, doctor.doctor),
     (export, export.export),
     (distill, distill.distill),
+    (convert, convert.convert),
+    (merge, merge.merge),
     (bench, bench.bench),
 ):
     app.command(epilog=_examples(*_module.EXAMPLES), cls=Command)(_command)

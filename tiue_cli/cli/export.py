@@ -12,7 +12,7 @@ import typer
 
 from tiue_cli.base.text import parse_size
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption
+from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption, LoraOption
 from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.export import run
@@ -33,6 +33,7 @@ _TENSORRT = "TensorRT"
 EXAMPLES = (
     "tiue export papercut",
     "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
+    "tiue export runs/sd15/student --lora pixel-art.safetensors:0.8 --out engines/pixel-art",
     "tiue export runs/sd15/student --trt --profile sd15-512",
     "tiue export engines/student --trt --batch 1 --batch 1:4:16",
     "tiue export engines/student --triton models --steps 4 --steps 2",
@@ -109,6 +110,7 @@ def export(
         str | None,
         typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
     ] = _EXPORT.vae,
+    lora: LoraOption = None,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare the graphs with torch.")
     ] = not _EXPORT.check,
@@ -126,6 +128,7 @@ def export(
         opset=opset,
         sizes=tuple(parse_size(text) for text in size or ()),
         vae=vae,
+        loras=tuple(lora or ()),
         check=not no_check,
         overwrite=overwrite,
     )
@@ -220,7 +223,13 @@ def interrupt_reported(console: Console) -> Iterator[None]:
 
 def _refuse_export_options(config: ExportConfig, *, precision: Precision | None) -> None:
     """An export stays what it is. Raises UsageError naming the option that asks for another."""
-    given = {"--out": config.out, "--precision": precision, "--size": config.sizes or None, "--vae": config.vae}
+    given = {
+        "--out": config.out,
+        "--precision": precision,
+        "--size": config.sizes or None,
+        "--vae": config.vae,
+        "--lora": config.loras or None,
+    }
     for option, value in given.items():
         if value is not None:
             raise UsageError(

@@ -32,7 +32,7 @@ from tiue_cli.cli.options import (
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.atomic import Terminated
 from tiue_cli.generate.bulk.config import BulkConfig, ImageFormat
-from tiue_cli.generate.config import EncoderTimestep, GenerateConfig
+from tiue_cli.generate.config import EncoderTimestep, GenerateConfig, LongPrompts
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
@@ -112,6 +112,12 @@ def generate(
     guidance: GuidanceOption = _DEFAULTS.guidance,
     vae: VaeOption = _DEFAULTS.vae,
     lora: LoraOption = None,
+    long_prompts: Annotated[
+        LongPrompts,
+        typer.Option(
+            help="Beyond 75 tokens: cut the prompt, or read it in chunks of 75, as A1111 does.", rich_help_panel=MODEL
+        ),
+    ] = _DEFAULTS.long_prompts,
     out: Annotated[
         Path,
         typer.Option(
@@ -190,6 +196,7 @@ def generate(
         model=model,
         vae=vae,
         loras=tuple(lora or ()),
+        long_prompts=long_prompts,
         steps=steps,
         encoder_timestep=encoder_timestep,
         teacher_steps=teacher_steps,

@@ -159,7 +159,7 @@ def inspect_source(source: str) -> Report:
     if source not in EMBEDDED_NAMES:
         path = user_path(source)
         kind = kind_of(path)
-        if kind == "file":
+        if kind == "file" and path.suffix.lower() != ".safetensors":
             return _inspect_png(path)
         if path.suffix.lower() == ".png" and kind == "nothing":
             raise UsageError(f"{path} does not exist", hint="check the path")

@@ -14,6 +14,7 @@ from tiue_cli.cli.options import (
     CompileOption,
     DeviceOption,
     GuidanceOption,
+    LoraOption,
     PrecisionOption,
     ProviderOption,
     VaeOption,
@@ -29,6 +30,7 @@ BATCHES = "Batches and limits"
 EXAMPLES = (
     "tiue serve",
     "tiue serve engines/papercut --port 9000 --max-batch 32",
+    "tiue serve runs/sd15/student --lora-dir loras",
     "tiue serve runs/sd15/student --host 0.0.0.0 --api-key-file keys.txt",
 )
 
@@ -46,6 +48,11 @@ def serve(
         ),
     ] = None,
     vae: VaeOption = _DRAW.vae,
+    lora: LoraOption = None,
+    lora_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="LoRAs that requests may name in their field lora.", rich_help_panel=MODEL),
+    ] = _SERVE.lora_dir,
     guidance: GuidanceOption = _DRAW.guidance,
     no_metadata: Annotated[
         bool,
@@ -111,6 +118,7 @@ def serve(
         draw=GenerateConfig(
             model=model,
             vae=vae,
+            loras=tuple(lora or ()),
             guidance=guidance,
             backend=backend,
             provider=provider,
@@ -119,6 +127,7 @@ def serve(
             compiled=compiled,
         ),
         teacher=teacher,
+        lora_dir=lora_dir,
         host=host,
         port=port,
         max_batch=max_batch,

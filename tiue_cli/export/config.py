@@ -15,6 +15,7 @@ from tiue_cli.files.exports import EXPORT_MANIFEST, Precision, Range, Size, is_e
 from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.lora.files import lora_uses
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)
@@ -25,7 +26,8 @@ class ExportConfig:
     """What ``tiue export`` can be asked, with the defaults of its options.
 
     ``out`` None is ``engines/NAME``. ``sizes`` in pixels (H, W) fix height and width, each with graphs of its own;
-    empty leaves them free, or with ``fixed`` takes the student's own size. ``vae`` replaces the student's autoencoder.
+    empty leaves them free, or with ``fixed`` takes the student's own size. ``vae`` replaces the student's autoencoder,
+    ``loras`` (``SOURCE[:WEIGHT]`` each) are added to its weights first.
     """
 
     student: str
@@ -35,6 +37,7 @@ class ExportConfig:
     sizes: tuple[Size, ...] = ()
     fixed: bool = False
     vae: str | None = None
+    loras: tuple[str, ...] = ()
     check: bool = True
     overwrite: bool = False
 
@@ -64,7 +67,7 @@ class ExportConfig:
 def checked_student(config: ExportConfig) -> ModelInfo:
     """The student's folder, if it is one and can be exported to where it is to go; from headers alone, nothing loaded.
 
-    Raises UsageError, OutputError, and what ``check_model_folder`` raises.
+    Raises UsageError, OutputError, AdapterError, and what ``check_model_folder`` raises.
     """
     config.validate()
     with contextlib.suppress(FileNotFoundError):  # a working folder that is gone is said when it is written to
@@ -78,6 +81,7 @@ def checked_student(config: ExportConfig) -> ModelInfo:
         )
     if config.vae is not None:
         check_vae_folder(resolve_vae(config.vae))
+    lora_uses(config.loras)
     return info
 
 

@@ -21,6 +21,7 @@ from tiue_cli.base.text import MAX_SIDE_PX
 from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.files.access import access_error, exists, has_file, open_file
 from tiue_cli.files.manifests import read_manifest
+from tiue_cli.files.png import LoraUse
 
 EXPORT_MANIFEST: Final = "manifest.json"
 ENGINE_MANIFEST: Final = "engine.json"
@@ -144,6 +145,8 @@ class StudentSource(_Model):
     """Folder of another autoencoder (``--vae``); None: the student's own."""
     vae_sha256: Sha256 | None = None
     vae_class: str
+    loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
+    """Adapters that were added to the student's weights."""
 
 
 class Versions(_Model):

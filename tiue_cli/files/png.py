@@ -50,7 +50,12 @@ class LoraUse(pydantic.BaseModel):
     @property
     def option(self) -> str:
         """As ``--lora`` takes it."""
-        return self.source if self.weight == 1.0 else f"{self.source}:{self.weight:g}"
+        return self.source if self.weight == 1.0 else f"{self.source}:{self.weight!r}"
+
+
+def same_effect(loras: Sequence[LoraUse], others: Sequence[LoraUse]) -> bool:
+    """Whether both change a model alike: the same files with the same weights, wherever they lie."""
+    return [(use.sha256, use.weight) for use in loras] == [(use.sha256, use.weight) for use in others]
 
 
 class ImageSpec(pydantic.BaseModel):
@@ -59,6 +64,7 @@ class ImageSpec(pydantic.BaseModel):
     ``size`` is (height, width) in pixels. ``steps`` counts the decoder timesteps of a student, or the sampler steps of
     a teacher, which alone has ``guidance``. ``model_id`` and ``vae_id`` are fingerprints of the weights; where ``vae``
     is None, the model's own autoencoder decodes. ``loras`` are the adapters on the model.
+    ``long_prompts`` says whether what the text encoder does not take at once is cut or read in several sequences.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -77,6 +83,7 @@ class ImageSpec(pydantic.BaseModel):
     loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
     # Likewise where a student's UNet encoder runs as trained; else the timestep that it was moved to.
     encoder_timestep: int | None = Field(default=None, exclude_if=lambda timestep: timestep is None)
+    long_prompts: Literal["cut", "chunk"] = Field(default="cut", exclude_if=lambda way: way == "cut")
 
     def differences(self, other: ImageSpec) -> list[str]:
         """Say what makes ``other`` a different picture, e.g. ``["steps 4, not 2"]``; empty where nothing does.
@@ -84,7 +91,7 @@ class ImageSpec(pydantic.BaseModel):
         Names and places of models do not count, their fingerprints do.
         """
         found = []
-        for name in ("prompt", "seed", "size", "kind", "steps", "guidance", "encoder_timestep"):
+        for name in ("prompt", "seed", "size", "kind", "steps", "guidance", "encoder_timestep", "long_prompts"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
                 found.append(f"{name} {_shown(mine)}, not {_shown(theirs)}")
@@ -93,7 +100,7 @@ class ImageSpec(pydantic.BaseModel):
             found.append(f"model {self.model}, not {other.model}" if named else f"other weights of {self.model}")
         if self.vae_id != other.vae_id:
             found.append(f"autoencoder {self.vae or 'of the model'}, not {other.vae or 'of the model'}")
-        if [(use.sha256, use.weight) for use in self.loras] != [(use.sha256, use.weight) for use in other.loras]:
+        if not same_effect(self.loras, other.loras):
             found.append(f"LoRA {_listed(self.loras)}, not {_listed(other.loras)}")
         return found
 
@@ -140,6 +147,8 @@ class ImageRecord(ImageSpec):
             words += ["--vae", self.vae]
         for use in self.loras:
             words += ["--lora", use.option]
+        if self.long_prompts != "cut":
+            words += ["--long-prompts", self.long_prompts]
         words += ["--backend", self.backend, "--device", self.device, "--precision", self.dtype]
         # Without the two dashes a prompt that begins with one would be read as an option.
         words += ["--", self.prompt] if self.prompt.startswith("-") else [self.prompt]

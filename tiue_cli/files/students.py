@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 import pydantic
 from pydantic import ConfigDict, Field
 
+from tiue_cli.files.png import LoraUse
+
 STUDENT_MANIFEST = "tiue.json"
 """Name of the manifest beside a student's model_index.json."""
 
@@ -42,6 +44,8 @@ class StudentManifest(pydantic.BaseModel):
     recipe_sha256: _Sha256 | None = None
     training_steps: int = Field(default=0, ge=0)
     license: str = "unknown"
+    loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
+    """Adapters that are in its weights."""
     tiue_version: str
 
     @pydantic.field_validator("decoder_timesteps")

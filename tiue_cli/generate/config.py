@@ -26,6 +26,9 @@ EncoderTimestep = Literal["trained", "first"]
 ProviderName = Literal["auto", "cuda", "tensorrt", "cpu"]
 
 
+LongPrompts = Literal["cut", "chunk"]
+
+
 @dataclass(frozen=True)
 class GenerateConfig:
     """What ``tiue generate`` can be asked, with the defaults of its options.
@@ -38,6 +41,7 @@ class GenerateConfig:
     model: str = EMBEDDED
     vae: str | None = None
     loras: tuple[str, ...] = ()
+    long_prompts: LongPrompts = "cut"
     steps: int | None = None
     encoder_timestep: EncoderTimestep = "trained"
     teacher_steps: int | None = None

@@ -143,6 +143,7 @@ def row_specs(config: GenerateConfig, target: ModelTarget, row: PromptRow, *, fi
             vae=target.vae,
             vae_id=target.vae_id,
             loras=loras,
+            long_prompts=config.long_prompts,
         )
         for number in range(config.images)
     ]

@@ -7,6 +7,7 @@ Nothing here prints, and nothing heavy is imported before a backend has work to 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from tiue_cli import __version__
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import full_installation
 from tiue_cli.files.atomic import check_writable
 from tiue_cli.files.png import GridRecord, ImageRecord, ImageSpec, read_pixels, write_picture
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from tiue_cli.backends.base import Backend, ProgressFn
 
 
+_WEIGHTED = re.compile(r"\([^()]+:\s*[0-9]*\.?[0-9]+\s*\)")
 FAR_FROM_TRAINED = 2.0
 """Ratio of sides from which on a size looks like a slip."""
 
@@ -117,6 +120,7 @@ class Session:
         for size in {spec.size for spec in specs}:
             backend.latent_shape(size)
         self._note_cuts(backend, [plan.images[index] for index in todo])
+        self._note_weights(specs)
         note = self.target.vocabulary_note(spec.prompt for spec in specs)
         if note is not None:
             self._say(note)
@@ -164,6 +168,12 @@ class Session:
                     f"it does not see the last {len(cut)} of {len(prompt)} characters: {_ends_of(cut)}"
                 )
 
+    def _note_weights(self, specs: Sequence[ImageSpec]) -> None:
+        """Other programs read ``(word:1.3)`` as more of the word; here it is text like any other."""
+        found = next((match for spec in specs if (match := _WEIGHTED.search(spec.prompt)) is not None), None)
+        if found is not None:
+            self._say(f"{excerpt(found[0], 40)} is read literally, brackets and number included: there are no weights")
+
     def _note_sizes(self, specs: Sequence[ImageSpec]) -> None:
         """Far from the size that it was trained for a model repeats its motifs, or draws a crop."""
         own = self.target.info.image_size
@@ -208,12 +218,20 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
             vae=target.vae_folder,
             device=config.device,
             dtype=config.dtype,
+            chunked=config.long_prompts == "chunk",
             compiled=config.compiled,
             moves_encoder=config.encoder_timestep == "first",
         )
     guidance = target.guidance(config)
     assert guidance is not None
-    return TeacherTorchBackend(info, vae=target.vae_folder, device=config.device, dtype=config.dtype, guidance=guidance)
+    return TeacherTorchBackend(
+        info,
+        vae=target.vae_folder,
+        device=config.device,
+        dtype=config.dtype,
+        chunked=config.long_prompts == "chunk",
+        guidance=guidance,
+    )
 
 
 def _open_export(info: ExportInfo, target: ModelTarget, config: GenerateConfig) -> Backend:

@@ -12,7 +12,7 @@ from typing import Literal
 from tiue_cli.errors import ManifestError, ModelFolderError, UsageError
 from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
-from tiue_cli.files.png import LoraUse
+from tiue_cli.files.png import LoraUse, same_effect
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
@@ -183,14 +183,20 @@ class ModelTarget:
         return self.info.manifest.student.source if isinstance(self.info, ExportInfo) else self.source
 
     def find_loras(self, texts: Iterable[str]) -> tuple[LoraUse, ...]:
-        """The adapters that ``SOURCE[:WEIGHT]`` name, for this model. Raises UsageError, AdapterError."""
+        """The adapters that ``SOURCE[:WEIGHT]`` name, for this model; an export has those that are in its weights.
+
+        Raises UsageError, AdapterError.
+        """
         texts = tuple(texts)
-        if texts and isinstance(self.info, ExportInfo):
+        if not isinstance(self.info, ExportInfo):
+            return lora_uses(texts)
+        student = self.info.manifest.student
+        if texts and not same_effect(lora_uses(texts), student.loras):
             raise UsageError(
                 f"a LoRA is for model folders, and {self.source} is an export",
-                hint=f"export the student with it: tiue export {self.info.manifest.student.source} --lora {texts[0]}",
+                hint=f"export the student with it: tiue export {student.source} --lora {texts[0]}",
             )
-        return lora_uses(texts)
+        return student.loras
 
     def vocabulary_note(self, prompts: Iterable[str]) -> str | None:
         """What to say of words in ``prompts`` that the model has never read; known of papercut alone."""
@@ -261,6 +267,11 @@ def _bare_target(config: GenerateConfig) -> ModelTarget:
 
 def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) -> ModelTarget:
     _refuse_other_kinds_options(config, info)
+    if config.long_prompts == "chunk":
+        raise UsageError(
+            f"--long-prompts chunk is for model folders: the graphs of an export read {info.text_tokens} tokens",
+            hint=f"leave it out, or draw with the student: --model {info.manifest.student.source}",
+        )
     if config.compiled:
         raise UsageError(
             "--compile is for model folders, and this is an export", hint="leave it out: an export is compiled already"

@@ -186,7 +186,7 @@ def _refuse_other_things(path: Path) -> None:
     if kind == "file":
         raise ModelFolderError(
             f"{path} is a single file, and a model folder is needed",
-            hint="convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+            hint=f"convert it: tiue convert {path} FOLDER",
         )
     if kind == "special":
         raise ModelFolderError(f"{path} is neither a file nor a folder", hint="give a model folder")
@@ -220,7 +220,7 @@ def _refuse_other_things(path: Path) -> None:
     if checkpoint is not None:
         raise ModelFolderError(
             f"{path} holds a single-file checkpoint ({checkpoint.name}) and no model_index.json",
-            hint="convert it: StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)",
+            hint=f"give the file itself: {checkpoint}",
         )
     raise ModelFolderError(
         f"{path} is not a model folder: model_index.json is missing",

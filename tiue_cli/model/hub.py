@@ -47,6 +47,8 @@ _CONFIG_PATTERNS = (
 def resolve_model(source: str | Path, *, revision: str | None = None) -> Path:
     """The local folder behind an embedded name, a path, or a hub id ``OWNER/NAME`` (downloaded into the hub's cache).
 
+    A checkpoint file is converted into the user's cache once, and stands for that folder.
+
     Whether it is a usable model folder is ``check_model_folder``'s question. Raises ModelFolderError.
     """
     if str(source) in EMBEDDED_NAMES:
@@ -64,6 +66,11 @@ def resolve_vae(source: str | Path, *, revision: str | None = None) -> Path:
     if isinstance(source, str) and source in NAMED_VAES and not exists(source, error=ModelFolderError):
         source = NAMED_VAES[source]
     if not is_hub_id(source):
+        path = user_path(source, error=ModelFolderError)
+        if is_file(path, error=ModelFolderError):
+            from tiue_cli.model.checkpoint.cache import vae_checkpoint_folder
+
+            return vae_checkpoint_folder(path)
         return _local(source)
     names = [
         "config.json",
@@ -121,6 +128,10 @@ def _local(source: str | Path) -> Path:
     run, student = path / RUN_MANIFEST, path / "student"
     if is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError):
         return student  # the folder of a distillation stands for what came out of it
+    if is_file(path, error=ModelFolderError):
+        from tiue_cli.model.checkpoint.cache import checkpoint_folder
+
+        return checkpoint_folder(path)
     return path
 
 

@@ -180,17 +180,22 @@ def save_student(
     """
     out = user_path(out, error=OutputError).resolve()
     with atomic_folder(out, overwrite=overwrite, marker=STUDENT_MANIFEST) as folder:
-        with quiet():
-            student.tokenizer.save_pretrained(folder / "tokenizer")
-        _drop(folder / "tokenizer" / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
-        _save_module(student.text_encoder, folder / "text_encoder", name="model", dtype=dtype)
-        _save_module(student.unet, folder / "unet", name="diffusion_pytorch_model", dtype=dtype)
-        _save_module(student.vae, folder / "vae", name="diffusion_pytorch_model", dtype=dtype)
-        write_json(folder / "scheduler" / "scheduler_config.json", student.scheduler_config)
-        write_json(folder / "model_index.json", _model_index(student))
+        write_parts(student, folder, dtype=dtype)
         write_json(folder / STUDENT_MANIFEST, student.manifest)
         (folder / "README.md").write_text(_model_card(student, name=out.name), encoding="utf-8")
     return out
+
+
+def write_parts(model: StudentModel | Components, folder: Path, *, dtype: torch.dtype | None = None) -> None:
+    """Write what plain diffusers loads into an empty ``folder``: weights, configs, tokenizer and model_index.json."""
+    with quiet():
+        model.tokenizer.save_pretrained(folder / "tokenizer")
+    _drop(folder / "tokenizer" / "tokenizer_config.json", "is_local", "local_files_only", "name_or_path")
+    _save_module(model.text_encoder, folder / "text_encoder", name="model", dtype=dtype)
+    _save_module(model.unet, folder / "unet", name="diffusion_pytorch_model", dtype=dtype)
+    _save_module(model.vae, folder / "vae", name="diffusion_pytorch_model", dtype=dtype)
+    write_json(folder / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    write_json(folder / "model_index.json", _model_index(model))
 
 
 def _student(components: Components, manifest: StudentManifest, *, source: str, notes: list[str]) -> StudentModel:
@@ -278,7 +283,7 @@ def _drop(path: Path, *fields: str) -> None:
     write_json(path, {key: value for key, value in read_json(path).items() if key not in fields})
 
 
-def _model_index(student: StudentModel) -> dict[str, Any]:
+def _model_index(model: StudentModel | Components) -> dict[str, Any]:
     """model_index.json as ``StableDiffusionPipeline.save_pretrained`` writes it."""
     return {
         "_class_name": "StableDiffusionPipeline",
@@ -287,11 +292,11 @@ def _model_index(student: StudentModel) -> dict[str, Any]:
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", student.scheduler_config["_class_name"]],
+        "scheduler": ["diffusers", model.scheduler_config["_class_name"]],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", type(student.vae).__name__],
+        "vae": ["diffusers", type(model.vae).__name__],
     }
 
 

@@ -112,6 +112,7 @@ def _add_openai(app: FastAPI, service: Service) -> None:
             seed=asked.seed,
             output_format=output_format,
             quality=asked.output_compression,
+            loras=asked.loras,
         )
         pictures = await _draw(request, service, order)
         if pictures is None:
@@ -165,6 +166,7 @@ def _model_facts(service: Service, name: str) -> dict[str, Any]:
     if name != engine.name:
         return {"kind": "teacher"}
     return {
+        "loras": list(engine.loras.names),
         "kind": engine.kind,
         "size": wxh(engine.default_size),
         "steps": engine.default_steps,

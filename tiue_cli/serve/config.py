@@ -28,11 +28,12 @@ class ServeConfig:
     ``draw`` says which model draws and with what. ``max_batch`` images are computed at once at most, a request waits
     ``max_wait_ms`` for others to join it, ``max_queue`` images wait at most (beyond: 429), ``timeout_s`` is the longest
     a request may take (beyond: 504), ``max_images`` the most a request may ask for. ``teacher`` None is the one that
-    belongs to the model, where there is one in the package.
+    belongs to the model, where there is one in the package. ``lora_dir`` holds the LoRAs that requests may name.
     """
 
     draw: GenerateConfig = field(default_factory=GenerateConfig)
     teacher: str | None = None
+    lora_dir: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     max_batch: int = 16

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tiue_cli.errors import UsageError
-from tiue_cli.files.png import ImageRecord, ImageSpec
+from tiue_cli.files.png import ImageRecord, ImageSpec, LoraUse
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.drawing import Pipeline, Request
 from tiue_cli.generate.session import Session
 from tiue_cli.generate.target import OPENVINO_DEVICES, ExportInfo
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES, EMBEDDED_TEACHER
+from tiue_cli.serve.loras import LoraShelf
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,8 +48,9 @@ class Drawn:
 class Engine:
     """The model that is served and, loaded at its first request, its teacher."""
 
-    def __init__(self, config: GenerateConfig, *, teacher: str | None = None) -> None:
-        """Open the target of ``config``: raises what an unusable model raises, before a port is opened."""
+    def __init__(self, config: GenerateConfig, *, teacher: str | None = None, lora_dir: Path | None = None) -> None:
+        """Open the target of ``config``: raises what unusable models and LoRAs raise, before a port is opened."""
+        self.loras = LoraShelf(lora_dir)
         with Session(config) as session:
             self.target = session.target
             self._config = session.config
@@ -121,11 +123,8 @@ class Engine:
     def draw(self, jobs: Sequence[Job]) -> list[Drawn]:
         """Draw one batch: jobs of one model, size and K. Raises what drawing raises."""
         pipeline = self._pipelines[jobs[0].model]
-        requests = [Request(job.spec.prompt, job.spec.seed, job.spec.size, job.spec.steps) for job in jobs]
-        pictures = pipeline.draw(requests, output="numpy")
-        # By the name that clients know: where the folder lies is nobody's business.
-        name = {"model": jobs[0].model}
-        return [Drawn(picture.image, picture.record.model_copy(update=name)) for picture in pictures]
+        pictures = pipeline.draw([_request(job.spec) for job in jobs], output="numpy")
+        return [Drawn(picture.image, _for_clients(picture.record, model=jobs[0].model)) for picture in pictures]
 
     def close(self) -> None:
         """Let the models go."""
@@ -149,15 +148,26 @@ class Engine:
                 )
 
 
+def _request(spec: ImageSpec) -> Request:
+    loras = tuple(use.option for use in spec.loras)
+    return Request(spec.prompt, spec.seed, spec.size, spec.steps, loras)
+
+
+def _for_clients(record: ImageRecord, *, model: str) -> ImageRecord:
+    """By the names that clients know: where the files lie is nobody's business."""
+    loras = tuple(use.model_copy(update={"source": use.name}) for use in record.loras)
+    return record.model_copy(update={"model": model, "loras": loras})
+
+
 def served_name(source: str) -> str:
     """What clients call a model: a hub id and a model of the package by its name, a folder by its last part."""
     folder = Path(source).expanduser()
     return folder.resolve().name if source not in EMBEDDED_NAMES and folder.is_dir() else source
 
 
-def batch_key(job: Job) -> tuple[str, tuple[int, int], int]:
+def batch_key(job: Job) -> tuple[str, tuple[int, int], int, tuple[LoraUse, ...]]:
     """What the pictures of one batch have in common."""
-    return job.model, job.spec.size, job.spec.steps
+    return job.model, job.spec.size, job.spec.steps, job.spec.loras
 
 
 def warm_up_request(engine: Engine) -> Request:

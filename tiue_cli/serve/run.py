@@ -49,7 +49,7 @@ def serve(config: ServeConfig, *, log: Callable[[str], None], on_listen: Callabl
     """
     config.validate()
     keys = () if config.api_key_file is None else read_keys(config.api_key_file)
-    engine = Engine(config.draw, teacher=config.teacher)
+    engine = Engine(config.draw, teacher=config.teacher, lora_dir=config.lora_dir)
     listener = _listen(config)
     app, service = create_app(engine, config, keys=keys, log=log)
     asyncio.run(_serve(app, service, config, listener, log=log, on_listen=on_listen))

@@ -42,8 +42,11 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=1000)]
 
 
+LoraName = Annotated[str, Field(min_length=1, max_length=300)]
+
+
 class ImagesRequest(BaseModel):
-    """``POST /v1/images/generations``: OpenAI's fields, and ``seed`` and ``steps`` beside them.
+    """``POST /v1/images/generations``: OpenAI's fields, and ``seed``, ``steps`` and ``lora`` beside them.
 
     Fields of OpenAI's that mean nothing to a one-pass model (``quality``, ``style``, …) are taken and ignored.
     """
@@ -63,6 +66,9 @@ class ImagesRequest(BaseModel):
     seed: Seed | None = Field(None, description="Random if left out; the answer names it.")
     steps: Steps | None = Field(None, description="Decoder timesteps K of a student, sampler steps of a teacher.")
     num_inference_steps: Steps | None = Field(None, description="Another name for steps.")
+    lora: LoraName | Annotated[list[LoraName], Field(max_length=16)] | None = Field(
+        None, description='"NAME" or "NAME:WEIGHT" of the server\'s LoRAs, or several; see GET /v1/models.'
+    )
 
     @field_validator("size")
     @classmethod
@@ -81,6 +87,13 @@ class ImagesRequest(BaseModel):
     def pixels(self) -> tuple[int, int] | None:
         """(height, width), None for the model's own."""
         return None if self.size is None else parse_wxh(self.size)
+
+    @property
+    def loras(self) -> tuple[str, ...] | None:
+        """The adapters asked for; None for the server's own."""
+        if self.lora is None:
+            return None
+        return (self.lora,) if isinstance(self.lora, str) else tuple(self.lora)
 
     @property
     def wanted_steps(self) -> int | None:

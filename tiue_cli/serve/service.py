@@ -45,6 +45,8 @@ class Order:
     seed: int | None
     output_format: OutputFormat = "png"
     quality: int | None = None
+    loras: tuple[str, ...] | None = None
+    """``NAME[:WEIGHT]`` on the server's shelf; None for those that the server was started with."""
 
 
 @dataclass(frozen=True)
@@ -176,8 +178,11 @@ class Service:
         if seed + order.count - 1 > MAX_SEED:
             raise RequestFailure(400, "seed + n is out of range", code="invalid_value", param="seed")
         await self._load(model)
-        requests = [Request(order.prompt, seed + index, order.size, order.steps) for index in range(order.count)]
         try:
+            loras = None if order.loras is None else self.engine.loras.resolve(order.loras)
+            requests = [
+                Request(order.prompt, seed + index, order.size, order.steps, loras) for index in range(order.count)
+            ]
             return self.engine.check(requests, model=model)
         except TiueError as error:
             raise from_tiue_error(error) from error

@@ -462,3 +462,27 @@ def test_engines_of_the_same_graphs_outlive_a_new_export(
     assert (second.folder / "fits" / "text_encoder.plan").read_bytes() == b"plan"
     assert not (second.folder / "stale").exists()
     assert any("stale" in note for note in second.notes)
+
+
+@pytest.mark.slow  # an export
+def test_an_export_with_a_lora_draws_what_torch_draws_with_it(tiny_student_folder: Path, tmp_path: Path) -> None:
+    import numpy as np
+    from lora_files import draw_factors, write_lora
+
+    import tiue_cli as tiue
+    from tiue_cli.model.student import load_student
+
+    student = load_student(tiny_student_folder)
+    path = write_lora(tmp_path / "ink.safetensors", draw_factors(student.unet, student.text_encoder))
+    fused = tiue.export(tiny_student_folder, out=tmp_path / "fused", loras=[f"{path}:0.7"], check=False)
+    assert [(use.name, use.weight) for use in fused.manifest.student.loras] == [("ink", 0.7)]
+    with tiue.load(tiny_student_folder, device="cpu") as pipe:
+        bare = pipe("a red star", seed=2, output="latents")[0]
+        pipe.load_lora(path, weight=0.7)
+        expected = pipe("a red star", seed=2, output="latents")[0]
+    with tiue.load(fused.folder, device="cpu") as pipe:
+        picture = pipe.draw([tiue.Request("a red star", seed=2)], output="latents")[0]
+    assert picture.record.loras == fused.manifest.student.loras
+    scale = float(np.abs(expected).max())
+    assert float(np.abs(picture.image - expected).max()) / scale <= 1e-4
+    assert float(np.abs(bare - expected).max()) / scale > 1e-2

@@ -67,11 +67,14 @@ from tiue_cli.files.exports import (
     read_engine_manifest,
 )
 from tiue_cli.files.manifests import write_json
+from tiue_cli.files.png import LoraUse
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
 from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import resolve_vae
 from tiue_cli.model.identity import model_sha256
+from tiue_cli.model.lora.adapters import Adapters
+from tiue_cli.model.lora.files import lora_uses
 from tiue_cli.model.schedule import combine_for_run
 from tiue_cli.model.student import StudentModel, load_student
 
@@ -126,7 +129,9 @@ def export_student(
     out = config.folder
     with terminated_as_interrupt(), atomic_folder(out, overwrite=config.overwrite, marker=EXPORT_MANIFEST) as folder:
         student = load_student(info, vae=config.vae)
-        job = _Job(config, info, student, folder, stage)
+        loras = lora_uses(config.loras)
+        Adapters(unet=student.unet, text_encoder=student.text_encoder).use(loras)
+        job = _Job(config, info, student, loras, folder, stage)
         manifest = job.run(name=out.resolve().name)
         notes = (*student.notes, *manifest.notes, *_carry_engines(out, folder, manifest))
     return ExportResult(out, manifest, tuple(job.timings), time.perf_counter() - started, notes)
@@ -139,8 +144,15 @@ class _Job:
     """One export, stage by stage; ``folder`` is the temporary one."""
 
     def __init__(
-        self, config: ExportConfig, info: ModelInfo, student: StudentModel, folder: Path, stage: StageFn | None
+        self,
+        config: ExportConfig,
+        info: ModelInfo,
+        student: StudentModel,
+        loras: tuple[LoraUse, ...],
+        folder: Path,
+        stage: StageFn | None,
     ) -> None:
+        self._loras = loras
         self.timings: list[GraphTiming] = []
         self._info = info
         self._student = student
@@ -270,6 +282,7 @@ class _Job:
                 vae_source=config.vae,
                 vae_sha256=None if vae_folder is None else model_sha256(vae_folder),
                 vae_class=type(student.vae).__name__,
+                loras=self._loras,
             ),
             versions=Versions(
                 tiue=__version__,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tiue_cli.errors import AdapterError
-from tiue_cli.files.png import LoraUse
+from tiue_cli.files.png import LoraUse, same_effect
 from tiue_cli.model.lora.files import find_lora
 from tiue_cli.model.lora.layers import PARTS, Layers, Part, read_layers, touched_layers
 
@@ -42,7 +42,7 @@ class Adapters:
         The sum is W + Σ weight · delta in float32, rounded once to the weights' precision. A failure changes nothing.
         """
         uses = tuple(uses)
-        if _effect(uses) == _effect(self._uses):
+        if same_effect(uses, self._uses):
             self._uses = uses
             return False
         layers = [self._load(use) for use in uses]
@@ -84,7 +84,3 @@ class Adapters:
                 file.path, unet=self._modules["unet"], text_encoder=self._modules["text_encoder"]
             )
         return self._layers[use.sha256]
-
-
-def _effect(uses: Sequence[LoraUse]) -> list[tuple[str, float]]:
-    return [(use.sha256, use.weight) for use in uses]
