@@ -73,7 +73,7 @@ class Session:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self.target = open_target(self.config)
+        self.target = open_target(self.config, note=self._say)
         for text in (*self.target.info.notes, *_embedded_note(self.config, self.target)):
             self._say(text)
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,6 +14,7 @@ from tiue_cli.files.access import has_file, user_path
 from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
 from tiue_cli.files.png import LoraUse, same_effect
 from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.fused import fused_export
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import (
@@ -225,13 +226,29 @@ class ModelTarget:
         return EMBEDDED_GUIDANCE if self.source == EMBEDDED_TEACHER else TEACHER_GUIDANCE
 
 
-def open_target(config: GenerateConfig) -> ModelTarget:
-    """Find and check model, autoencoder and adapters of ``config``.
+def open_target(config: GenerateConfig, *, note: Callable[[str], None] | None = None) -> ModelTarget:
+    """Find and check model, autoencoder and adapters of ``config``; ``note`` is told of what takes long.
 
-    Raises what ``model.folder`` raises, UsageError and AdapterError.
+    An export with other adapters than it has is exported again with them, once. Raises what ``model.folder`` raises,
+    UsageError and AdapterError.
     """
     target = _bare_target(config)
+    if config.loras and isinstance(target.info, ExportInfo):
+        target = _fused_target(target, target.info, lora_uses(config.loras), note=note)
     return replace(target, loras=target.find_loras(config.loras))
+
+
+def _fused_target(
+    target: ModelTarget, info: ExportInfo, uses: Sequence[LoraUse], *, note: Callable[[str], None] | None
+) -> ModelTarget:
+    if target.backend == "trt":
+        raise UsageError(
+            "an engine takes no LoRA: its weights were set when it was built",
+            hint=f"build one with it: tiue export {info.manifest.student.source} --lora {uses[0].option} --trt",
+        )
+    folder = fused_export(info.path, info.manifest, info.model_id, uses, note=note)
+    fused = ExportInfo(folder, read_export_manifest(folder))
+    return replace(target, info=fused, model_id=fused.model_id)
 
 
 def _bare_target(config: GenerateConfig) -> ModelTarget:

@@ -46,6 +46,7 @@ from tiue_cli.model.checkpoint.kinds import (
 from tiue_cli.model.checkpoint.tokenizer import write_clip_tokenizer
 from tiue_cli.model.components import quiet
 from tiue_cli.model.folder import check_model_folder
+from tiue_cli.model.parts import part_folder
 from tiue_cli.model.sd_configs import SD15_SCHEDULER, SD15_TEXT, SD15_UNET, SD15_VAE, SD21_TEXT, SD21_UNET
 from tiue_cli.model.weights import WEIGHT_STEMS, read_json, some_of
 
@@ -106,7 +107,7 @@ def convert_checkpoint(
     with atomic_folder(out, overwrite=overwrite, marker=_INDEX) as folder:
         for name, convert in converters.items():
             if lacking.get(name) and like is not None:
-                shutil.copytree(like / name, folder / name)
+                shutil.copytree(part_folder(like, name), folder / name)
                 continue
             config = {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text}[name]
             _write_part(folder / name, name, convert(), config)
@@ -168,11 +169,11 @@ def _own_parts(kind: CheckpointKind, asked: Prediction | None) -> _Parts:
 
 def _parts_like(like: Path, asked: Prediction | None) -> _Parts:
     check_model_folder(like)
-    scheduler = read_json(like / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(part_folder(like, "scheduler") / "scheduler_config.json")
     return _Parts(
-        unet=read_json(like / "unet" / "config.json"),
-        vae=read_json(like / "vae" / "config.json"),
-        text=read_json(like / "text_encoder" / "config.json"),
+        unet=read_json(part_folder(like, "unet") / "config.json"),
+        vae=read_json(part_folder(like, "vae") / "config.json"),
+        text=read_json(part_folder(like, "text_encoder") / "config.json"),
         scheduler=scheduler if asked is None else {**scheduler, "prediction_type": asked},
         pad="",
         like=like,
@@ -290,7 +291,7 @@ def _write_rest(folder: Path, parts: _Parts) -> None:
     if parts.like is None:
         write_clip_tokenizer(folder / "tokenizer", pad=parts.pad)
     else:
-        shutil.copytree(parts.like / "tokenizer", folder / "tokenizer")
+        shutil.copytree(part_folder(parts.like, "tokenizer"), folder / "tokenizer")
     write_json(folder / "scheduler" / "scheduler_config.json", parts.scheduler)
     write_json(
         folder / _INDEX,
