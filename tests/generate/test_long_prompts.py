@@ -32,14 +32,14 @@ def test_the_end_of_a_long_prompt_counts_in_chunks(
             return [p.image for p in pipe.stream(asked, seed=seed, steps=1, output="latents")]
 
     cut, chunked = drawn("cut", prompts), drawn("chunk", prompts)
-    assert np.allclose(cut[0], chunked[0], atol=1e-5)
-    assert not np.allclose(cut[1], chunked[1], atol=1e-3)
+    assert np.allclose(cut[0], chunked[0], atol=1e-3)
+    assert not np.allclose(cut[1], chunked[1], atol=1e-1)
     # Two that differ behind the cut alone, with one noise.
     one, other = (drawn("chunk", [text])[0] for text in LONG)
-    assert not np.allclose(one, other, atol=1e-3)
+    assert not np.allclose(one, other, atol=1e-1)
     assert np.array_equal(*(drawn("cut", [text])[0] for text in LONG))
     # A short neighbour changes nothing.
-    assert np.allclose(chunked[1], drawn("chunk", [LONG[0]], seed=4)[0], atol=1e-5)
+    assert np.allclose(chunked[1], drawn("chunk", [LONG[0]], seed=4)[0], atol=1e-3)
 
 
 def test_it_is_recorded_and_weights_are_said_to_be_literal(

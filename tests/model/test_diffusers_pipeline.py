@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from lora_files import draw_factors, write_lora
 
 import tiue_cli as tiue
 from tiue_cli.errors import ModelFolderError, UsageError
@@ -107,3 +108,23 @@ def test_teachers_and_unknown_keywords_are_refused(
         pipe.save_pretrained(tmp_path / "it", push_to_hub=True)
     with pytest.raises(UsageError, match="needs the student's timesteps"):
         TiuePipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet)
+
+
+def test_loras_that_diffusers_runs_draw_what_fused_ones_draw(tiny_student_folder: Path, tmp_path: Path) -> None:
+    """Beside the layers, by PEFT, or in the weights: one picture."""
+    own = TiuePipeline.from_pretrained(tiny_student_folder)
+    path = write_lora(tmp_path / "ink.safetensors", draw_factors(own.unet, own.text_encoder), "kohya", alpha=2.0)
+    bare = own("a red star", seed=1, output_type="latent").images
+    own.load_lora_weights(str(path), adapter_name="ink")
+    own.set_adapters(["ink"], [0.7])
+    unfused = own("a red star", seed=1, output_type="latent").images
+    with tiue.load(tiny_student_folder, device="cpu", loras=[f"{path}:0.7"]) as plain:
+        fused = plain("a red star", seed=1, output="latents")[0]
+    scale = float(np.abs(fused).max())
+    assert float(np.abs(unfused[0].numpy() - fused).max()) / scale <= 1e-4
+    assert float((unfused - bare).abs().max()) / scale > 1e-2
+    with pytest.raises(UsageError, match="LoRAs beside its weights"):
+        own.save_pretrained(tmp_path / "student")
+    own.unload_lora_weights()
+    assert torch.equal(own("a red star", seed=1, output_type="latent").images, bare)
+    own.save_pretrained(tmp_path / "student")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from diffusers.loaders.lora_pipeline import StableDiffusionLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -35,11 +36,12 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 _RANDOM_SEEDS = 2**32
 
 
-class TiuePipeline(DiffusionPipeline):
+class TiuePipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline):
     """A one-pass student behind the interface of diffusers' pipelines.
 
     ``unet``, ``vae``, ``text_encoder`` and ``tokenizer`` are plain diffusers and transformers parts. Same seed, same
-    pixels as ``tiue generate`` on the same device and in the same precision.
+    pixels as ``tiue generate`` on the same device and in the same precision. ``load_lora_weights``, ``set_adapters``,
+    ``fuse_lora`` and ``unload_lora_weights`` are diffusers' own.
 
     >>> pipe = tiue.TiuePipeline.from_pretrained("papercut")
     >>> image = pipe("a red heart at night", seed=0).images[0]
@@ -97,6 +99,11 @@ class TiuePipeline(DiffusionPipeline):
         UsageError for keywords of diffusers' that have no meaning here.
         """
         _refuse_unused("save_pretrained", unused, meaningless=("safe_serialization",))
+        if _has_adapters(self.unet) or _has_adapters(self.text_encoder):
+            raise UsageError(
+                "the pipeline has LoRAs beside its weights, which a student's folder cannot hold",
+                hint="put them in or take them off first: fuse_lora() and unload_lora_weights()",
+            )
         save_student(self.student, Path(save_directory), overwrite=True)
 
     @property
@@ -220,6 +227,12 @@ class TiuePipeline(DiffusionPipeline):
                 raise UsageError(str(error), hint='make it there: torch.Generator("cpu")') from error
         first = secrets.randbelow(_RANDOM_SEEDS) if seed is None else check_seed(seed)
         return torch.from_numpy(draw_noise([first + number for number in range(count)], shape)).to(device)
+
+
+def _has_adapters(module: torch.nn.Module) -> bool:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(layer, BaseTunerLayer) for layer in module.modules())
 
 
 def _refuse_unused(method: str, keywords: Mapping[str, Any], *, meaningless: Sequence[str]) -> None:

@@ -40,6 +40,5 @@ def vae_checkpoint_folder(path: Path) -> Path:
 
 def _place(path: Path, kind: str) -> Path:
     """By content, under a name that a reader of the cache understands."""
-    # The name would count, and the place does not: the same file elsewhere is the same model.
-    found = fingerprint_of(path.parent, [path], error=ModelFolderError)
+    found = fingerprint_of({"checkpoint": path}, error=ModelFolderError)
     return user_cache() / "checkpoints" / kind / f"{path.stem[:60]}-{found[:16]}-{FORMAT}"
