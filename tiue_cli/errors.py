@@ -35,7 +35,7 @@ class TiueError(Exception):
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message, hint)
         self.message = _bounded(message)
-        self.hint = None if hint is None else _bounded(hint)
+        self.hint = None if hint is None else _bounded(hint, limit=MAX_HINT)
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message} ({self.hint})"
@@ -46,11 +46,13 @@ class TiueError(Exception):
 
 
 MAX_MESSAGE = 1200
-"""Characters of a message, and of a hint; the readers already shorten what they quote."""
+"""Characters of a message; the readers already shorten what they quote."""
+MAX_HINT = 1600
+"""Characters of a hint: the names of all settings fit."""
 
 
-def _bounded(text: str) -> str:
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE // 2]} … {text[-MAX_MESSAGE // 3 :]}"
+def _bounded(text: str, *, limit: int = MAX_MESSAGE) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 3 :]}"
 
 
 def _rebuild(type_: type[TiueError], message: str, hint: str | None) -> TiueError:

@@ -36,6 +36,12 @@ def test_later_layers_win_and_origins_say_so() -> None:
     assert resolved.origins["kl.weight"] == "b"
 
 
+def test_the_hint_for_an_unknown_setting_shows_all_of_them() -> None:
+    with pytest.raises(UsageError, match="there is no setting 'zzz'") as caught:
+        resolve("zzz=1")
+    assert caught.value.hint == f"the settings are {', '.join(known_keys())}"
+
+
 def test_exponents_without_a_point_are_numbers() -> None:
     assert resolve("optimizer.learning_rate=2e-5").optimizer.learning_rate == 2e-5
 
