@@ -333,7 +333,7 @@ def run(commands: Sequence[str], kills: int, seed: int) -> dict[str, Count]:
             subject = found[name]
             (root / name).mkdir()
             counts[name] = kill_often(name, subject, root / name, kills=kills, choose=choose)
-            left = [str(path) for path in temporary.iterdir()]
+            left = temporaries(temporary)
             counts[name].leftovers += len(left)
             counts[name].examples += left
             if name != "bench":

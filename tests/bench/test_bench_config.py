@@ -30,6 +30,12 @@ def test_malformed_peer_is_refused(text: str) -> None:
         parse_peer(text)
 
 
+@pytest.mark.parametrize("text", [f"a=x:{'9' * 5000}", f"a=x:4:{'9' * 400}"])
+def test_numbers_of_a_peer_that_python_cannot_read_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="--peer"):
+        parse_peer(text)
+
+
 def test_numbers_are_read_in_order() -> None:
     assert parse_numbers("16, 1,4", "--batch") == (16, 1, 4)
 

@@ -441,6 +441,15 @@ def test_steps_on_a_teacher_is_a_usage_error(tiny_teacher_folder, capsys, tmp_pa
     assert "rows.jsonl:2" in err
 
 
+@pytest.mark.parametrize("guidance", ["nan", "inf", "-1"])
+def test_a_guidance_that_is_no_number_is_a_usage_error_and_not_a_broken_unet(
+    tiny_teacher_folder, capsys, guidance
+) -> None:
+    """NaN is neither below 0 nor above 100, so that the option's range lets it pass."""
+    status, _, err = run(capsys, "a", "--model", str(tiny_teacher_folder), "--guidance", guidance)
+    assert status == 2 and "guidance" in err and "UNet" not in err
+
+
 def test_a_moved_encoder_is_another_picture_and_no_option_of_teachers_or_exports(
     tiny_student_folder, tiny_teacher_folder, capsys, tmp_path, monkeypatch
 ) -> None:

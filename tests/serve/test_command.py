@@ -16,6 +16,10 @@ import httpx
 import pytest
 from serving import wait_for
 
+from tiue_cli.errors import UsageError
+from tiue_cli.serve.config import ServeConfig
+from tiue_cli.serve.run import _listen
+
 BODY_SENT = "send_request_body.complete"
 
 
@@ -86,3 +90,10 @@ def test_a_taken_port_and_a_missing_model_take_two_lines(tiny_export: Path) -> N
     with command("--host", "0.0.0.0") as process:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and "--api-key-file" in err
+
+
+def test_times_and_hosts_that_cannot_be_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="--timeout-s nan"):
+        ServeConfig(timeout_s=float("nan")).validate()
+    with pytest.raises(UsageError, match="no address of this machine"):
+        _listen(ServeConfig(host="a" * 70, port=0, no_auth=True))

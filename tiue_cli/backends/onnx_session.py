@@ -61,7 +61,7 @@ def read_cuda_options(text: str) -> CudaOptions:
     for word in filter(None, (part.strip() for part in text.split(","))):
         if word in ("nhwc", "search", "graphs"):
             switches[word] = True
-        elif match := re.fullmatch(r"memory=(\d+(?:\.\d+)?)", word):
+        elif match := re.fullmatch(r"memory=(\d{1,6}(?:\.\d+)?)", word):
             memory = int(float(match[1]) * 2**30)
         else:
             raise UsageError(

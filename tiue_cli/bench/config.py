@@ -24,7 +24,7 @@ NO_TEACHER: Final = "none"
 MAX_BATCH: Final = 256
 MAX_TEACHER_STEPS: Final = 1000
 
-_PEER = re.compile(r"(?P<name>[^=:/\s]+)=(?P<source>.+?):(?P<steps>[0-9]+)(?::(?P<guidance>[0-9]*\.?[0-9]+))?")
+_PEER = re.compile(r"(?P<name>[^=:/\s]+)=(?P<source>.+?):(?P<steps>[0-9]{1,6})(?::(?P<guidance>[0-9]*\.?[0-9]+))?")
 
 
 @dataclass(frozen=True)
@@ -168,6 +168,7 @@ def parse_peer(text: str) -> PeerSpec:
             hint="write NAME=FOLDER_OR_HUB_ID:STEPS[:GUIDANCE], e.g. --peer turbo=stabilityai/sd-turbo:1:0",
         )
     guidance = None if match["guidance"] is None else float(match["guidance"])
+    _check_range(f"--peer {match['name']}: guidance", guidance, 0, 100, hint="1 is none; 7.5 is usual")
     return PeerSpec(match["name"], match["source"], int(match["steps"]), guidance)
 
 

@@ -25,7 +25,6 @@ from tiue_cli.bench.config import (
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, DeviceOption, FormatOption
 from tiue_cli.errors import UsageError
-from tiue_cli.model.noise import check_seed
 
 if TYPE_CHECKING:
     from tiue_cli.base.events import BenchEvent
@@ -238,7 +237,7 @@ def bench(
             random_weights=random_weights,
             peers=tuple(parse_peer(text) for text in peers or ()),
             prompts=prompts,
-            seed=check_seed(seed),
+            seed=seed,
             threads=threads,
             out=_BENCH.out if out is None else out,
             latency=not no_latency,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -342,6 +343,11 @@ def _refuse_other_kinds_options(config: GenerateConfig, info: ModelInfo | Export
             hint="leave it out"
             if info.kind == "teacher"
             else "export such a student: see StudentModel.respaced in docs/method.md",
+        )
+    if config.guidance is not None and not (math.isfinite(config.guidance) and config.guidance >= 0):
+        # NaN passes the range of a command-line option.
+        raise UsageError(
+            f"a guidance of {config.guidance:g} is impossible", hint="give a number; 1 is none, 4.5 is usual"
         )
     if info.kind == "student" and (config.guidance is not None or config.teacher_steps is not None):
         option = "--guidance" if config.guidance is not None else "--teacher-steps"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from tiue_cli.errors import UsageError
 from tiue_cli.generate.config import GenerateConfig
@@ -19,6 +20,8 @@ MAX_PROMPT_CHARACTERS = 4000
 """OpenAI's limit; a text encoder of 77 tokens reads some 300 of them."""
 BODY_TIMEOUT_S = 10.0
 """How long a client may take to send its request."""
+_LONGEST: Final = 1e6
+"""Of the times that an option may set, in its unit."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,9 @@ class ServeConfig:
                 f"--max-images {self.max_images} is more than --max-queue {self.max_queue}: a full request never fits",
                 hint=f"give --max-queue {self.max_images} or more",
             )
+        for option, value in (("--timeout-s", self.timeout_s), ("--max-wait-ms", self.max_wait_ms)):
+            if not 0 <= value <= _LONGEST:  # NaN passes the range of a command-line option
+                raise UsageError(f"{option} {value:g} is outside 0 to {_LONGEST:g}", hint="give a number")
         for origin in self.cors:
             if origin == "*" or not origin.startswith(("http://", "https://")) or origin.count("/") != 2:
                 raise UsageError(

@@ -99,7 +99,7 @@ def _listen(config: ServeConfig) -> socket.socket:
     """The open port; 0 takes a free one. Raises UsageError or OutputError."""
     try:
         infos = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter for labels that no name can have
         raise UsageError(
             f"--host {config.host} is no address of this machine", hint="give 127.0.0.1 or 0.0.0.0"
         ) from None
