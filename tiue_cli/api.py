@@ -240,7 +240,7 @@ def bench(
 
     report = run_bench(config, emit=on_event or (lambda event: None))
     if report is None:
-        raise UsageError("this process is not the first of several", hint="read the report in the first one")
+        raise UsageError("only the first of several processes has the report", hint="call tiue.bench there")
     if out is not None:
         from tiue_cli.bench.report.files import write_report
 

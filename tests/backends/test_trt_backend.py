@@ -305,7 +305,7 @@ def test_without_a_gpu_that_is_said_with_what_else_is_missing(monkeypatch: pytes
 def test_a_tensorrt_outside_the_range_is_named(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     fake_tensorrt.install(monkeypatch, version=version if version == "8.6.1" else "10.8.0.43")
     monkeypatch.setitem(fake_tensorrt.MODULE.__dict__, "__version__", version)
-    with pytest.raises(MissingDependencyError, match=rf"TensorRT {version} is installed, and 10\.8 to 11 is needed"):
+    with pytest.raises(MissingDependencyError, match=rf"TensorRT {version} is installed, but 10\.8 to 11 is needed"):
         trt_device.require_tensorrt()
 
 

@@ -57,7 +57,7 @@ def test_exponents_without_a_point_are_numbers() -> None:
         (["student.spacing=middle"], "student.spacing"),
         (["batch_size"], "key=value"),
         (["batch_size=[1"], "batch_size"),
-        (["vsd.min_timestep=990"], "min_timestep is above max_timestep"),
+        (["vsd.min_timestep=990"], "min_timestep is greater than max_timestep"),
     ],
 )
 def test_bad_settings_are_named(words: list[str], says: str) -> None:

@@ -278,7 +278,7 @@ def test_estimate_knows_the_parts(make_config: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"student__timesteps": [100, 500]}, "must fall"),
+        ({"student__timesteps": [100, 500]}, "must decrease"),
         ({"student__timesteps": [500, 100], "student__spacing": "trailing"}, "both given"),
         ({"size": [30, 32]}, "multiples of 4"),
     ],

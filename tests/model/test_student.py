@@ -259,7 +259,7 @@ def test_a_tokenizer_that_is_too_large_is_refused(tiny_student_folder: Path, tmp
 
     folder = copy_folder(tiny_student_folder, tmp_path / "student")
     build_tokenizer(vocab_size=600).save_pretrained(folder / "tokenizer")
-    with pytest.raises(ModelFolderError, match="600 tokens, and the text encoder knows"):
+    with pytest.raises(ModelFolderError, match="600 tokens, but the text encoder knows"):
         load_student(folder)
 
 

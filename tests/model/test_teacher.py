@@ -114,7 +114,7 @@ def test_the_libraries_print_nothing(tiny_teacher_folder: Path, capfd: pytest.Ca
 
 
 def test_what_does_not_fit_is_refused(teacher: Teacher) -> None:
-    with pytest.raises(UsageError, match="2 prompts and 1 noises"):
+    with pytest.raises(UsageError, match="2 prompts, but noise for 1 images"):
         teacher.latents(PROMPTS, seeded_noise((1, 4, 8, 8)))
     for steps in (0, 1001):
         with pytest.raises(UsageError, match="teacher steps"):

@@ -42,7 +42,7 @@ def require_tensorrt() -> str:
     version = str(import_tensorrt().__version__)
     if not OLDEST <= _numbers(version) < NEWER_THAN_ALL:
         raise MissingDependencyError(
-            f"TensorRT {version} is installed, and {OLDEST[0]}.{OLDEST[1]} to {NEWER_THAN_ALL[0] - 1} is needed",
+            f"TensorRT {version} is installed, but {OLDEST[0]}.{OLDEST[1]} to {NEWER_THAN_ALL[0] - 1} is needed",
             hint=f"install another: {install_command([tensorrt_requirement()])}",
         )
     return version

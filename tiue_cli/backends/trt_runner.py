@@ -157,7 +157,7 @@ class PlanChain:
             context.set_device_memory(self.memory.working.ptr, self.memory.working.allocated_nbytes)
             for tensor in plan.tensors:
                 if not context.set_tensor_address(tensor.name, self.memory.buffers[tensor.name].ptr):
-                    raise DeviceError(f"{plan.name}: tensor {tensor.name} takes no address", hint=BUILD_FOR_RANGES)
+                    raise DeviceError(f"{plan.name}: no address for tensor {tensor.name}", hint=BUILD_FOR_RANGES)
 
     # --- once a shape ---
 

@@ -215,7 +215,10 @@ def bench(
         raise UsageError("--fail-if compares with another report", hint="give it: --compare OLD.json")
     if render is not None:
         if models or compare is not None:
-            raise UsageError("--render measures and compares nothing", hint="leave MODEL and --compare out")
+            raise UsageError(
+                "--render neither measures nor compares",
+                hint="leave MODEL and --compare out",
+            )
         show_files(render_files(render, out), Console(format_))
         return
     if compare is not None and len(models or []) == 1 and (models or [""])[0].endswith(".json"):

@@ -309,5 +309,5 @@ def _show_parity(console: Console, parity: ExportParity | None) -> None:
     for found in parity.runtimes:
         console.line(
             f"OpenVINO in {found.precision}: {found.image_psnr_db:.1f} dB, {found.required_psnr_db:.0f} needed"
-            + ("" if found.holds else "; it is not chosen by itself"),
+            + ("" if found.holds else "; it has to be asked for"),
         )

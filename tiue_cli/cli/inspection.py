@@ -184,7 +184,7 @@ def _inspect_png(path: Path) -> ImageReport | GridReport:
         return ImageReport(path, record.prompt, _settings(record), record.command(), record, parameters)
     if parameters is None:
         raise UsageError(
-            f"{path} does not say how it was made", hint="tiue generate writes that, unless told --no-metadata"
+            f"{path} does not say how it was made", hint="tiue generate records that, unless --no-metadata is given"
         )
     found = split_parameters(parameters)
     rows = {

@@ -51,7 +51,7 @@ def run_triton(
     from tiue_cli.export.triton.repository import write_repository
 
     if len(sizes) > 1:
-        raise UsageError("a repository draws one size", hint="give --size once, and write a repository for each")
+        raise UsageError("a Triton repository draws one size", hint="give --size once, and write a repository for each")
     size = sizes[0] if sizes else None
     result = write_repository(export, out, backend=backend, steps=steps or (), size=size, overwrite=overwrite)
     console.path(str(result.folder))

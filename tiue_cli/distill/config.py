@@ -106,7 +106,7 @@ class VsdSettings(_Section):
     @pydantic.model_validator(mode="after")
     def _ordered(self) -> Self:
         if self.min_timestep > self.max_timestep:
-            raise ValueError("min_timestep is above max_timestep")
+            raise ValueError("min_timestep is greater than max_timestep")
         return self
 
 

@@ -291,7 +291,7 @@ class ExportManifest(_Model):
         assert wanted is not None
         choices = ", ".join(f"{height}x{width}" for height, width in self.sizes)
         raise UsageError(
-            f"{wanted[0]}x{wanted[1]} pixels: this export has fixed sizes and not that one",
+            f"{wanted[0]}x{wanted[1]} pixels is not one of this export's fixed sizes",
             hint=f"choose one of: {choices}; or export again with --size {wanted[0]}x{wanted[1]}",
         )
 

@@ -36,7 +36,7 @@ def check_external_data(folder: Path, graph: GraphSpec, *, hint: str) -> None:
     except FileNotFoundError:
         raise ManifestError(f"{onnx} is missing", hint=hint) from None
     except ValueError as error:
-        raise ManifestError(f"{onnx} is no ONNX file: {error}", hint=hint) from error
+        raise ManifestError(f"{onnx} is not an ONNX file: {error}", hint=hint) from error
     unknown = sorted(named - {file.file for file in graph.data})
     if unknown:
         raise ManifestError(f"{onnx} reads weights from {unknown[0]!r}, which manifest.json does not list", hint=hint)

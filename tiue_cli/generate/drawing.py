@@ -454,7 +454,7 @@ class Pipeline:
     def _config(self, *, images: int, steps: int | None, size: int | tuple[int, int] | None) -> GenerateConfig:
         """The session's config with a call's own settings. Raises UsageError."""
         if images < 1:
-            raise UsageError(f"{images} images is not a count of images", hint="give 1 or more")
+            raise UsageError(f"images {images} is out of range", hint="give 1 or more")
         pair = (size, size) if isinstance(size, int) else size
         if pair is not None and not (len(pair) == 2 and all(0 < side <= MAX_SIDE_PX for side in pair)):
             raise UsageError(

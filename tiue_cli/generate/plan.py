@@ -76,7 +76,7 @@ def plan_images(config: GenerateConfig, target: ModelTarget, rows: Sequence[Prom
         raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
     if len(rows) * config.images > MAX_IMAGES:
         raise UsageError(
-            f"{len(rows) * config.images:,} images are more than the {MAX_IMAGES:,} of one call",
+            f"{len(rows) * config.images:,} images are more than the {MAX_IMAGES:,} that one call may draw",
             hint="call it several times, each with another --seed",
         )
     seed = secrets.randbelow(RANDOM_SEEDS) if config.seed is None else check_seed(config.seed)

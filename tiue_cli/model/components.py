@@ -133,7 +133,7 @@ def _from_pretrained(class_: type[_Part], folder: Path, *, variant: str | None, 
         )
     if loading["mismatched_keys"]:
         key = sorted(str(mismatch[0]) for mismatch in loading["mismatched_keys"])[0]
-        raise ModelFolderError(f"{folder}: {key} has another shape than config.json says", hint=_FIT_HINT)
+        raise ModelFolderError(f"{folder}: the shape of {key} is not the one that config.json asks for", hint=_FIT_HINT)
     evaluated: _Part = module.eval()
     return evaluated
 
@@ -150,7 +150,8 @@ def _load_tokenizer(info: ModelInfo, *, vocabulary: int) -> CLIPTokenizer:
         )
     if len(tokenizer) > vocabulary:
         raise ModelFolderError(
-            f"{folder}: {len(tokenizer)} tokens, and the text encoder knows {vocabulary}", hint=_FIT_HINT
+            f"{folder}: {len(tokenizer)} tokens, but the text encoder knows only {vocabulary}",
+            hint=_FIT_HINT,
         )
     tokenizer.model_max_length = info.text_tokens
     return tokenizer
@@ -160,7 +161,7 @@ def _check_vae_fits(components: Components, source: str | Path | None) -> None:
     channels, wanted = components.vae.config["latent_channels"], components.unet.config["in_channels"]
     if channels != wanted:
         raise ModelFolderError(
-            f"autoencoder {source} has {channels} latent channels, and the UNet makes {wanted}",
+            f"autoencoder {source} takes {channels} latent channels, but the UNet makes {wanted}",
             hint="use an autoencoder of the same family (Stable Diffusion 1.x and 2.x share theirs)",
         )
 

@@ -208,7 +208,7 @@ class TiuePipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline):
         ways = {"seed": seed, "generator": generator, "latents": latents}
         given = [name for name, value in ways.items() if value is not None]
         if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} were both given", hint="each of them is the noise: give one")
+            raise UsageError(f"{' and '.join(given)} were both given", hint="each of them sets the noise: give one")
         device = self._execution_device
         if latents is not None:
             if tuple(latents.shape) != (count, *shape):
@@ -217,7 +217,7 @@ class TiuePipeline(StableDiffusionLoraLoaderMixin, DiffusionPipeline):
         if generator is not None:
             several = generator if isinstance(generator, torch.Generator) else list(generator)
             if isinstance(several, list) and len(several) != count:
-                raise UsageError(f"{len(several)} generators for {count} images", hint="give one, or one an image")
+                raise UsageError(f"{len(several)} generators for {count} images", hint="give one, or one per image")
             try:
                 result: torch.Tensor = randn_tensor(
                     (count, *shape), generator=several, device=device, dtype=torch.float32

@@ -167,7 +167,7 @@ def check_vae_folder(path: Path | str) -> Path:
     kind = kind_of(path, error=ModelFolderError)
     if kind == "file":
         raise ModelFolderError(
-            f"{path} is a single file, and an autoencoder's folder is needed (config.json and its weights)",
+            f"{path} is a single file; give an autoencoder's folder (config.json and its weights)",
             hint="convert it: AutoencoderKL.from_single_file(FILE).save_pretrained(FOLDER), then --vae FOLDER",
         )
     if kind != "folder":
@@ -242,7 +242,7 @@ def refuse_other_pipelines(index: Mapping[str, Any], where: Path | str) -> None:
     missing = [part for part in COMPONENTS if class_in_index(index, part) is None]
     if missing:
         raise ModelFolderError(
-            f"{Path(where) / 'model_index.json'} names no {' and no '.join(missing)} ({name or 'no _class_name'})",
+            f"{Path(where) / 'model_index.json'} does not name {' or '.join(missing)} ({name or 'no _class_name'})",
             hint=_SUPPORTED,
         )
 
@@ -349,7 +349,7 @@ def _refuse_more_blocks_than_tensors(path: Path, component: ComponentInfo, block
     """Before anything is built: a config of other weights may ask for more than memory and patience hold."""
     if blocks > component.tensors:
         raise ModelFolderError(
-            f"{path} asks for {blocks:,} blocks, and the weights beside it are {component.tensors:,} tensors",
+            f"{path} asks for {blocks:,} blocks, but the weights beside it have only {component.tensors:,} tensors",
             hint="restore the config that belongs to these weights",
         )
 

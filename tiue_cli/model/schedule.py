@@ -140,7 +140,7 @@ def check_types(config: Mapping[str, Any]) -> None:
     if betas is not None and not (
         isinstance(betas, (Sequence, np.ndarray)) and all(_is(beta, _NUMBER) for beta in betas)
     ):
-        raise SchedulerError("trained_betas in the scheduler config is no list of numbers", hint="restore the file")
+        raise SchedulerError("trained_betas in the scheduler config is not a list of numbers", hint="restore the file")
     if config.get("num_train_timesteps", 1) < 1:
         raise SchedulerError(
             f"num_train_timesteps in the scheduler config is {config['num_train_timesteps']}", hint="restore the file"
@@ -254,7 +254,7 @@ def _checked_timesteps(config: Mapping[str, Any], timesteps: Sequence[int]) -> t
     falling = all(later < earlier for earlier, later in itertools.pairwise(checked))
     if not checked or not falling or checked[-1] < 0 or checked[0] > last:
         raise SchedulerError(
-            f"decoder timesteps {list(checked)} must fall and lie between 0 and {last}",
+            f"decoder timesteps {list(checked)} must decrease and lie between 0 and {last}",
             hint="e.g. [999, 749, 499, 249]; fewer steps or a smaller steps_offset also helps",
         )
     return checked

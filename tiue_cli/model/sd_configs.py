@@ -167,6 +167,6 @@ def check_unet_config(config: Mapping[str, Any], *, where: str = "the UNet's con
 
 def _refusal(where: str, field: str, value: object, meaning: str) -> ModelFolderError:
     return ModelFolderError(
-        f"{where}: {field} is {excerpt(repr(value))}: {meaning}; one pass does not cover it",
+        f"{where}: {field} is {excerpt(repr(value))}: {meaning}, which a one-pass student does not support",
         hint="use a text-to-image model of the Stable Diffusion 1.x or 2.x family",
     )

@@ -105,7 +105,7 @@ def student_of(components: Components, *, source: str) -> StudentModel:
         manifest = assumed_manifest(components)
         notes.append(
             f"no {STUDENT_MANIFEST} in {source}: taken as trained with the timesteps"
-            f" {list(manifest.decoder_timesteps)}; a model that is no one-pass student makes noise that way"
+            f" {list(manifest.decoder_timesteps)}; a model that is not a one-pass student draws noise that way"
         )
     return _student(components, manifest, source=source, notes=notes)
 
@@ -159,8 +159,8 @@ def choose_timesteps(
         if spacing is None and own not in SPACINGS:
             file = Path("scheduler", "scheduler_config.json")
             raise SchedulerError(
-                f"{file if folder is None else folder / file}: timestep_spacing {own!r} is not covered",
-                hint="space the student's timesteps otherwise: --set student.spacing=trailing (or leading)",
+                f"{file if folder is None else folder / file}: timestep_spacing {own!r} is not supported",
+                hint="choose the student's own spacing: --set student.spacing=trailing (or leading)",
             )
         chosen = decoder_timesteps(scheduler_config, steps, spacing=spacing)
         # A single step is the last timestep whatever the spacing: what "trailing" means.

@@ -113,7 +113,8 @@ class Teacher:
     def _check(self, prompts: Sequence[str], noise: torch.Tensor, *, steps: int) -> None:
         if len(prompts) == 0 or len(prompts) != noise.shape[0]:
             raise UsageError(
-                f"{len(prompts)} prompts and {noise.shape[0]} noises", hint="give one noise for each prompt"
+                f"{len(prompts)} prompts, but noise for {noise.shape[0]} images",
+                hint="give noise for each prompt",
             )
         last = int(self._pipeline.scheduler.config.num_train_timesteps)
         if not 1 <= steps <= last:

@@ -168,7 +168,7 @@ def test_a_folder_keeps_one_job(tiny_export: Path, tmp_path: Path) -> None:
     run(config)
     before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in ("00000.tar", "00001.tar")}
     for other in (replace(config, shard=3), replace(config, draw=replace(config.draw, seed=1))):
-        with pytest.raises(OutputError, match="another job"):
+        with pytest.raises(OutputError, match="a job with other options"):
             run(other)
     prompts_file(prompts, 5)
     run(config)  # a longer file goes on; a shard of the same rows is not drawn again

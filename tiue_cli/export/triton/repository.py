@@ -57,7 +57,7 @@ def write_repository(
     shape = manifest.latent_shape(size)
     combines = [manifest.combine(k) for k in dict.fromkeys(steps)] if steps else [manifest.combine()]
     if max_batch < 1:
-        raise UsageError(f"a batch of {max_batch} is impossible", hint="give 1 or more")
+        raise UsageError(f"a batch of {max_batch} is out of range", hint="give 1 or more")
     graphs = {name: manifest.graph(name, size=size) for name in GRAPHS}
     specs = [manifest.tokenizer, *(spec for graph in graphs.values() for spec in (graph.onnx, *graph.data))]
     check_files(export, specs, hint="write the folder again with tiue export")

@@ -81,7 +81,7 @@ def build_plan(
                     " --batch 1:1:4",
                 ) from error
             if progress is not None:
-                progress(0.0, f"the memory ran out; again with {bytes_text(limits[retries + 1])} of workspace")
+                progress(0.0, f"out of memory; trying again with {bytes_text(limits[retries + 1])} of workspace")
             continue
         return BuiltPlan(layers, time.perf_counter() - started, limit, retries)
     raise AssertionError("there is at least one limit")

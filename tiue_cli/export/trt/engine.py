@@ -198,7 +198,7 @@ class _Job:
         if built.retries:
             self._notes.append(
                 f"{graph.name} was built with {built.workspace_bytes // 1024**2} MiB of workspace, because the GPU's"
-                " memory ran out with more: with other programs closed it may become faster"
+                " memory ran out with more; with other programs closed it may run faster"
             )
 
     def _checked(self, engine: EngineManifest) -> EngineManifest:

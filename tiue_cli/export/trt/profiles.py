@@ -223,7 +223,7 @@ def _check_model(profiles: ProfileSet, manifest: ExportManifest) -> None:
             raise ProfileError(
                 f"profile {profiles.name} is for {profiles.model.family} models with {field} {wanted}, and this export"
                 f" has {found}",
-                hint=f"choose another of: {', '.join(shipped_profiles())}; or use --batch",
+                hint=f"choose one of: {', '.join(shipped_profiles())}; or use --batch",
             )
 
 

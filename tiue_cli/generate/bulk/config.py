@@ -49,7 +49,7 @@ class BulkConfig:
                 hint=f"give --shards {self.draw.images} or more",
             )
         if self.draw.grid:
-            raise UsageError("--grid does not go with --shards", hint="leave one of them out")
+            raise UsageError("--grid cannot be combined with --shards", hint="leave one of them out")
         if self.launch is not None and self.launch != "ray" and not self.launch.startswith("ray://"):
             raise UsageError(f"--launch {self.launch} is unknown", hint="give ray, or ray://HOST:PORT")
         if self.launch is not None and self.workers != 1:

@@ -161,7 +161,7 @@ def _open_job(config: BulkConfig) -> tuple[BulkConfig, str]:
         different = [name for name, value in data.items() if name != "model" and before.get(name) != value]
         if different:
             raise OutputError(
-                f"{config.out} holds another job (different: {', '.join(different)})",
+                f"{config.out} holds a job with other options ({', '.join(different)})",
                 hint="give the same options to go on with it, or another --out",
             )
     else:
@@ -180,7 +180,7 @@ def _read_job(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise OutputError(f"{path} cannot be read", hint="give another --out") from error
     if not isinstance(data, dict):
-        raise OutputError(f"{path} is no job of ours", hint="give another --out")
+        raise OutputError(f"{path} is not a job of tiue's", hint="give another --out")
     return data
 
 

@@ -36,7 +36,7 @@ def write_in_processes(tasks: Iterable[ShardTask], config: BulkConfig, identity:
                     yield future.result()
         except BrokenProcessPool as error:
             raise TiueError(
-                "a worker died without a message, as the kernel does it where memory is full",
+                "a worker died without a message, as happens when the machine runs out of memory",
                 hint="run the same command again: it goes on; with fewer --workers it needs less memory",
             ) from error
         finally:

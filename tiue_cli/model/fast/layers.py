@@ -214,7 +214,7 @@ class _TransformerBlock:
         self._cross_out = _matrix(plain_layer(block.attn2.to_out[0], nn.Linear))
         projection = getattr(block.ff.net[0], "proj", None)
         if type(block.ff.net[0]).__name__ != "GEGLU":
-            raise NotFusable("a feed-forward layer is no GEGLU", hint="run it plainly")
+            raise NotFusable("a feed-forward layer is not a GEGLU", hint="run it plainly")
         self._wide = _matrix(plain_layer(projection, nn.Linear))
         self._narrow = _matrix(plain_layer(block.ff.net[2], nn.Linear))
         norms = [plain_layer(norm, nn.LayerNorm) for norm in (block.norm1, block.norm2, block.norm3)]
