@@ -1,16 +1,18 @@
 """Move finished weights from `work/` into the package, as a Stable Diffusion folder in fp16.
 
-    python benchmarks/papercut/package.py [--checkpoint]
+    python benchmarks/papercut/package.py [--checkpoint] [--out FOLDER]
 
-With --checkpoint the UNet is the averaged one of a training that still runs.
-Writes, under `tiue_cli/papercut/model/`, `teacher/` (its UNet and a model card), `shared/` (text encoder, tokenizer,
-autoencoder and scheduler, which the student uses too) and `checker.safetensors`.
+With --checkpoint the UNet is the averaged one of a training that still runs. With --out the folder is written there,
+whole, and nothing is packaged: to evaluate it and to distil from it. Without, it writes, under
+`tiue_cli/papercut/model/`, `teacher/` (its UNet and a model card), `shared/` (text encoder, tokenizer, autoencoder and
+scheduler, which the student uses too) and `checker.safetensors`.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from pathlib import Path
 
 import torch
 from common import WORK
@@ -47,6 +49,7 @@ def trained_unet(*, checkpoint: bool) -> UNet2DConditionModel:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--checkpoint", action="store_true")
+    options.add_argument("--out", type=Path, default=None)
     args = options.parse_args()
     pipeline = StableDiffusionPipeline(
         vae=AutoencoderTiny.from_pretrained(WORK / "vae"),
@@ -58,6 +61,9 @@ def main() -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     ).to(torch.float16)
+    if args.out is not None:
+        pipeline.save_pretrained(args.out, safe_serialization=True)
+        return
     part = MODEL / "teacher.part"
     shutil.rmtree(part, ignore_errors=True)
     pipeline.save_pretrained(part, safe_serialization=True)

@@ -4,7 +4,8 @@
 
 Random 64 × 64 crops; the highest level has no blocks, which keeps decoding cheap. Loss: an edge-weighted L1 + L2, L1 on
 gradients (crisp outlines), and a penalty that keeps the latents zero-mean with unit covariance, so that the diffusion
-model sees unit scale without a measured factor.
+model sees unit scale without a measured factor. A finished one gets sharper with --decoder-only, and what was trained
+on its latents stays valid.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from common import (
     trapezoid,
 )
 from diffusers import AutoencoderTiny
+from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
+from torch import nn
 
 from tiue_cli.papercut.world.scenes import SIZE
 
@@ -42,7 +45,7 @@ CONFIG = {
     "latent_magnitude": 3,
     "latent_shift": 0.5,
 }
-CROP, BATCH, LEARNING_RATE, LATENT_NOISE = 64, 16, 2e-3, 0.05
+CROP, BATCH, LEARNING_RATE, LATENT_NOISE = 64, 16, 1.2e-3, 0.05
 
 
 def gradients(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,6 +70,33 @@ def whiteness_penalty(latents: torch.Tensor) -> torch.Tensor:
     return flat.mean(1).square().mean() + (covariance - torch.eye(len(covariance), device=flat.device)).square().mean()
 
 
+@torch.inference_mode()
+def revive(vae: AutoencoderTiny, images: torch.Tensor) -> int:
+    """Give units of the blocks that no image (N, 3, H, W) wakes new weights, and no say at first; returns how many.
+
+    At 2e-3 half of the blocks' rectified units died in the first thousand steps, 25 of 32 in the encoder's first block.
+    """
+    firing: dict[nn.Module, torch.Tensor] = {}
+    blocks = [module for module in vae.modules() if isinstance(module, AutoencoderTinyBlock)]
+    layers = [(block.conv[i], block.conv[i + 2]) for block in blocks for i in (0, 2)]
+
+    def note(module: nn.Module, _: object, output: torch.Tensor) -> None:
+        firing[module] = (output > 0).float().mean((0, 2, 3))
+
+    hooks = [before.register_forward_hook(note) for before, _ in layers]
+    vae.decode(vae.encode(images).latents)
+    for hook in hooks:
+        hook.remove()
+    count = 0
+    for before, after in layers:
+        dead = firing[before] < 1e-3
+        count += int(dead.sum())
+        fresh = nn.Conv2d(before.in_channels, before.out_channels, 3, padding=1)
+        before.weight[dead], before.bias[dead] = fresh.weight[dead], 0.0
+        after.weight[:, dead] = 0.0
+    return count
+
+
 def psnr(vae: AutoencoderTiny, images: np.ndarray, device: str) -> tuple[float, float]:
     """PSNR in dB over all pixels, and over the pixels at edges, of the deterministic round trip."""
     errors, edges = [], []
@@ -83,7 +113,10 @@ def psnr(vae: AutoencoderTiny, images: np.ndarray, device: str) -> tuple[float, 
 
 
 def main() -> None:
-    Workers.run(train, parser(__doc__, minutes=20).parse_args())
+    options = parser(__doc__, minutes=20)
+    options.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
+    options.add_argument("--revive", action="store_true", help="begin by giving dead units new weights")
+    Workers.run(train, options.parse_args())
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
@@ -96,7 +129,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
     run = Run(args.name or "autoencoder", minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (states := run.load()) is not None:
         vae.load_state_dict(states["model"])
-        restore_optimizer(optimizer, states["optimizer"])
+        if "optimizer" in states and not args.revive:
+            restore_optimizer(optimizer, states["optimizer"])
+    if run.step > 0 and args.revive:
+        run.log(revived=revive(vae, to_tensor(held_out[:32], args.device)))
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
     rng = np.random.default_rng([args.seed, run.step, rank])
     progress, batch, parameters = run.progress, BATCH // args.workers, list(vae.parameters())
     while progress < 1:

@@ -183,7 +183,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     if not args.fresh and (saved := run.load()) is not None:
         unet.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        restore_optimizer(optimizer, saved["optimizer"])
+        if "optimizer" in saved:
+            restore_optimizer(optimizer, saved["optimizer"])
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + run.step) * 16 + rank)
     progress, losses = run.progress, []

@@ -1,0 +1,90 @@
+"""Claims about what the world's trainings and figures are made of; no training runs here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoints
+import numpy as np
+import torch
+from diffusers import AutoencoderTiny
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from silhouettes import plain_things, silhouette_score
+from train_autoencoder import revive
+from train_checker import cell_targets
+
+from tiue_cli.papercut.world.captions import OBJECTS, random_specs
+from tiue_cli.papercut.world.scenes import compositions, render
+
+
+def test_a_lump_costs_a_silhouette_and_grain_does_not():
+    spec = plain_things(1)[0]  # a red star in the snow
+    picture = render([spec], 4)[0]
+    clean = silhouette_score(picture, spec, np.random.default_rng(0))
+    rows, columns = np.nonzero(np.abs(picture.astype(int) - (224, 41, 43)).max(-1) < 40)
+    lumpy = picture.copy()
+    top, side = int(rows.mean()), int(columns.max())
+    lumpy[top - 9 : top + 9, side - 6 : side + 10] = (224, 41, 43)
+    assert clean > 0.93
+    assert silhouette_score(lumpy, spec, np.random.default_rng(0)) < clean - 0.05
+    assert silhouette_score(np.zeros_like(picture), spec, np.random.default_rng(0)) == 0
+
+
+def test_cells_know_the_things_whose_middles_they_hold():
+    drawn = compositions(random_specs(30, 5), 1)
+    cells = cell_targets(drawn)
+    for row, composition in enumerate(drawn):
+        known = cells["object"][row] != len(OBJECTS)
+        assert known.sum() == composition.scene.things  # no two middles share a cell of eight units
+        assert set(cells["slot"][row][known].tolist()) == set(range(len(composition.scene.groups)))
+        for slot, group in enumerate(composition.scene.slots):
+            objects = cells["object"][row][cells["slot"][row] == slot]
+            assert objects.tolist() == [OBJECTS.index(group.object)] * group.count
+
+
+def test_reviving_wakes_dead_units_and_changes_no_picture():
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(0, 1), num_decoder_blocks=(1, 0),
+    ).eval()  # fmt: skip
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    block = next(module for module in vae.encoder.modules() if type(module).__name__ == "AutoencoderTinyBlock")
+    with torch.no_grad():
+        block.conv[0].bias[:3] = -100.0
+        before = vae.decode(vae.encode(images).latents).sample
+        assert revive(vae, images) >= 3
+        torch.testing.assert_close(vae.decode(vae.encode(images).latents).sample, before)
+        entering: list[torch.Tensor] = []
+        block.conv[0].register_forward_hook(lambda module, inputs, output: entering.append(output))
+        vae.encode(images)
+    assert ((entering[0] > 0).float().mean((0, 2, 3))[:3] > 0.01).all()
+
+
+def test_kept_weights_are_taken_up_again_by_every_training(tmp_path: Path, monkeypatch):
+    work, kept, elsewhere = tmp_path / "work", tmp_path / "kept", tmp_path / "elsewhere"
+    tensors = {"a": torch.tensor([0.5, 2.0]), "steps": torch.tensor([3])}
+    for name in checkpoints.FOLDERS:
+        (work / name).mkdir(parents=True)
+        (work / name / "config.json").write_text("{}")
+    save_file(tensors, work / "vae" / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, work / "checker.safetensors")
+    metadata = {"step": "70", "spent_s": "12.5"}
+    save_file(
+        {"model/a": tensors["a"], "optimizer/0.step": torch.ones(1)}, work / "autoencoder.pt.safetensors", metadata
+    )
+    save_file({"model/a": torch.zeros(2), "ema/a": tensors["a"]}, work / "teacher.pt.safetensors", metadata)
+    monkeypatch.setattr(checkpoints, "KEPT", kept)
+    monkeypatch.setattr(checkpoints, "WORK", work)
+    checkpoints.keep()
+    assert load_file(kept / "vae" / "model.safetensors")["a"].dtype == torch.float16
+    monkeypatch.setattr(checkpoints, "WORK", elsewhere)
+    checkpoints.take()
+    assert {path.name for path in elsewhere.iterdir()} == {path.name for path in work.iterdir()}
+    for name, parts in (("autoencoder", {"model/a"}), ("teacher", {"model/a", "ema/a"})):
+        taken = load_file(elsewhere / f"{name}.pt.safetensors")
+        assert set(taken) == parts
+        assert all(torch.equal(value, tensors["a"]) for value in taken.values())
+        with safe_open(elsewhere / f"{name}.pt.safetensors", "pt") as file:
+            assert file.metadata() == metadata
