@@ -50,7 +50,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, value in (("WARM_UP", 1), ("RUNS", 3), ("MIN_SECONDS", 0.0)):
         monkeypatch.setattr(module, name, value)
     # Where there is no GPU, ONNX Runtime's CUDA provider is played by its CPU provider.
-    monkeypatch.setattr(onnx_backend, "choose_provider", lambda asked: Provider("cpu"))
+    monkeypatch.setattr(onnx_backend, "choose_provider", lambda asked, **rest: Provider("cpu"))
     return module
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiue_cli.backends.few_entries import FewEntries
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
-from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
+from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps, group_size, searching
 from tiue_cli.errors import DeviceError, ModelFolderError
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise
@@ -23,6 +26,70 @@ PROMPTS = ("a red heart above a blue house", "a yellow star at night")
 
 def fast(parts: object, **options: bool) -> FastModel:
     return FastModel(text_encoder=parts.text_encoder, unet=parts.unet, vae=parts.vae, options=FastOptions(**options))
+
+
+@pytest.mark.parametrize("option", ["single", "products", "search"])
+def test_ways_to_run_a_pass_draw_the_same(tiny_student_folder: Path, option: str) -> None:
+    student = load_student(tiny_student_folder)
+    noise = draw_noise([0, 1], (4, 8, 8))
+    drawn, latents = [], []
+    for options in ({}, {option: True}):
+        run = StudentPass(fast(student, **options), student.tokenizer, encoder_timestep=981)
+        with torch.inference_mode():
+            for _ in range(2):
+                drawn.append(run(PROMPTS, noise, student.linear_combine()))
+            latents.append(run.latents(PROMPTS, noise, student.linear_combine()))
+    assert all(np.abs(images.astype(int) - drawn[0]).max() <= 1 for images in drawn)
+    assert torch.equal(*latents)
+
+
+class FromTheHost(TorchDispatchMode):
+    """Notes what a CUDA graph cannot hold: a tensor made of Python's numbers, a number read back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.lift_fresh, torch.ops.aten._local_scalar_dense):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_captured_takes_nothing_from_the_host(tiny_student_folder: Path) -> None:
+    student = load_student(tiny_student_folder)
+    run = StudentPass(fast(student), student.tokenizer, encoder_timestep=981)
+    noise = draw_noise([0, 1], (4, 8, 8))
+    with torch.inference_mode():
+        run(PROMPTS, noise, student.linear_combine())
+        (shape,) = run._shapes._entries.values()
+        for name, stage in shape._stages.items():
+            with FromTheHost() as host:
+                stage()
+            assert host.seen == [], name
+    # What the pass was before: the claim can fail.
+    with StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu") as backend:
+        with FromTheHost() as host:
+            backend.generate(PROMPTS, noise)
+        assert host.seen
+
+
+@pytest.mark.parametrize(("gib", "images"), [(80, 13), (24, 4), (4, 1)])
+def test_images_are_decoded_in_groups_that_fill_a_quarter_of_the_gpu(
+    gib: int, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=gib * 2**30))
+    assert group_size(torch.device("cuda"), 512 * 512) == images
+
+
+def test_searching_lasts_for_its_block() -> None:
+    before = torch.backends.cudnn.benchmark
+    with pytest.raises(RuntimeError), searching(True):
+        assert torch.backends.cudnn.benchmark
+        raise RuntimeError
+    with searching(False):
+        assert torch.backends.cudnn.benchmark == before
+    assert torch.backends.cudnn.benchmark == before
 
 
 @pytest.mark.parametrize("vae", [None, "embedded"])

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tiue_cli.files.structured import MAX_DEPTH, MAX_DIGITS, parse_json, parse_toml, parse_yaml
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 Parser = Callable[[Any], Any]
 

@@ -70,15 +70,16 @@ def test_adapters_are_refused_as_reading_weights_would_miss_them() -> None:
         FastUNet(unet, TorchOps())
 
 
+@pytest.mark.parametrize("products", [False, True], ids=["fused", "products"])
 @pytest.mark.parametrize("merged", [False, True], ids=["nearest", "merged"])
 @torch.no_grad()
-def test_fast_decoder_equals_the_kl_autoencoder(merged: bool) -> None:
+def test_fast_decoder_equals_the_kl_autoencoder(merged: bool, products: bool) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(**{**SD15_VAE, "block_out_channels": (32, 64, 64, 64), "norm_num_groups": 8})
     _randomise(vae)
     latents = torch.randn(2, 4, 6, 5, dtype=torch.float64)
     expected = vae.decode(latents, return_dict=False)[0]
-    assert relative_error(fast_decoder(vae, TorchOps(), merged=merged)(latents), expected) <= 1e-10
+    assert relative_error(fast_decoder(vae, TorchOps(), merged=merged, products=products)(latents), expected) <= 1e-10
 
 
 @torch.no_grad()

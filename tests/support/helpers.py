@@ -289,11 +289,11 @@ def edit_json(path: Path, **changes: Any) -> None:
 # --- full size -----------------------------------------------------------------------------------------------------
 
 
-def build_full_size_folder(path: Path, *, kind: Kind = "sd15", seed: int = 0) -> Path:
+def build_full_size_folder(path: Path, *, kind: Kind = "sd15", seed: int = 0, hollow: bool = False) -> Path:
     """Write a real configuration with random float16 weights: 2.1 GB of disk (SD 2.1: 2.6), little memory.
 
     The modules exist on the meta device only; each tensor is drawn, written and forgotten. Weights are scaled by
-    their fan-in, so that a forward pass stays finite.
+    their fan-in, so that a forward pass stays finite. ``hollow`` leaves holes in the files for zeros: no disk, no time.
     """
     text_config, unet_config = (SD15_TEXT, SD15_UNET) if kind == "sd15" else (SD21_TEXT, SD21_UNET)
     tokenizer = build_tokenizer(max_length=77, pad_token=_pad_token(kind), vocab_size=text_config["vocab_size"])
@@ -307,7 +307,7 @@ def build_full_size_folder(path: Path, *, kind: Kind = "sd15", seed: int = 0) ->
     text_encoder.config.save_pretrained(path / "text_encoder")
     unet.save_config(path / "unet")
     vae.save_config(path / "vae")
-    random = np.random.Generator(np.random.Philox(key=seed))
+    random = None if hollow else np.random.Generator(np.random.Philox(key=seed))
     _stream_random(path / "text_encoder" / "model.safetensors", text_encoder, random)
     _stream_random(path / "unet" / "diffusion_pytorch_model.safetensors", unet, random)
     _stream_random(path / "vae" / "diffusion_pytorch_model.safetensors", vae, random)
@@ -329,8 +329,8 @@ def build_full_size_folder(path: Path, *, kind: Kind = "sd15", seed: int = 0) ->
     return path
 
 
-def _stream_random(path: Path, module: torch.nn.Module, random: np.random.Generator) -> None:
-    """Write a safetensors file for ``module``'s parameters, one tensor at a time."""
+def _stream_random(path: Path, module: torch.nn.Module, random: np.random.Generator | None) -> None:
+    """Write a safetensors file for ``module``'s parameters, one tensor at a time; holes where ``random`` is None."""
     shapes = {name: tuple(value.shape) for name, value in module.named_parameters()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -339,10 +339,13 @@ def _stream_random(path: Path, module: torch.nn.Module, random: np.random.Genera
         header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    block = random.standard_normal(2**20, dtype=np.float32)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
+        if random is None:
+            file.truncate(8 + len(encoded) + end)
+            return
+        block = random.standard_normal(2**20, dtype=np.float32)
         for name, shape in shapes.items():
             for values in _random_pieces(name, shape, block=block, random=random):
                 file.write(values.astype("<f2").tobytes())

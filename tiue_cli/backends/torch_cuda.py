@@ -10,7 +10,7 @@ uncaptured, for its tests. What a network has that Stable Diffusion's has not ke
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -66,6 +66,12 @@ class FastOptions:
     """``torch.compile``: a minute or two for each new shape, and the fastest afterwards."""
     compile_mode: str | None = None
     captured: bool = True
+    single: bool = False
+    """A student's pass as one graph instead of four, whose stages cannot be timed then. Not measured yet."""
+    search: bool = False
+    """cuDNN tries its algorithms at each new shape, instead of guessing. Not measured yet."""
+    products: bool = False
+    """The image decoder's attention as two matrix products and a softmax. Not measured yet."""
 
 
 class FastModel:
@@ -97,7 +103,7 @@ class FastModel:
         self._text_encoder, self._unet = text_encoder, unet
         self._decode: Callable[[Tensor], Tensor]
         try:
-            self._decode = fast_decoder(vae, ops, merged=options.merged)
+            self._decode = fast_decoder(vae, ops, merged=options.merged, products=options.products)
         except NotFusable as error:
             self.notes.append(f"the autoencoder runs as it is: {error.message}")
             self._decode = lambda latents: vae.decode(latents, return_dict=False)[0]
@@ -215,7 +221,8 @@ class _StudentShape:
             "unet_decoder": self._decode,
             "vae": self._finish,
         }
-        self._stages = captured(model, stages)
+        self._whole = model.options.single
+        self._stages = captured(model, {"pass": self._pass} if self._whole else stages)
 
     def run(self, ids: Tensor, noise: np.ndarray, *, clock: Stages) -> np.ndarray:
         """Images (B, H, W, 3) uint8."""
@@ -224,7 +231,7 @@ class _StudentShape:
 
     def latents(self, ids: Tensor, noise: np.ndarray) -> Tensor:
         """Latents (B, C, h, w) float32 on the device."""
-        self._run(ids, noise, ("text", "unet_encoder", "unet_decoder"), _Untimed())
+        self._run(ids, noise, ("pass",) if self._whole else ("text", "unet_encoder", "unet_decoder"), _Untimed())
         return self._latents.clone()
 
     def _run(self, ids: Tensor, noise: np.ndarray, stages: Sequence[str], clock: Stages) -> None:
@@ -233,6 +240,10 @@ class _StudentShape:
         for name in stages:
             with clock.stage(name):
                 self._stages[name]()
+
+    def _pass(self) -> None:
+        for stage in (self._text, self._encode, self._decode, self._finish):
+            stage()
 
     def _text(self) -> None:
         self._texts = self._model.unet.texts(self._model.text(self._ids).to(self._model.dtype))
@@ -375,6 +386,17 @@ def new_pool(device: torch.device) -> Any:
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
 
+@contextlib.contextmanager
+def searching(on: bool) -> Iterator[None]:
+    """Within the block cuDNN chooses algorithms by trying them; what it has chosen for a shape holds afterwards."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def captured(model: FastModel, stages: dict[str, Callable[[], None]]) -> dict[str, Callable[[], None]]:
     """The stages as CUDA graphs; as they are, with a note, where one of them cannot be captured.
 
@@ -385,7 +407,8 @@ def captured(model: FastModel, stages: dict[str, Callable[[], None]]) -> dict[st
     found: dict[str, Callable[[], None]] = {}
     for name, stage in stages.items():
         try:
-            found[name] = Captured(stage, pool=model.pool)
+            with searching(model.options.search):
+                found[name] = Captured(stage, pool=model.pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import poly_mmd
 
 from tiue_cli.bench.quality import metrics
 from tiue_cli.bench.quality.metrics import FeatureSet, Moments
 from tiue_cli.errors import QualityError
 
-# A machine with a GPU may lack it, and its tests must be collected all the same.
+# A machine with a GPU may lack them, and its tests must be collected all the same.
+pytest.importorskip("torchmetrics")
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
+
 compute_prdc = pytest.importorskip("prdc", reason="prdc is not installed (pip install tiue[dev])").compute_prdc
 
 

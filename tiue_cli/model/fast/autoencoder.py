@@ -24,21 +24,24 @@ from tiue_cli.model.fast.layers import (
 from tiue_cli.model.fast.ops import Ops
 
 
-def fast_decoder(vae: AutoencoderKL | AutoencoderTiny, ops: Ops, *, merged: bool = False) -> Callable[[Tensor], Tensor]:
+def fast_decoder(
+    vae: AutoencoderKL | AutoencoderTiny, ops: Ops, *, merged: bool = False, products: bool = False
+) -> Callable[[Tensor], Tensor]:
     """From scaled latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], both in the weights' dtype.
 
-    Weights are read here (see ``layers``). Raises NotFusable.
+    ``products`` computes attention as two matrix products and a softmax. Weights are read here (see ``layers``).
+    Raises NotFusable.
     """
     if isinstance(vae, AutoencoderTiny):
         return TinyDecoder(vae, ops)
     assert isinstance(vae, AutoencoderKL), "the two that components.load_vae knows"
-    return KLDecoder(vae, ops, merged=merged)
+    return KLDecoder(vae, ops, merged=merged, products=products)
 
 
 class KLDecoder:
     """``AutoencoderKL.decode``."""
 
-    def __init__(self, vae: AutoencoderKL, ops: Ops, *, merged: bool = False) -> None:
+    def __init__(self, vae: AutoencoderKL, ops: Ops, *, merged: bool = False, products: bool = False) -> None:
         decoder: Any = vae.decoder
         if type(decoder.conv_act) is not nn.SiLU:
             raise NotFusable("the autoencoder's last layers are not Stable Diffusion's", hint="run it plainly")
@@ -47,7 +50,8 @@ class KLDecoder:
         mid = decoder.mid_block
         self._mid = [Resnet(resnet, ops) for resnet in mid.resnets]
         self._attentions = [
-            None if attention is None else _PixelAttention(attention, ops) for attention in mid.attentions
+            None if attention is None else _PixelAttention(attention, ops, products=products)
+            for attention in mid.attentions
         ]
         self._up = [
             ([Resnet(resnet, ops) for resnet in block.resnets], _upsampler(block, ops, merged=merged))
@@ -139,11 +143,13 @@ class _TinyBlock:
 class _PixelAttention:
     """The mid block's attention among pixels, with its own norm and residual."""
 
-    def __init__(self, attention: Any, ops: Ops) -> None:
+    def __init__(self, attention: Any, ops: Ops, *, products: bool) -> None:
         if attention.rescale_output_factor != 1 or not attention.residual_connection or attention.spatial_norm:
             raise NotFusable("the autoencoder's attention is not Stable Diffusion's", hint="run it plainly")
         self._norm = GroupNorm(attention.group_norm, ops, silu=False)
         self._heads = attention.heads
+        # One head of 512 numbers is wider than any fused kernel for Hopper takes: torch has an older one for it.
+        self._attend = _attention_by_products if products else F.scaled_dot_product_attention
         layers = [plain_layer(layer, nn.Linear) for layer in (attention.to_q, attention.to_k, attention.to_v)]
         self._qkv = torch.cat([layer.weight.detach() for layer in layers])
         self._qkv_bias = None if layers[0].bias is None else torch.cat([layer.bias.detach() for layer in layers])
@@ -154,8 +160,14 @@ class _PixelAttention:
         """(B, C, h, w) → the same."""
         joined = F.linear(as_tokens(self._norm(hidden)), self._qkv, self._qkv_bias).chunk(3, dim=-1)
         parts = (each.unflatten(-1, (self._heads, -1)).transpose(1, 2) for each in joined)
-        answers = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+        answers = self._attend(*parts).transpose(1, 2).flatten(2)
         return as_image(F.linear(answers, *self._out), hidden.shape[-2:]) + hidden
+
+
+def _attention_by_products(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention (B, H, N, D) with its matrix of all pairs (B, H, N, N) in memory: 32 MiB an image of 512 x 512."""
+    scaled = queries * queries.shape[-1] ** -0.5  # before the product, which is then within half precision's range
+    return torch.softmax(scaled @ keys.transpose(-1, -2), dim=-1) @ values
 
 
 def _upsampler(block: Any, ops: Ops, *, merged: bool) -> Upsample | None:
