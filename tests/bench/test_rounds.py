@@ -12,7 +12,7 @@ import pytest
 from tiue_cli.bench import rounds as timing
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.rounds import MAX_ROUNDS, MIN_ROUNDS, SLOW_ROUNDS, measure_batch, plan_rounds, round_count
-from tiue_cli.bench.subjects.torch_subjects import Outcome, Subject
+from tiue_cli.bench.subjects.subject import Outcome, Subject
 
 PROMPTS = ["a red star", "a blue house"]
 NOISE = np.zeros((2, 4, 2, 2), dtype=np.float32)
@@ -32,7 +32,7 @@ class Timed(Subject):
     """Takes as long as it is told; writes down its calls."""
 
     def __init__(self, key: str, durations_s: Sequence[float], clock: Clock, calls: list[str]) -> None:
-        super().__init__(record(key))
+        super().__init__(record(key), lambda prompts, noise: np.zeros(0))
         self._durations = list(durations_s)
         self._clock = clock
         self._calls = calls

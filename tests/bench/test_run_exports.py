@@ -18,9 +18,9 @@ from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.run import run_bench
 from tiue_cli.bench.subjects import opening
-from tiue_cli.bench.subjects.loading import ReadyExport
 from tiue_cli.errors import UsageError
 from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
+from tiue_cli.generate.target import ExportInfo
 
 pytestmark = pytest.mark.slow
 
@@ -103,10 +103,10 @@ def test_an_export_that_was_asked_for_is_made_for_the_run(
     ready = exported(student)
     asked: list[Path] = []
 
-    def export_now(model: object, folder: Path, **_: object) -> ReadyExport:
+    def export_now(model: object, folder: Path, **_: object) -> tuple[ExportInfo, float]:
         assert folder.is_dir()
         asked.append(folder)
-        return ReadyExport(ready, read_export_manifest(ready), build_s=7.0)
+        return ExportInfo(ready, read_export_manifest(ready)), 7.0
 
     monkeypatch.setattr(opening, "export_now", export_now)
     report, _ = run(config(student, backends=("onnx",)))

@@ -16,6 +16,14 @@ DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "fp16", "bf16"]
 
 BACKENDS: Final[tuple[StudentBackend, ...]] = get_args(StudentBackend)
+BACKEND_NAMES: Final = {
+    "torch": "torch",
+    "compile": "torch.compile",
+    "onnx": "ONNX Runtime",
+    "trt": "TensorRT",
+    "diffusers": "diffusers",
+}
+"""For people; a new runtime of exports has a line here, in StudentBackend and in ``subjects.exports.RUNTIMES``."""
 SHAPES: Final = ("sd15", "sd21", "papercut")
 """What ``--random-weights`` can build."""
 NO_TEACHER: Final = "none"

@@ -74,7 +74,7 @@ def latency_records(opened: OpenedSubjects, timings: Timings) -> tuple[LatencyRe
                     size=opened.size,
                     first_call_ms=measured.first_call_ms,
                     warm_up=measured.warm_up,
-                    clock=subject.clock_kind,
+                    clock=subject.clock.kind,
                     samples_ms=tuple(measured.samples_ms),
                     rounds=tuple(measured.rounds),
                     stage_samples_ms={stage: tuple(values) for stage, values in measured.stage_samples_ms.items()},

@@ -22,7 +22,7 @@ from tiue_cli.bench.measure.clock import StageMs
 from tiue_cli.bench.measure.machine import Control, MachineUse, watch_machine
 from tiue_cli.bench.measure.memory import MemoryRise, watch_memory
 from tiue_cli.bench.report.schema import Stage
-from tiue_cli.bench.subjects.torch_subjects import Outcome, Subject
+from tiue_cli.bench.subjects.subject import Outcome, Subject
 
 MIN_ROUNDS: Final = 6
 """Samples of a subject at least: with fewer the interval of a median is the whole range."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,21 @@ import pytest
 import torch
 from tiny_export import write_tiny_export
 
+from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 from tiue_cli.bench.config import PeerSpec
-from tiue_cli.bench.measure.flops import StageFlops
+from tiue_cli.bench.measure.flops import DecoderKind, StageFlops
 from tiue_cli.bench.ratios import compare_images
 from tiue_cli.bench.report.schema import SubjectRecord
-from tiue_cli.bench.subjects.exported_subjects import ExportedSubject, TimedOnnxBackend
-from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, random_model, student_steps
-from tiue_cli.bench.subjects.peers import PeerSubject, load_peer
-from tiue_cli.bench.subjects.torch_subjects import PlainUNetSubject, StudentSubject, Subject, TeacherSubject, Variant
+from tiue_cli.bench.subjects.exports import OpenedExport
+from tiue_cli.bench.subjects.loading import ModelArgument
+from tiue_cli.bench.subjects.models import LoadedModel, load_model, named, random_model
+from tiue_cli.bench.subjects.peers import load_peer, peer_subject
+from tiue_cli.bench.subjects.subject import Subject
+from tiue_cli.bench.subjects.torch_subjects import plain_unet_subject, student_subject, teacher_subject
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.generate.target import ExportInfo
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.model.shared import merge_upsamplers, with_same_weights
@@ -64,9 +69,9 @@ def flops_of(model: LoadedModel) -> StageFlops:
 @pytest.mark.parametrize("variant", ["shared", "plain", "merged"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_student_draws_what_generate_draws(
-    variant: Variant, steps: int, student: LoadedModel, tiny_student_folder: Path
+    variant: DecoderKind, steps: int, student: LoadedModel, tiny_student_folder: Path
 ) -> None:
-    subject = StudentSubject(record(steps=steps), student, flops_of(student), variant=variant)
+    subject = student_subject(record(steps=steps), student, flops_of(student), variant=variant)
     outcome = subject.run(PROMPTS, NOISE)
     with StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu") as backend:
         expected = backend.generate(PROMPTS, NOISE, steps=steps)
@@ -80,26 +85,24 @@ def test_prepared_subjects_draw_and_time_what_the_plain_ones_do(student: LoadedM
     many, single = record(steps=3, guidance=3.0), record(steps=1, merged=True)
     pairs: list[list[Subject]] = [
         [
-            StudentSubject(record(steps=4), student, flops_of(student), variant="merged", prepared=p)
+            student_subject(record(steps=4), student, flops_of(student), variant="merged", prepared=p)
             for p in (True, None)
         ],
-        [TeacherSubject(many, teacher, flops_of(teacher), prepared=p) for p in (True, None)],
-        [PlainUNetSubject(single, student, flops_of(student), prepared=p) for p in (True, None)],
+        [teacher_subject(many, teacher, flops_of(teacher), prepared=p) for p in (True, None)],
+        [plain_unet_subject(single, student, flops_of(student), prepared=p) for p in (True, None)],
     ]
     for prepared, plain in pairs:
         found, expected = prepared.run(PROMPTS, NOISE), plain.run(PROMPTS, NOISE)
         assert psnr_db(found.images, expected.images) > 45, prepared
         assert set(found.stage_ms) == set(expected.stage_ms) == set(prepared.flops(2))
         assert (prepared.compiles, plain.compiles) == (True, False)
-    # Networks are prepared once a model and way, and the plain K-fold batch never.
-    assert len(student._fast) == 1 and len(teacher._fast) == 1
-    authors = StudentSubject(record(steps=4), student, flops_of(student), variant="plain", prepared=True)
-    assert authors._pass is None and not authors.compiles
+    authors = student_subject(record(steps=4), student, flops_of(student), variant="plain", prepared=True)
+    assert not authors.compiles, "the plain K-fold batch is never prepared"
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_teacher_draws_what_generate_draws(guidance: float, teacher: LoadedModel, tiny_teacher_folder: Path) -> None:
-    subject = TeacherSubject(record(steps=3, guidance=guidance), teacher, flops_of(teacher))
+    subject = teacher_subject(record(steps=3, guidance=guidance), teacher, flops_of(teacher))
     outcome = subject.run(PROMPTS, NOISE)
     info = check_model_folder(tiny_teacher_folder)
     with TeacherTorchBackend(info, guidance=guidance, device="cpu") as backend:
@@ -113,7 +116,7 @@ def test_teacher_draws_what_generate_draws(guidance: float, teacher: LoadedModel
 @pytest.mark.parametrize("merged", [False, True])
 def test_a_plain_pass_is_the_student_at_one_step(merged: bool, student: LoadedModel) -> None:
     # At K = 1 the one pass runs encoder and decoder at the same timestep … if that timestep is the encoder's.
-    subject = PlainUNetSubject(record(steps=1, merged=merged), student, flops_of(student))
+    subject = plain_unet_subject(record(steps=1, merged=merged), student, flops_of(student))
     outcome = subject.run(PROMPTS, NOISE)
     parts = student.components
     with torch.no_grad():
@@ -163,10 +166,10 @@ def test_peer_with_the_teachers_sampler_draws_what_the_teacher_draws(
     from tiue_cli.model.schedule import ddim_config
 
     pipeline.scheduler = DDIMScheduler.from_config(ddim_config(teacher.components.scheduler_config))
-    size = teacher.image_size()
-    with PeerSubject(record(steps=3, guidance=3.0), pipeline, size=size, seed=0) as peer:
+    with ExitStack() as stack:
+        peer = peer_subject(record(steps=3, guidance=3.0), pipeline, stack, size=teacher.image_size, seed=0)
         outcome = peer.run(PROMPTS, NOISE)
-    expected = TeacherSubject(record(steps=3, guidance=3.0), teacher, flops_of(teacher)).run(PROMPTS, NOISE)
+    expected = teacher_subject(record(steps=3, guidance=3.0), teacher, flops_of(teacher)).run(PROMPTS, NOISE)
     assert psnr_db(outcome.images, expected.images) > 45  # diffusers rounds in another place
     assert set(outcome.stage_ms) == {"text", "unet", "vae"}
     assert not pipeline.unet._forward_pre_hooks, "the pipeline is left as it was"
@@ -183,10 +186,11 @@ def test_a_peer_that_is_no_pipeline_is_refused(tmp_path: Path) -> None:
 def test_export_is_timed_graph_by_graph_and_draws_the_same(tmp_path: Path) -> None:
     manifest = write_tiny_export(tmp_path / "export", precision="fp32")
     noise = draw_noise([0, 1], manifest.latent_shape(manifest.default_size))
-    with TimedOnnxBackend(tmp_path / "export", provider="cpu", threads=1) as backend:
+    with OnnxBackend(tmp_path / "export", provider="cpu", threads=1) as backend:
         expected = backend.generate(PROMPTS, noise, steps=2)
-        backend.clock.take_ms()
-        outcome = ExportedSubject(record(steps=2, backend="onnx"), backend, None).run(PROMPTS, noise)
+    with ExitStack() as stack:
+        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "onnx", stack, device="cpu")
+        outcome = Subject(record(steps=2, backend="onnx"), opened.draw(2), opened.clock).run(PROMPTS, noise)
     np.testing.assert_array_equal(outcome.images, expected)
     assert set(outcome.stage_ms) == {"text", "unet_encoder", "unet_decoder", "vae"}
 
@@ -196,7 +200,7 @@ def test_random_weights_are_finite_reproducible_and_no_constant(shape: str) -> N
     models = [random_model(shape, device="cpu", precision="fp32", seed=seed) for seed in (0, 0, 1)]
     noise = draw_noise([0, 1], (4, 16, 16))
     images = [
-        StudentSubject(record(steps=4), model, StageFlops(model.components, (16, 16)), variant="shared")
+        student_subject(record(steps=4), model, StageFlops(model.components, (16, 16)), variant="shared")
         .run(PROMPTS, noise)
         .images
         for model in models
@@ -208,10 +212,11 @@ def test_random_weights_are_finite_reproducible_and_no_constant(shape: str) -> N
 
 
 def test_steps_of_a_student_are_those_it_can_run(student: LoadedModel) -> None:
-    assert student_steps(student.student, None) == (1, 2, 3, 4)
-    assert student_steps(student.student, (4, 2)) == (4, 2)
+    argument = ModelArgument("student", "student", student)
+    assert argument.steps(None) == (1, 2, 3, 4)
+    assert argument.steps((4, 2)) == (4, 2)
     with pytest.raises(UsageError, match="5"):
-        student_steps(student.student, (5,))
+        argument.steps((5,))
 
 
 def test_names_are_short_and_different(tmp_path: Path) -> None:
@@ -232,9 +237,9 @@ def test_compiled_student_draws_the_same_and_leaves_the_model_as_it_was(
     # Traced and run without a code generator, which would take minutes.
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
-    subject = StudentSubject(record(steps=4, backend="compile"), student, flops_of(student), variant="shared")
+    subject = student_subject(record(steps=4, backend="compile"), student, flops_of(student), variant="shared")
     assert subject.compiles
-    expected = StudentSubject(record(steps=4), student, flops_of(student), variant="shared").run(PROMPTS, NOISE)
+    expected = student_subject(record(steps=4), student, flops_of(student), variant="shared").run(PROMPTS, NOISE)
     found = subject.run(PROMPTS, NOISE)
     assert psnr_db(found.images, expected.images) > 60
     assert type(student.components.vae.decoder).__name__ != "OptimizedModule"

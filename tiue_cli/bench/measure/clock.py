@@ -33,7 +33,11 @@ class WallClock:
         try:
             yield
         finally:
-            self._ms[name] = self._ms.get(name, 0.0) + (time.perf_counter() - started) * 1000.0
+            self.add(name, (time.perf_counter() - started) * 1000.0)
+
+    def add(self, name: Stage, ms: float) -> None:
+        """Count milliseconds that somebody else timed as part of ``name``."""
+        self._ms[name] = self._ms.get(name, 0.0) + ms
 
     def take_ms(self) -> StageMs:
         """Milliseconds of each stage since the last call."""

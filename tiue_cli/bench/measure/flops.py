@@ -6,17 +6,12 @@ matrix products and attentions by their shapes. Norms, activations and additions
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from diffusers.models import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from tiue_cli.bench.report.schema import Stage
 from tiue_cli.model.autoencoder import ImageDecoder
@@ -31,123 +26,88 @@ class StageFlops:
     """Counts for one model at one latent size (h, w); each different count is made once."""
 
     def __init__(self, components: Components, latent: tuple[int, int]) -> None:
-        self._text_config = json.dumps(components.text_encoder.config.to_dict(), sort_keys=True, default=str)
-        self._unet_config = _plain_config(components.unet.config)
-        self._vae_config = _plain_config(components.vae.config)
-        self._tiny = isinstance(components.vae, AutoencoderTiny)
-        self._tokens = components.info.text_tokens
-        self._latent = latent
+        def empty(module: Any) -> Any:
+            return type(module).from_config(module.config)
+
+        with quiet(), torch.device("meta"):
+            text_encoder: Any = type(components.text_encoder)
+            self._text_encoder = text_encoder(components.text_encoder.config).eval()
+            self._unet = empty(components.unet).eval()
+            self._images = ImageDecoder(empty(components.vae).eval())
+        self._tokens, self._latent = components.info.text_tokens, latent
+        self._counts: dict[Hashable, float] = {}
 
     def text(self, rows: int) -> float:
         """The text encoder on ``rows`` prompts."""
-        return rows * _count_text(self._text_config, self._tokens)
-
-    def unet(self, rows: int, *, merged_upsampler: bool = False) -> float:
-        """One whole UNet pass on ``rows`` rows."""
-        return _count_unet(self._unet, rows, merged=merged_upsampler)
-
-    def unet_encoder(self, batch: int) -> float:
-        """The UNet encoder on ``batch`` images."""
-        return _count_encoder(self._unet, batch)
-
-    def unet_decoder(self, batch: int, steps: int, kind: DecoderKind) -> float:
-        """The UNet decoder at ``steps`` timesteps on ``batch`` images; the weighted sum does not count."""
-        return _count_decoder(self._unet, batch, steps=steps, kind=kind)
-
-    def student(self, batch: int, steps: int, kind: DecoderKind) -> dict[Stage, float]:
-        """Each stage of a student's pass."""
-        decoder = self.unet_decoder(batch, steps, kind)
-        return {
-            "text": self.text(batch),
-            "unet_encoder": self.unet_encoder(batch),
-            "unet_decoder": decoder,
-            "vae": self.vae(batch),
-        }
+        ids = torch.zeros(1, self._tokens, dtype=torch.int64, device="meta")
+        return rows * self._count("text", lambda: partial(self._text_encoder, ids))
 
     def vae(self, batch: int) -> float:
         """The autoencoder's decoder on ``batch`` images."""
-        return batch * _count_vae(self._vae_config, self._latent, tiny=self._tiny)
+        latents = torch.zeros(1, self._images.latent_channels, *self._latent, device="meta")
+        return batch * self._count("vae", lambda: partial(self._images.decode_float, latents))
 
-    @property
-    def _unet(self) -> _UNetShape:
-        return _UNetShape(self._unet_config, self._latent, self._tokens)
+    def unet(self, rows: int, *, merged_upsampler: bool = False) -> float:
+        """One whole UNet pass on ``rows`` rows."""
 
+        def prepare() -> Callable[[], object]:
+            unet = with_same_weights(self._unet)
+            if merged_upsampler:
+                merge_upsamplers(unet)
+            noise, text_states = self._inputs(1)
+            return partial(unet, noise, _timesteps(1), encoder_hidden_states=text_states)
 
-@dataclass(frozen=True)
-class _UNetShape:
-    config: str
-    latent: tuple[int, int]
-    tokens: int
+        return rows * self._count(("unet", merged_upsampler), prepare)
 
+    def unet_encoder(self, batch: int) -> float:
+        """The UNet encoder on ``batch`` images."""
+        encoder = UNetEncoder(self._unet)
+        return self._count(("encoder", batch), lambda: partial(encoder, *self._inputs(batch), _timesteps(1)[0]))
 
-def _plain_config(config: Mapping[str, Any]) -> str:
-    fields = {key: value for key, value in dict(config).items() if not key.startswith("_")}
-    return json.dumps(fields, sort_keys=True, default=str)
+    def unet_decoder(self, batch: int, steps: int, kind: DecoderKind) -> float:
+        """The UNet decoder at ``steps`` timesteps on ``batch`` images; the weighted sum does not count."""
 
+        def prepare() -> Callable[[], object]:
+            decoder: Any = UNetDecoder(self._unet)
+            if kind != "plain":
+                decoder = SharedUNetDecoder(self._unet, merged_upsampler=kind == "merged")
+            noise, text_states = self._inputs(batch)
+            features = UNetEncoder(self._unet)(noise, text_states, _timesteps(1)[0])
+            return partial(decoder, features, _timesteps(steps), text_states)
 
-@functools.lru_cache(maxsize=256)
-def _count_text(config: str, tokens: int) -> float:
-    with torch.device("meta"):
-        module = CLIPTextModel(CLIPTextConfig(**json.loads(config))).eval()
-        return _count(lambda: module(torch.zeros(1, tokens, dtype=torch.int64)))
+        return self._count(("decoder", batch, steps, kind), prepare)
 
+    def whole_unet(
+        self, batch: int, *, steps: int = 1, guided: bool = False, merged: bool = False
+    ) -> dict[Stage, float]:
+        """Each stage of a run of ``steps`` whole UNet passes; guidance doubles the rows of text encoder and UNet."""
+        rows = 2 * batch if guided else batch
+        unet = steps * self.unet(rows, merged_upsampler=merged)
+        return {"text": self.text(rows), "unet": unet, "vae": self.vae(batch)}
 
-@functools.lru_cache(maxsize=256)
-def _count_vae(config: str, latent: tuple[int, int], *, tiny: bool) -> float:
-    class_: Any = AutoencoderTiny if tiny else AutoencoderKL
-    with quiet(), torch.device("meta"):
-        decoder = ImageDecoder(class_.from_config(json.loads(config)).eval())
-        return _count(lambda: decoder.decode_float(torch.zeros(1, decoder.latent_channels, *latent)))
+    def student(self, batch: int, steps: int, kind: DecoderKind) -> dict[Stage, float]:
+        """Each stage of a student's pass."""
+        encoder, decoder = self.unet_encoder(batch), self.unet_decoder(batch, steps, kind)
+        return {"text": self.text(batch), "unet_encoder": encoder, "unet_decoder": decoder, "vae": self.vae(batch)}
 
+    def _inputs(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise and text states."""
+        width = self._unet.config.cross_attention_dim
+        width = width if isinstance(width, int) else width[0]
+        with torch.device("meta"):
+            noise = torch.zeros(rows, self._unet.config.in_channels, *self._latent)
+            return noise, torch.zeros(rows, self._tokens, width)
 
-@functools.lru_cache(maxsize=256)
-def _count_unet(shape: _UNetShape, rows: int, *, merged: bool) -> float:
-    unet: Any = _meta_unet(shape.config)
-    if merged:
-        unet = with_same_weights(unet)
-        merge_upsamplers(unet)
-    noise, text_states = _inputs(unet, shape, rows)
-    with torch.device("meta"):
-        return _count(lambda: unet(noise, torch.tensor(1), encoder_hidden_states=text_states))
-
-
-@functools.lru_cache(maxsize=256)
-def _count_encoder(shape: _UNetShape, batch: int) -> float:
-    unet = _meta_unet(shape.config)
-    with torch.device("meta"):
-        return _count(lambda: UNetEncoder(unet)(*_inputs(unet, shape, batch), torch.tensor(1)))
-
-
-@functools.lru_cache(maxsize=256)
-def _count_decoder(shape: _UNetShape, batch: int, *, steps: int, kind: DecoderKind) -> float:
-    unet = _meta_unet(shape.config)
-    decoder: nn.Module = UNetDecoder(unet)
-    if kind != "plain":
-        decoder = SharedUNetDecoder(unet, merged_upsampler=kind == "merged")
-    with torch.device("meta"), torch.no_grad():
-        noise, text_states = _inputs(unet, shape, batch)
-        features = UNetEncoder(unet)(noise, text_states, torch.tensor(1))
-        return _count(lambda: decoder(features, torch.ones(steps, dtype=torch.int64), text_states))
-
-
-@functools.lru_cache(maxsize=4)
-def _meta_unet(config: str) -> UNet2DConditionModel:
-    with quiet(), torch.device("meta"):
-        unet: UNet2DConditionModel = UNet2DConditionModel.from_config(json.loads(config)).eval()
-    return unet
+    def _count(self, key: Hashable, prepare: Callable[[], Callable[[], object]]) -> float:
+        """Operations of the call that ``prepare`` makes, which is made once."""
+        if key not in self._counts:
+            with torch.no_grad(), torch.device("meta"):
+                run = prepare()
+                with FlopCounterMode(display=False) as counter:
+                    run()
+            self._counts[key] = float(counter.get_total_flops())
+        return self._counts[key]
 
 
-def _inputs(unet: UNet2DConditionModel, shape: _UNetShape, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    config: Any = unet.config
-    width = config.cross_attention_dim
-    with torch.device("meta"):
-        return (
-            torch.zeros(batch, config.in_channels, *shape.latent),
-            torch.zeros(batch, shape.tokens, width if isinstance(width, int) else width[0]),
-        )
-
-
-def _count(run: Any) -> float:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        run()
-    return float(counter.get_total_flops())
+def _timesteps(count: int) -> torch.Tensor:
+    return torch.ones(count, dtype=torch.int64, device="meta")

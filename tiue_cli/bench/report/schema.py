@@ -12,10 +12,12 @@ from typing import Annotated, Literal
 import pydantic
 from pydantic import AfterValidator, ConfigDict, Field, PositiveInt
 
+from tiue_cli.bench.config import StudentBackend
+
 SubjectKind = Literal["teacher", "plain-unet", "student", "student-plain", "peer"]
 """A many-step model; one plain UNet pass, which any one-step student costs; a student with the sharing decoder; the
 same student with the TiUE authors' plain K-fold batch; another diffusers pipeline under its own sampler."""
-BenchBackend = Literal["torch", "compile", "onnx", "trt", "diffusers"]
+BenchBackend = StudentBackend | Literal["diffusers"]
 Stage = Literal["text", "unet_encoder", "unet_decoder", "unet", "vae"]
 """``unet`` is the whole UNet loop of a teacher, peer or plain pass; a student has the two halves instead."""
 UNET_STAGES: tuple[Stage, ...] = ("unet_encoder", "unet_decoder", "unet")
@@ -28,11 +30,7 @@ MS_DECIMALS = 6
 """Of a time: a nanosecond, which is the clock's own; fewer would move what a run takes beyond its stages."""
 
 
-def _rounded(ms: float) -> float:
-    return round(ms, MS_DECIMALS)
-
-
-_Ms = Annotated[float, Field(ge=0.0), AfterValidator(_rounded)]
+_Ms = Annotated[float, Field(ge=0.0), AfterValidator(lambda ms: round(ms, MS_DECIMALS))]
 _Size = tuple[PositiveInt, PositiveInt]
 """(height, width) in pixels."""
 

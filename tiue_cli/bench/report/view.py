@@ -13,8 +13,8 @@ from functools import cached_property
 import numpy as np
 
 from tiue_cli.base.text import number, size_text
+from tiue_cli.bench.config import BACKEND_NAMES
 from tiue_cli.bench.report.schema import (
-    BenchBackend,
     BenchReport,
     LatencyRecord,
     QualityRecord,
@@ -31,13 +31,6 @@ STAGE_NAMES: dict[Stage, str] = {
     "unet_decoder": "UNet decoder",
     "unet": "UNet",
     "vae": "VAE decoder",
-}
-BACKEND_NAMES: dict[BenchBackend, str] = {
-    "torch": "torch",
-    "compile": "torch.compile",
-    "onnx": "ONNX Runtime",
-    "trt": "TensorRT",
-    "diffusers": "diffusers",
 }
 METRIC_NAMES = {
     "fid": "Fréchet distance ↓",

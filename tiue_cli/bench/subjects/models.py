@@ -17,7 +17,6 @@ from torch import nn
 
 from tiue_cli.backends.torch_cuda import FastModel, FastOptions
 from tiue_cli.bench.subjects.random_weights import random_components
-from tiue_cli.errors import UsageError
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
 from tiue_cli.model.fast.layers import NotFusable
@@ -91,11 +90,28 @@ class LoadedModel:
                 self._fast[options] = None
         return self._fast[options]
 
+    @property
     def image_size(self) -> tuple[int, int]:
         """Pixels (H, W) that the model was made for, with the autoencoder in use."""
         factor = ImageDecoder(self.components.vae).factor
         height, width = self.components.info.sample_size
         return height * factor, width * factor
+
+    def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) for images of ``size`` (H, W) pixels. Raises UsageError."""
+        decoder = ImageDecoder(self.components.vae)
+        return (decoder.latent_channels, *decoder.latent_size(size))
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Every K of the student; an explicit list of timesteps has no rule for fewer, so it runs whole."""
+        manifest = self.student.manifest
+        own = len(manifest.decoder_timesteps)
+        return (own,) if manifest.spacing == "explicit" else tuple(range(1, own + 1))
+
+    def combine(self, steps: int) -> LinearCombine:
+        """The weighted sum of the student at ``steps`` decoder timesteps. Raises UsageError."""
+        return combine_for(self.student, steps)
 
     def guidance(self, asked: float | None) -> float:
         """Of the model as a teacher: what was asked for, else what ``tiue generate`` takes."""
@@ -136,19 +152,6 @@ def named(source: str, taken: Iterable[str]) -> str:
     return name
 
 
-def student_steps(student: StudentModel, asked: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The K to run a student at: those asked for, else every one up to its own. Raises UsageError for impossible ones.
-
-    An explicit list of timesteps has no rule for fewer, so it runs whole.
-    """
-    own = len(student.manifest.decoder_timesteps)
-    if asked is None:
-        return (own,) if student.manifest.spacing == "explicit" else tuple(range(1, own + 1))
-    for steps in asked:
-        combine_for(student, steps)
-    return asked
-
-
 def combine_for(student: StudentModel, steps: int) -> LinearCombine:
     """The weighted sum of a run with ``steps`` decoder timesteps. Raises UsageError."""
     manifest = student.manifest
@@ -158,14 +161,6 @@ def combine_for(student: StudentModel, steps: int) -> LinearCombine:
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of a module's parameters."""
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def check_same_size(sizes: dict[str, tuple[int, int]]) -> tuple[int, int]:
-    """The one size (H, W) in pixels that all models were made for. Raises UsageError where there are several."""
-    if len(set(sizes.values())) == 1:
-        return next(iter(sizes.values()))
-    listed = ", ".join(f"{name} {height}x{width}" for name, (height, width) in sizes.items())
-    raise UsageError(f"the models were made for different sizes: {listed}", hint="choose one for all: --size 512")
 
 
 def _touch(modules: Iterable[nn.Module]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from contextlib import ExitStack
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from tiue_cli.bench.config import PeerSpec
 from tiue_cli.bench.measure.clock import clock_for
 from tiue_cli.bench.report.schema import Stage, SubjectRecord
 from tiue_cli.bench.subjects.models import DTYPES, parameter_bytes
-from tiue_cli.bench.subjects.torch_subjects import Outcome, Subject
+from tiue_cli.bench.subjects.subject import Subject
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.files.access import exists, is_file, user_path
 from tiue_cli.model.components import quiet
@@ -22,109 +23,57 @@ from tiue_cli.model.components import quiet
 _PARTS = ("text_encoder", "text_encoder_2", "unet", "transformer", "vae")
 
 
-class PeerSubject(Subject):
-    """One pipeline. Its stages are told by when its UNet (or transformer) and its autoencoder's decoder begin.
+def peer_subject(
+    record: SubjectRecord, pipeline: Any, stack: ExitStack, *, size: tuple[int, int], seed: int
+) -> Subject:
+    """One pipeline, whose modules are listened to until ``stack`` closes; ``size`` is (H, W) in pixels.
 
-    Noise goes in as ``latents``, which pipelines scale as their sampler wants; samplers that draw more noise on the way
-    get a generator a picture with the same seeds.
+    Stages are told by when its UNet (or transformer) and its autoencoder's decoder first begin. Noise goes in as
+    ``latents``, which pipelines scale as their sampler wants; samplers that draw more noise on the way get a generator
+    a picture with the same seeds.
     """
+    clock = clock_for(record.device)
+    running = ExitStack()
+    """The stage that runs."""
+    begun: list[Stage] = []
 
-    def __init__(self, record: SubjectRecord, pipeline: Any, *, size: tuple[int, int], seed: int) -> None:
-        super().__init__(record)
-        self._pipeline = pipeline
-        self._size = size
-        self._seed = seed
-        self._clock = clock_for(record.device)
-        self._marks = _Marks(pipeline, record.device)
+    def begin(stage: Stage) -> None:
+        if stage not in begun:
+            running.close()
+            running.enter_context(clock.stage(stage))
+            begun.append(stage)
 
-    @property
-    def clock_kind(self) -> Literal["wall", "cuda-events"]:
-        """``wall`` on a CPU, ``cuda-events`` on a GPU."""
-        return self._clock.kind
+    denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
+    modules: dict[Stage, Any] = {"unet": denoiser, "vae": decoder}
+    for stage, module in modules.items():
+        if isinstance(module, torch.nn.Module):
+            stack.callback(module.register_forward_pre_hook(lambda *_, stage=stage: begin(stage)).remove)
 
-    def run(self, prompts: Sequence[str], noise: np.ndarray) -> Outcome:
-        """See ``Subject.run``."""
-        record = self.record
-        generators = [torch.Generator(record.device).manual_seed(self._seed + index) for index in range(len(prompts))]
+    @torch.inference_mode()
+    def draw(prompts: Sequence[str], noise: np.ndarray) -> np.ndarray:
         options = {} if record.guidance is None else {"guidance_scale": record.guidance}
+        generators = [torch.Generator(record.device).manual_seed(seed + index) for index in range(len(prompts))]
         placed = torch.from_numpy(noise).to(record.device, DTYPES[record.precision])
-        with quiet(), torch.inference_mode():
-            self._marks.begin()
-            (pixels,) = self._pipeline(
+        begun.clear()
+        with quiet(), running:
+            begin("text")
+            (pixels,) = pipeline(
                 list(prompts),
                 num_inference_steps=record.steps,
-                height=self._size[0],
-                width=self._size[1],
+                height=size[0],
+                width=size[1],
                 latents=placed,
                 generator=generators,
                 output_type="np",
                 return_dict=False,
                 **options,
             )[:1]
-            stage_ms = self._marks.end()
-        return Outcome((np.asarray(pixels) * 255.0).round().astype(np.uint8), stage_ms)
+        if len(begun) < 3:
+            clock.take_ms()  # a pipeline that showed no such parts has no stages
+        return (np.asarray(pixels) * 255.0).round().astype(np.uint8)
 
-    def __enter__(self) -> Self:
-        self._marks.attach()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._marks.detach()
-
-
-class _Marks:
-    """Points in time at which a pipeline's denoiser first begins, and its autoencoder's decoder begins."""
-
-    def __init__(self, pipeline: Any, device: str) -> None:
-        self._denoiser = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
-        self._decoder = getattr(getattr(pipeline, "vae", None), "decoder", None)
-        self._device = device
-        self._handles: list[Any] = []
-        self._points: dict[str, Any] = {}
-
-    def attach(self) -> None:
-        """Listen to the modules."""
-        for name, module in (("unet", self._denoiser), ("vae", self._decoder)):
-            if isinstance(module, torch.nn.Module):
-                self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._mark(name)))
-
-    def detach(self) -> None:
-        """Leave the modules as they were."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def begin(self) -> None:
-        """A run starts."""
-        self._points = {}
-        self._mark("text")
-
-    def end(self) -> dict[Stage, float]:
-        """Milliseconds of text, UNet and autoencoder; empty where the pipeline showed no such parts."""
-        self._mark("end")
-        if set(self._points) != {"text", "unet", "vae", "end"}:
-            return {}
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return {
-            "text": self._between("text", "unet"),
-            "unet": self._between("unet", "vae"),
-            "vae": self._between("vae", "end"),
-        }
-
-    def _mark(self, name: str) -> None:
-        if name in self._points:
-            return
-        if self._device == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._points[name] = event
-        else:
-            self._points[name] = time.perf_counter()
-
-    def _between(self, first: str, second: str) -> float:
-        start, end = self._points[first], self._points[second]
-        return float(start.elapsed_time(end)) if self._device == "cuda" else (end - start) * 1000.0
+    return Subject(record, draw, clock)
 
 
 def load_peer(peer: PeerSpec, *, device: str, precision: str) -> tuple[Any, float]:
