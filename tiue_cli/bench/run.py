@@ -32,7 +32,7 @@ from tiue_cli.bench.records import (
 from tiue_cli.bench.report.schema import BenchReport, PeakRecord
 from tiue_cli.bench.rounds import BatchTiming, measure_batch
 from tiue_cli.bench.subjects.opening import OpenedSubjects, open_subjects
-from tiue_cli.bench.subjects.torch_subjects import Subject
+from tiue_cli.bench.subjects.subject import Subject
 from tiue_cli.errors import UsageError
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import draw_noise
@@ -102,10 +102,10 @@ def _report(
     records = subject_records(opened, timings, parity)
     latency = latency_records(opened, timings)
     machine = machine_record(opened.device)
-    failures = {} if result is None else quality_failures(opened.subjects, result.records)
+    quality = () if result is None else result.records
+    failures = quality_failures(opened.subjects, quality)
     created = datetime.datetime.now(datetime.UTC)
-    warnings = [INTERRUPTED] if interrupted else []
-    warnings += [*opened.warnings, *timing_warnings(opened, timings), *parity_warnings(records)]
+    warnings = [*opened.warnings, *timing_warnings(opened, timings), *parity_warnings(records)]
     return BenchReport(
         name=report_name(opened.names, machine.name, created, random_weights=config.random_weights),
         created=created.isoformat(timespec="seconds"),
@@ -121,10 +121,10 @@ def _report(
         ratios=all_ratios(opened.subjects, latency, parity, failures, seed=config.seed),
         control_samples_ms=control_samples(timings),
         quality_protocol=None if result is None else result.protocol,
-        quality=() if result is None else result.records,
+        quality=quality,
         grid=grid_record(opened, timings, prompts, keys=_picture_keys(opened), seed=config.seed),
         interrupted=interrupted,
-        warnings=tuple(warnings),
+        warnings=(*([INTERRUPTED] if interrupted else []), *warnings),
     )
 
 
@@ -187,15 +187,14 @@ def _measure_quality(
 
 def _with_pictures(opened: OpenedSubjects) -> list[Subject]:
     """Who is worth looking at: of a teacher the first of its numbers of steps, as each costs what all students do."""
-    first: dict[str, str] = {}
+    seen: set[str] = set()
+    found = []
     for subject in opened.subjects:
+        if subject.record.kind != "teacher" or subject.record.model not in seen:
+            found.append(subject)
         if subject.record.kind == "teacher":
-            first.setdefault(subject.record.model, subject.key)
-    return [
-        subject
-        for subject in opened.subjects
-        if subject.record.kind != "teacher" or first[subject.record.model] == subject.key
-    ]
+            seen.add(subject.record.model)
+    return found
 
 
 def _picture_keys(opened: OpenedSubjects) -> list[str]:

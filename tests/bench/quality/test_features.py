@@ -236,4 +236,4 @@ def test_resizing_crops_the_centre_and_then_resizes_as_pillow_does() -> None:
     assert np.array_equal(Resizing(8)(images), np.stack(expected))
     assert np.array_equal(Resizing(20)(images), square)
     assert np.array_equal(Resizing(None)(images), images)
-    assert Resizing(8, "box").describe() == "centre crop to a square, 8x8 by box (Pillow, anti-aliased)"
+    assert Resizing(8).describe() == "centre crop to a square, 8x8 by lanczos (Pillow, anti-aliased)"

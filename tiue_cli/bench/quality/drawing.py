@@ -103,6 +103,7 @@ class Drawing:
         """``keep`` is the folder for the pictures of this subject and repetition; None keeps none."""
         self._subject, self._rows, self._extractors, self._resizing = subject, rows, extractors, resizing
         self._keep = keep
+        self._files = [f"{row:06d}.png" for row in range(len(rows))]
         self._warm, self._timed_images, self._timed_s = False, 0, 0.0
         key = cache_key(
             {
@@ -115,11 +116,10 @@ class Drawing:
         )
         folder = cache / f"{slug(subject.key)}-{key}"
         self._caches = {
-            name: RowCache(
-                folder / f"{name}-{extractor.sha256[:16]}", len(rows), (extractor.width,), max_chunk_rows=batch
-            )
-            for name, extractor in extractors.items()
+            name: RowCache(folder / f"{name}-{one.sha256[:16]}", len(rows), (one.width,), max_chunk_rows=batch)
+            for name, one in extractors.items()
         }
+        self._batches = next(iter(self._caches.values()))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -130,7 +130,9 @@ class Drawing:
             rows = self._range(number)
             images = self._generate(rows)
             if self._keep is not None:
-                self._save(rows, images)
+                for row, image in zip(rows, images, strict=True):
+                    with atomic_file(self._keep / self._files[row]) as temporary:
+                        Image.fromarray(image).save(temporary, format="PNG")
             sized = self._resizing(images)
             for name, extractor in self._extractors.items():
                 self._caches[name].write(number, extractor(sized))
@@ -150,14 +152,14 @@ class Drawing:
         return self._caches[name].rows(range(len(self._rows)))
 
     def _range(self, number: int) -> range:
-        return next(iter(self._caches.values())).chunk_range(number)
+        return self._batches.chunk_range(number)
 
     def _missing(self, processes: Processes) -> list[int]:
         share = (processes.index, processes.count)
         lacking = {number for cache in self._caches.values() for number in cache.missing(share)}
         if self._keep is not None:
-            every = range(processes.index, next(iter(self._caches.values())).chunks, processes.count)
-            lacking |= {n for n in every if not all(self._file(self._keep, i).is_file() for i in self._range(n))}
+            every = range(processes.index, self._batches.chunks, processes.count)
+            lacking |= {n for n in every if not all((self._keep / self._files[i]).is_file() for i in self._range(n))}
         return sorted(lacking)
 
     def _generate(self, rows: range) -> NDArray[np.uint8]:
@@ -178,22 +180,13 @@ class Drawing:
         self._warm = True
         return images
 
-    def _save(self, rows: range, images: NDArray[np.uint8]) -> None:
-        assert self._keep is not None
-        for row, image in zip(rows, images, strict=True):
-            with atomic_file(self._file(self._keep, row)) as temporary:
-                Image.fromarray(image).save(temporary, format="PNG")
-
-    def _file(self, folder: Path, row: int) -> Path:
-        return folder / f"{row:06d}.png"
-
     def write_index(self) -> None:
         """Beside kept images: which prompt and seed each is of. Raises OutputError."""
         if self._keep is None:
             return
         lines = [
-            json.dumps({"file": self._file(Path(), row).name, "prompt": one.prompt, "seed": one.seed})
-            for row, one in enumerate(self._rows)
+            json.dumps({"file": file, "prompt": row.prompt, "seed": row.seed})
+            for file, row in zip(self._files, self._rows, strict=True)
         ]
         with atomic_file(self._keep / "images.jsonl") as temporary:
             temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")

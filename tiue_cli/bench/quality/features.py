@@ -7,7 +7,7 @@ comes from the user: an ONNX graph (``onnx_features``, the way of FID's Inceptio
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,6 @@ from PIL import Image
 
 Images = NDArray[np.uint8]
 """(N, H, W, 3)."""
-Filter = Literal["lanczos", "bicubic", "bilinear", "box"]
 
 
 class Extractor(Protocol):
@@ -43,19 +42,18 @@ class Extractor(Protocol):
 
 @dataclass(frozen=True)
 class Resizing:
-    """What is done to drawn and to reference images alike, before any extractor: centre crop, then Pillow's resize.
+    """What is done to drawn and to reference images alike, before any extractor: centre crop, then Pillow's Lanczos.
 
-    ``side`` None leaves images as they are. COCO-2014-30k is 256 with Lanczos (GigaGAN's released evaluation).
+    ``side`` None leaves images as they are. COCO-2014-30k is 256 (GigaGAN's released evaluation).
     """
 
     side: int | None = None
-    filter: Filter = "lanczos"
 
     def describe(self) -> str:
         """For the report."""
         if self.side is None:
             return "none"
-        return f"centre crop to a square, {self.side}x{self.side} by {self.filter} (Pillow, anti-aliased)"
+        return f"centre crop to a square, {self.side}x{self.side} by lanczos (Pillow, anti-aliased)"
 
     def image(self, image: Image.Image) -> Image.Image:
         """One image, as described."""
@@ -64,9 +62,7 @@ class Resizing:
         square = min(image.size)
         left, top = (image.width - square) // 2, (image.height - square) // 2
         cropped = image.crop((left, top, left + square, top + square))
-        if square == self.side:
-            return cropped
-        return cropped.resize((self.side, self.side), Image.Resampling[self.filter.upper()])
+        return cropped.resize((self.side, self.side), Image.Resampling.LANCZOS)
 
     def __call__(self, images: Images) -> Images:
         """Images (N, H, W, 3) → (N, side, side, 3)."""

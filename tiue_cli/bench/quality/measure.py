@@ -9,7 +9,7 @@ checker's shares stand beside, and renders measured against renders: the ceiling
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,31 +19,23 @@ from tiue_cli.bench.quality.clip_features import ClipExtractor
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject, slug
 from tiue_cli.bench.quality.extractors import PapercutChecker, Sharpness, open_extractor
 from tiue_cli.bench.quality.features import Extractor, Resizing
-from tiue_cli.bench.quality.metrics import FeatureSet, clip_score, compare_sets, diversity, mean_figures
-from tiue_cli.bench.quality.plan import COMPARABLE_IMAGES, QualityConfig, QualityPlan, plan_quality, spec_rows
+from tiue_cli.bench.quality.metrics import NEIGHBOURS, FeatureSet, clip_score, compare_sets, diversity, mean_figures
+from tiue_cli.bench.quality.plan import COMPARABLE_IMAGES, QualityConfig, QualityPlan, plan_quality
 from tiue_cli.bench.quality.references import CEILING_SEED, Reference, open_reference, rendered_chunks
 from tiue_cli.bench.report.schema import QualityProtocol, QualityRecord
-from tiue_cli.bench.subjects.torch_subjects import Subject
+from tiue_cli.bench.report.view import REFERENCE
+from tiue_cli.bench.subjects.subject import Subject
 from tiue_cli.errors import UsageError
 from tiue_cli.papercut.evaluation import prompt_following_of_features
 from tiue_cli.papercut.scenes import SIZE
 
-REFERENCE = "reference"
-"""Key of the record of papercut's renders: the best that the figures can be."""
 _FEATURES, _CLIP, _CHECKER, _SHARPNESS = "features", "clip", "checker", "sharpness"
+"""Names under which features are kept."""
 _SEEDS_A_REPETITION = 2**30
 _IDENTITY = {
-    "model",
-    "model_sha256",
-    "kind",
-    "backend",
-    "steps",
-    "guidance",
-    "precision",
-    "device",
-    "merged_upsampler",
+    "model", "model_sha256", "kind", "backend", "steps", "guidance", "precision", "device", "merged_upsampler",
     "random_weights",
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,23 +64,19 @@ def measure_quality(
     return measurement.result()
 
 
-@dataclass
-class _Tools:
-    """What reads images, by the name under which its features are kept."""
-
-    extractor: Extractor
-    clip: ClipExtractor | None
-    all: dict[str, Extractor] = field(default_factory=dict)
-
-
 class _Measurement:
     """One measurement in the making."""
 
     def __init__(self, config: QualityConfig, processes: Processes, emit: Emit) -> None:
         self._config, self._processes, self._emit = config, processes, emit
         self._plan = plan_quality(config)
-        self._resizing = Resizing(config.resize, config.resize_filter)
-        self._tools = _open_tools(config, self._plan)
+        self._resizing = Resizing(config.resize)
+        self._extractors = _open_extractors(config, self._plan)
+        self._main = self._extractors[_FEATURES]
+        clip = self._extractors.get(_CLIP, self._main)
+        # What was given as --clip must read text; an extractor that does is used as well.
+        self._clip = clip if isinstance(clip, ClipExtractor) and (clip.reads_text or clip is not self._main) else None
+        self._checker = next((name for name, one in self._extractors.items() if isinstance(one, PapercutChecker)), None)
         self._size: tuple[int, int] | None = None
         self._reference: Reference | None = None
         self._texts: NDArray[np.float32] | None = None
@@ -103,10 +91,9 @@ class _Measurement:
         if self._processes.is_main and self._reference is None:
             self._open_reference(subject.size)
         drawings = [self._drawing(subject, repetition) for repetition in range(len(self._config.seeds))]
-        total = sum(len(drawing) for drawing in drawings)
         share = sum(drawing.remaining(self._processes) for drawing in drawings)
-        done = total - share if self._processes.count == 1 else 0
-        total = total if self._processes.count == 1 else share
+        total = sum(map(len, drawings)) if self._processes.count == 1 else share
+        done = total - share
         for drawing in drawings:
             for count in drawing.draw(self._processes):
                 done += count
@@ -115,8 +102,8 @@ class _Measurement:
         if self._processes.is_main:
             for drawing in drawings:
                 drawing.write_index()
-            figures = [self._figures(subject.key, drawing) for drawing in drawings]
-            self._add(subject.key, figures, drawings)
+            features = [{name: drawing.features(name) for name in self._extractors} for drawing in drawings]
+            self._add(subject.key, [self._figures(subject.key, one) for one in features], drawings)
 
     def result(self) -> QualityResult | None:
         """The protocol and all records; None in all but the main process."""
@@ -129,7 +116,7 @@ class _Measurement:
     # --- before drawing ---
 
     def _check_size(self, subject: QualitySubject) -> None:
-        of_papercut = isinstance(self._tools.extractor, PapercutChecker) or self._config.reference is None
+        of_papercut = isinstance(self._main, PapercutChecker) or self._config.reference is None
         if of_papercut and self._plan.specs is not None and subject.size != (SIZE, SIZE):
             raise UsageError(
                 f"{subject.key} draws {subject.size[0]}x{subject.size[1]}, and papercut's scenes are {SIZE}x{SIZE}",
@@ -147,15 +134,15 @@ class _Measurement:
         self._reference = reference = open_reference(
             self._config.reference,
             specs=self._plan.specs,
-            extractor=self._tools.extractor,
+            extractor=self._main,
             resizing=self._resizing,
             size=size,
             progress=lambda done, total: self._emit(Progress("reference", done, total)),
         )
         for text in (*self._plan.notes, *reference.notes):
             self._emit(Note(text))
-        if self._tools.clip is not None:
-            self._texts = self._tools.clip.texts(self._plan.prompts)
+        if self._clip is not None:
+            self._texts = self._clip.texts(self._plan.prompts)
         if self._config.reference is None and self._plan.specs is not None:
             self._add(REFERENCE, [self._ceiling(number) for number in range(len(self._config.seeds))], [])
 
@@ -165,7 +152,7 @@ class _Measurement:
         return Drawing(
             subject,
             self._plan.rows(repetition),
-            self._tools.all,
+            self._extractors,
             resizing=self._resizing,
             batch=config.batch,
             cache=config.cache,
@@ -174,23 +161,22 @@ class _Measurement:
 
     # --- figures ---
 
-    def _figures(self, key: str, drawing: Drawing) -> dict[str, float]:
-        return self._figures_of(key, {name: drawing.features(name) for name in self._tools.all})
-
     def _ceiling(self, repetition: int) -> dict[str, float]:
         """Renders of a plan's rows, from seeds of their own, measured as if a model had drawn them."""
-        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._tools.all}
-        for _, images in rendered_chunks(spec_rows(self._plan), CEILING_SEED + repetition * _SEEDS_A_REPETITION):
-            for name, extractor in self._tools.all.items():
+        assert self._plan.specs is not None
+        specs = [self._plan.specs[number] for number in self._plan.order]
+        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in self._extractors}
+        for _, images in rendered_chunks(specs, CEILING_SEED + repetition * _SEEDS_A_REPETITION):
+            for name, extractor in self._extractors.items():
                 parts[name].append(extractor(self._resizing(images)))
-        return self._figures_of(REFERENCE, {name: np.concatenate(part) for name, part in parts.items()})
+        return self._figures(REFERENCE, {name: np.concatenate(part) for name, part in parts.items()})
 
-    def _figures_of(self, key: str, features: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
+    def _figures(self, key: str, features: Mapping[str, NDArray[np.float32]]) -> dict[str, float]:
         """Figures of one repetition from the features of its rows, by name of the extractor."""
         assert self._reference is not None
-        count = self._plan.images
+        count, specs = self._plan.images, self._plan.specs
         ours = features[_FEATURES]
-        figures, left_out = compare_sets(FeatureSet(ours[:count], name=key), self._reference.features, k=self._config.k)
+        figures, left_out = compare_sets(FeatureSet(ours[:count], name=key), self._reference.features)
         self._left_out |= left_out
         places, groups = self._plan.diversity_groups()
         spread = diversity(ours[places], groups) if places else None
@@ -199,9 +185,8 @@ class _Measurement:
         figures["sharpness"] = float(features[_SHARPNESS][:count].mean())
         if self._texts is not None:
             figures["clip_score"] = clip_score(features.get(_CLIP, ours)[:count], self._texts)
-        if self._plan.specs is not None and _checker_name(self._tools) is not None:
-            read = features[_checker_name(self._tools) or _FEATURES][:count] * PapercutChecker.scale
-            following = prompt_following_of_features(read, self._plan.specs)
+        if specs is not None and self._checker is not None:
+            following = prompt_following_of_features(features[self._checker][:count] * PapercutChecker.scale, specs)
             figures |= {f"checker_{name}": value for name, value in following.items()}
         return figures
 
@@ -221,10 +206,11 @@ class _Measurement:
         )
 
     def _protocol(self, reference: Reference) -> QualityProtocol:
-        config, plan, tools = self._config, self._plan, self._tools
-        comparable, why_not = _comparable(plan.images, reference, tools.extractor)
-        left_out = [f"{', '.join(names)} left out: {reason}" for reason, names in _by_reason(self._left_out).items()]
-        again = len(plan.diverse)
+        plan, main, clip = self._plan, self._main, self._clip
+        against = _against_comparing(plan.images, reference, main)
+        reasons = dict.fromkeys(self._left_out.values())
+        named = {reason: [name for name, why in self._left_out.items() if why == reason] for reason in reasons}
+        left_out = [f"{', '.join(names)} left out: {reason}" for reason, names in named.items()]
         return QualityProtocol(
             prompts=plan.source,
             prompts_sha256=plan.sha256,
@@ -233,41 +219,34 @@ class _Measurement:
             reference=reference.description,
             reference_images=reference.images,
             reference_sha256=reference.sha256,
-            extractor=tools.extractor.name,
-            extractor_sha256=tools.extractor.sha256,
-            features=tools.extractor.width,
-            resize=f"images: {self._resizing.describe()}; for the extractor: {tools.extractor.resize}",
-            k=config.k,
-            diversity=f"{plan.extra + 1} images of each of {again} prompts" if plan.extra else None,
-            clip=None if tools.clip is None else tools.clip.name,
-            clip_sha256=None if tools.clip is None else tools.clip.sha256,
-            comparable=comparable,
-            notes=(*why_not, *left_out, *plan.notes, *reference.notes),
+            extractor=main.name,
+            extractor_sha256=main.sha256,
+            features=main.width,
+            resize=f"images: {self._resizing.describe()}; for the extractor: {main.resize}",
+            k=NEIGHBOURS,
+            diversity=f"{plan.extra + 1} images of each of {len(plan.diverse)} prompts" if plan.extra else None,
+            clip=None if clip is None else clip.name,
+            clip_sha256=None if clip is None else clip.sha256,
+            comparable=not against,
+            notes=(*against, *left_out, *plan.notes, *reference.notes),
         )
-
-
-def quality_subject(subject: Subject, *, size: tuple[int, int], latent_shape: tuple[int, int, int]) -> QualitySubject:
-    """A bench's subject as one whose quality is measured; cached by its weights' hash and the way it is run."""
-    record = subject.record
-    identity = record.model_dump_json(include=_IDENTITY)
-    return QualitySubject(
-        key=subject.key,
-        identity=identity,
-        size=size,
-        latent_shape=latent_shape,
-        generate=lambda prompts, noise: subject.run(prompts, noise).images,
-    )
 
 
 def quality_subjects(
     subjects: Iterable[Subject], *, size: tuple[int, int], latent_shape: tuple[int, int, int]
 ) -> list[QualitySubject]:
-    """Those of a bench whose pictures are their own: teachers, students at each K, peers.
+    """Those of a bench whose pictures are their own (teachers, students at each K, peers), cached by weights and way.
 
     Left out is what draws another one's pictures in another way (parity is its check), and what is not trained.
     """
     return [
-        quality_subject(subject, size=size, latent_shape=latent_shape)
+        QualitySubject(
+            key=subject.key,
+            identity=subject.record.model_dump_json(include=_IDENTITY),
+            size=size,
+            latent_shape=latent_shape,
+            generate=lambda prompts, noise, subject=subject: subject.run(prompts, noise).images,
+        )
         for subject in subjects
         if subject.record.kind in ("teacher", "student", "peer")
         and subject.reference is None
@@ -275,27 +254,21 @@ def quality_subjects(
     ]
 
 
-def _open_tools(config: QualityConfig, plan: QualityPlan) -> _Tools:
+def _open_extractors(config: QualityConfig, plan: QualityPlan) -> dict[str, Extractor]:
+    """What reads images, by the name under which its features are kept."""
     papercut = plan.specs is not None
-    extractor = open_extractor(config.extractor, papercut=papercut)
-    clip = extractor if isinstance(extractor, ClipExtractor) and extractor.reads_text else None
-    tools = _Tools(extractor, clip, {_FEATURES: extractor, _SHARPNESS: Sharpness()})
+    main = open_extractor(config.extractor, papercut=papercut)
+    extractors: dict[str, Extractor] = {_FEATURES: main, _SHARPNESS: Sharpness()}
     if config.clip is not None:
-        tools.clip = tools.all[_CLIP] = ClipExtractor(config.clip)
+        extractors[_CLIP] = ClipExtractor(config.clip)
     # Another extractor on papercut's own reference: the checker still reads what the captions ask for.
-    if papercut and config.reference is None and not isinstance(extractor, PapercutChecker):
-        tools.all[_CHECKER] = PapercutChecker()
-    return tools
+    if papercut and config.reference is None and not isinstance(main, PapercutChecker):
+        extractors[_CHECKER] = PapercutChecker()
+    return extractors
 
 
-def _checker_name(tools: _Tools) -> str | None:
-    if isinstance(tools.extractor, PapercutChecker):
-        return _FEATURES
-    return _CHECKER if _CHECKER in tools.all else None
-
-
-def _comparable(images: int, reference: Reference, extractor: Extractor) -> tuple[bool, list[str]]:
-    """Whether figures may stand beside published ones, and what speaks against it."""
+def _against_comparing(images: int, reference: Reference, extractor: Extractor) -> list[str]:
+    """Why figures may not stand beside published ones."""
     against = []
     if images < COMPARABLE_IMAGES:
         against.append(f"{images} images, fewer than {COMPARABLE_IMAGES:,}: not comparable with published figures")
@@ -303,11 +276,4 @@ def _comparable(images: int, reference: Reference, extractor: Extractor) -> tupl
         against.append(f"{reference.images} references, fewer than {COMPARABLE_IMAGES:,}: the same")
     if isinstance(extractor, PapercutChecker):
         against.append("papercut's own features and scenes: figures compare among models of papercut alone")
-    return not against, against
-
-
-def _by_reason(left_out: Mapping[str, str]) -> dict[str, list[str]]:
-    reasons: dict[str, list[str]] = {}
-    for name, reason in left_out.items():
-        reasons.setdefault(reason, []).append(name)
-    return reasons
+    return against

@@ -39,6 +39,17 @@ class Moments:
     count: int | None
     mean: NDArray[np.float64]
     covariance: NDArray[np.float64]
+    name: str = "the reference statistics"
+
+    @property
+    def width(self) -> int:
+        """Features an image, F."""
+        return len(self.mean)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all images have the same features."""
+        return not self.covariance.any()
 
     @classmethod
     def of(cls, features: Features) -> Self:
@@ -62,6 +73,11 @@ class FeatureSet:
 
     def __len__(self) -> int:
         return len(self.features)
+
+    @property
+    def width(self) -> int:
+        """Features an image, F."""
+        return int(self.features.shape[1])
 
     @cached_property
     def moments(self) -> Moments:
@@ -118,13 +134,13 @@ def frechet_distance(images: FeatureSet, reference: Moments) -> float:
     It is biased upwards for few images, so figures of different N do not compare. Raises QualityError where a set has
     no more images than features: its covariance is singular then, and the figure says more about N than the images.
     """
-    width = len(reference.mean)
+    width = reference.width
     _check_widths(images, reference)
     for name, count in ((images.name, len(images)), ("the reference", reference.count)):
         if count is not None and count <= width:
             raise QualityError(
                 f"{name}: {count} images are too few for the Fréchet distance of {width} features",
-                hint=f"take {frechet_images(width)} images or more",
+                hint=f"take {width + 1} images or more",
             )
     ours = images.moments
     gap = ours.mean - reference.mean
@@ -140,11 +156,6 @@ def _covariance_distance(ours: NDArray[np.float64], theirs: NDArray[np.float64])
     root = vectors * np.sqrt(values.clip(0)) @ vectors.T
     shared = np.sqrt(np.linalg.eigvalsh(root @ theirs @ root).clip(0)).sum()
     return float(np.trace(ours) + np.trace(theirs) - 2 * shared)
-
-
-def frechet_images(width: int) -> int:
-    """The fewest images whose covariance over ``width`` features can have full rank."""
-    return width + 1
 
 
 def kernel_distance(images: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> float:
@@ -252,24 +263,27 @@ def compare_sets(
     features, not its moments alone. Raises QualityError where the reference cannot be a reference (constant images),
     and what the metrics raise.
     """
+    if reference.is_constant:
+        raise QualityError(
+            f"{reference.name}: all images look the same to the extractor (grey, empty, or copies of one)",
+            hint="give references that are different pictures",
+        )
     moments = reference if isinstance(reference, Moments) else reference.moments
-    _check_varied(reference, moments)
     figures: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    counts = [count for count in (len(images), moments.count) if count is not None]
-    width = images.features.shape[1]
-    if min(counts) > width:
+    fewest = len(images) if moments.count is None else min(len(images), moments.count)
+    if fewest > images.width:
         figures["fid"] = frechet_distance(images, moments)
     else:
-        left_out["fid"] = f"{min(counts)} images, and {width} features need {frechet_images(width)} or more"
+        left_out["fid"] = f"{fewest} images, and {images.width} features need {images.width + 1} or more"
     if isinstance(reference, Moments):
         left_out |= dict.fromkeys(_OF_FEATURES, "the reference is a mean and a covariance, without features")
         return figures, left_out
     figures["kid"] = kernel_distance(images, reference)
-    if min(counts) > k:
+    if fewest > k:
         figures |= precision_recall_density_coverage(images, reference, k=k)
     else:
-        left_out |= dict.fromkeys(_OF_FEATURES[1:], f"{min(counts)} images, and {k} neighbours need {k + 1} or more")
+        left_out |= dict.fromkeys(_OF_FEATURES[1:], f"{fewest} images, and {k} neighbours need {k + 1} or more")
     return figures, left_out
 
 
@@ -282,22 +296,10 @@ def mean_figures(repetitions: Sequence[Mapping[str, float]]) -> dict[str, float]
     return {name: float(np.mean([figures[name] for figures in repetitions])) for name in names}
 
 
-def _check_varied(reference: FeatureSet | Moments, moments: Moments) -> None:
-    name = "the reference statistics" if isinstance(reference, Moments) else reference.name
-    constant = not moments.covariance.any() if isinstance(reference, Moments) else reference.is_constant
-    if constant:
-        raise QualityError(
-            f"{name}: all images look the same to the extractor (grey, empty, or copies of one)",
-            hint="give references that are different pictures",
-        )
-
-
 def _check_widths(images: FeatureSet, reference: FeatureSet | Moments) -> None:
-    ours = images.features.shape[1]
-    theirs = len(reference.mean) if isinstance(reference, Moments) else reference.features.shape[1]
-    if ours != theirs:
+    if images.width != reference.width:
         raise QualityError(
-            f"{images.name} has {ours} features an image and the reference {theirs}",
+            f"{images.name} has {images.width} features an image and the reference {reference.width}",
             hint="take both from the same extractor",
         )
 

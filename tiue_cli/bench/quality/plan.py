@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tiue_cli.bench.quality.features import Filter
-from tiue_cli.bench.quality.metrics import NEIGHBOURS
 from tiue_cli.errors import UsageError
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import check_seed
@@ -27,17 +24,13 @@ class QualityConfig:
     ``prompts`` is a file of one prompt a line (.txt) or JSON lines; None are papercut's held-out captions, half with
     two objects. ``images`` is N, for each subject and repetition: fewer than prompts take the first of them, more begin
     again. ``seeds`` are the first seeds of the repetitions; image i of a repetition has its first seed + i.
-
-    ``reference`` is a folder of images or a .npz of statistics, ``extractor`` an .onnx file or a CLIP folder (see
-    ``open_extractor``); None are papercut's own. ``clip`` is a CLIP folder for the CLIP score, unless the extractor is
-    one. ``resize`` crops and resizes drawn and reference images alike to a square of so many pixels.
-
-    Diversity is over ``diversity_images`` images of each of ``diversity_prompts`` prompts; 1 image leaves it out.
-    ``cache`` is a folder that all processes share: features are stored there batch by batch, so that what is
-    interrupted goes on. ``keep_images`` is a folder for the pictures themselves.
+    ``reference``, ``extractor`` (None: papercut's own) and ``clip``: see ``open_reference`` and ``open_extractor``.
+    ``resize`` crops and resizes drawn and reference images alike to a square of so many pixels. Diversity is over
+    ``diversity_images`` images of each of ``diversity_prompts`` prompts; 1 image leaves it out. ``cache`` is a folder
+    that all processes share: what is interrupted goes on. ``keep_images`` is a folder for the pictures themselves.
 
     COCO-2014-30k, as most papers on Stable Diffusion measure it: ``prompts`` with 30,000 captions of val2014, one a
-    line; ``images=30_000``; ``resize=256`` by Lanczos; ``extractor`` Inception; ``reference`` the folder val2014.
+    line; ``images=30_000``; ``resize=256``; ``extractor`` Inception; ``reference`` the folder val2014.
     """
 
     cache: Path
@@ -48,8 +41,6 @@ class QualityConfig:
     extractor: Path | None = None
     clip: Path | None = None
     resize: int | None = None
-    resize_filter: Filter = "lanczos"
-    k: int = NEIGHBOURS
     diversity_prompts: int = 32
     diversity_images: int = 2
     batch: int = 16
@@ -111,7 +102,10 @@ class QualityPlan:
 
 def plan_quality(config: QualityConfig) -> QualityPlan:
     """Read the prompts and lay out the images. Raises UsageError, PromptError."""
-    _check(config)
+    if config.images < 2:
+        raise UsageError(f"images {config.images} is less than 2", hint="give 2 or more")
+    if config.resize is not None and not 8 <= config.resize <= 4096:
+        raise UsageError(f"--resize {config.resize} is outside 8 to 4096 pixels", hint="256 is usual")
     if config.prompts is None:
         specs = balanced_specs(config.images)
         prompts = [spec.caption for spec in specs]
@@ -153,22 +147,6 @@ def _from_file(path: Path, images: int) -> tuple[list[str], tuple[str, ...]]:
     return prompts, ()
 
 
-def _check(config: QualityConfig) -> None:
-    for name, value, least in (
-        ("images", config.images, 2),
-        ("k", config.k, 1),
-        ("batch", config.batch, 1),
-        ("diversity_prompts", config.diversity_prompts, 1),
-        ("diversity_images", config.diversity_images, 1),
-    ):
-        if value < least:
-            raise UsageError(f"{name} {value} is less than {least}", hint=f"give {least} or more")
-    if config.resize is not None and not 8 <= config.resize <= 4096:
-        raise UsageError(f"--resize {config.resize} is outside 8 to 4096 pixels", hint="256 is usual")
-    if not config.seeds:
-        raise UsageError("there are no first seeds", hint="give one for each repetition, for example 0")
-
-
 def _check_seeds(plan: QualityPlan) -> None:
     """Repetitions that share noise are no repetitions. Raises UsageError."""
     count = len(plan.order)
@@ -181,9 +159,3 @@ def _check_seeds(plan: QualityPlan) -> None:
                 f"the repetitions of seeds {earlier} and {later} would share noise: each takes {count} seeds",
                 hint=f"take first seeds {count} apart: {', '.join(str(i * count) for i in range(len(plan.seeds)))}",
             )
-
-
-def spec_rows(plan: QualityPlan) -> Sequence[SceneSpec]:
-    """The scene of each image of a repetition, in the order of ``QualityPlan.rows``; papercut plans only."""
-    assert plan.specs is not None
-    return [plan.specs[number] for number in plan.order]

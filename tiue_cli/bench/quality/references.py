@@ -51,7 +51,7 @@ def open_reference(
     extractor: Extractor,
     resizing: Resizing,
     size: tuple[int, int],
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Reference:
     """The reference behind ``--reference``; None renders papercut's scenes of the ``specs`` of the captions.
 
@@ -85,13 +85,13 @@ def render_reference(
     extractor: Extractor,
     resizing: Resizing,
     seed: int = REFERENCE_SEED,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Reference:
     """One fresh scene a spec, rendered in chunks: only features are kept."""
-    parts = [
-        _extract(extractor, resizing(images), progress, start, len(specs))
-        for start, images in rendered_chunks(specs, seed)
-    ]
+    parts = []
+    for start, images in rendered_chunks(specs, seed):
+        parts.append(extractor(resizing(images)))
+        progress(start + len(images), len(specs))
     captions = hashlib.sha256("\n".join(spec.caption for spec in specs).encode()).hexdigest()
     return Reference(
         f"papercut scenes rendered from the same captions, seed {seed}",
@@ -116,7 +116,7 @@ def folder_reference(
     extractor: Extractor,
     resizing: Resizing,
     size: tuple[int, int] | None,
-    progress: Progress | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Reference:
     """Every image under ``folder``, in the order of names; ``size`` (H, W) is what they must have without resizing.
 
@@ -136,15 +136,14 @@ def folder_reference(
                 flat.append(file)
             chunk.append(pixels)
             size = size if resizing.side is not None else (image.height, image.width)
-        parts.append(_extract(extractor, np.stack(chunk), progress, start, len(files)))
+        parts.append(extractor(np.stack(chunk)))
+        progress(start + len(chunk), len(files))
     if len(flat) > len(files) // 2:
         raise QualityError(
             f"{folder}: {len(flat)} of {len(files)} images are of one colour, {flat[0].name} for one",
             hint="give pictures of what the prompts ask for",
         )
-    notes = []
-    if flat:
-        notes.append(f"{len(flat)} of {len(files)} references are of one colour, {flat[0].name} for one")
+    notes = [f"{len(flat)} of {len(files)} references are of one colour, {flat[0].name} for one"] if flat else []
     if converted:
         notes.append(f"{converted} of {len(files)} references were not RGB (grey, palette or transparent): converted")
     return Reference(
@@ -219,16 +218,21 @@ def read_statistics(path: Path, *, extractor: Extractor, resizing: Resizing) -> 
                 f"{path} was made with another {what.removeprefix('the ')}: {theirs}, not {ours}",
                 hint="use the same, or make it again: benchmarks/reference_statistics.py",
             )
-    sha256 = sha256_file(path)
+    found: FeatureSet | Moments
     if "features" in data:
-        features = FeatureSet(_numbers(path, data, "features"), name=str(path))
-        _check_width(path, features.features.shape[1], extractor)
-        return Reference(path.name, len(features), sha256, features, tuple(notes))
-    moments = _moments(path, data)
-    _check_width(path, len(moments.mean), extractor)
-    if moments.count is None:
-        notes.append(f"{path.name} does not say of how many images it is")
-    return Reference(path.name, moments.count or 0, sha256, moments, tuple(notes))
+        found = FeatureSet(_numbers(path, data, "features"), name=str(path))
+        count = len(found)
+    else:
+        found = _moments(path, data)
+        count = found.count or 0
+        if not count:
+            notes.append(f"{path.name} does not say of how many images it is")
+    if found.width != extractor.width:
+        raise QualityError(
+            f"{path} holds {found.width} features an image, and {extractor.name} has {extractor.width}",
+            hint="use the extractor that it was made with",
+        )
+    return Reference(path.name, count, sha256_file(path), found, tuple(notes))
 
 
 def write_statistics(path: Path, reference: Reference, *, extractor: Extractor, resizing: Resizing) -> Path:
@@ -288,18 +292,3 @@ def _moments(path: Path, data: dict[str, np.ndarray]) -> Moments:
         raise QualityError(f"{path}: sigma is not symmetric, so no covariance", hint="make the file again")
     count = int(data["n"]) if "n" in data and data["n"].shape == () and data["n"].dtype.kind in "iu" else None
     return Moments(count, mean, covariance)
-
-
-def _check_width(path: Path, found: int, extractor: Extractor) -> None:
-    if found != extractor.width:
-        raise QualityError(
-            f"{path} holds {found} features an image, and {extractor.name} has {extractor.width}",
-            hint="use the extractor that it was made with",
-        )
-
-
-def _extract(extractor: Extractor, images: Images, progress: Progress | None, start: int, total: int) -> np.ndarray:
-    features = extractor(images)
-    if progress is not None:
-        progress(start + len(images), total)
-    return features
