@@ -25,6 +25,13 @@ def made(*, slower: float = 1.0, seed: int = 0) -> BenchReport:
     )
 
 
+@pytest.fixture(autouse=True)
+def quick_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page without plots, where the test is not about them."""
+    if "render" not in request.node.name:
+        monkeypatch.setattr("tiue_cli.bench.report.files.render_html", lambda report: f"<h1>{report.name}</h1>")
+
+
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     return write_report(made(), tmp_path / "old").json

@@ -16,7 +16,7 @@ import numpy as np
 from tiue_cli.bench.report.schema import UNET_STAGES, LatencyRecord, ParityRecord, QualityRecord, RatioRecord, Scope
 from tiue_cli.bench.rounds import SLOW_ROUNDS
 from tiue_cli.bench.stats import ratio_of_medians
-from tiue_cli.bench.subjects.torch_subjects import Subject
+from tiue_cli.bench.subjects.subject import Subject
 from tiue_cli.export.tolerance import IDENTICAL_DB, REQUIRED_PSNR_DB, psnr_db
 
 LEAST_QUALITY: Final = 0.5
@@ -107,7 +107,7 @@ def _ratios(record: LatencyRecord, baseline: LatencyRecord, *, withheld: str | N
                 batch=record.batch,
                 size=record.size,
                 scope=scope,
-                ratio=None if interval is None else interval.estimate,
+                ratio=None if interval is None else interval.value,
                 low=None if interval is None else interval.low,
                 high=None if interval is None else interval.high,
                 withheld=withheld,

@@ -18,6 +18,9 @@ CONFIDENCE: Final = 0.95
 RESAMPLES: Final = 4000
 OUTLIER_FACTOR: Final = 1.5
 """A sample above so many medians is an outlier: something else ran."""
+REPLICATES: Final = 2000
+LEAST_SAMPLES: Final = {"p50": 6, "p90": 20, "p99": 200}
+"""Below it, fewer than two samples lie beyond the percentile (or the median's interval is the whole range)."""
 
 _Values = Sequence[float] | npt.NDArray[np.float64]
 
@@ -32,81 +35,8 @@ class Summary:
     p99: float
     iqr: float
     """Interquartile range, p75 - p25."""
-    minimum: float
-    maximum: float
     outlier_share: float
     """Of the samples above OUTLIER_FACTOR medians."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate and its two-sided bootstrap interval."""
-
-    estimate: float
-    low: float
-    high: float
-
-
-def summarize(samples: _Values) -> Summary:
-    """Figures of at least one sample; percentiles interpolate linearly between the order statistics."""
-    values = _checked(samples)
-    p25, median, p75, p90, p99 = np.percentile(values, [25, 50, 75, 90, 99]).tolist()
-    return Summary(
-        count=values.size,
-        median=median,
-        p90=p90,
-        p99=p99,
-        iqr=p75 - p25,
-        minimum=float(values.min()),
-        maximum=float(values.max()),
-        outlier_share=float(np.mean(values > OUTLIER_FACTOR * median)),
-    )
-
-
-def ratio_of_medians(
-    samples: _Values,
-    baseline: _Values,
-    *,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-) -> Interval:
-    """median(samples) / median(baseline) of paired samples, with a percentile bootstrap interval.
-
-    Sample i of both belongs to the same round, and rounds are drawn with replacement, so that what slows a whole round
-    does not widen the interval (Efron and Tibshirani 1993, chapter 13). With few rounds the interval is
-    coarse: 5 rounds cannot say more than about 94 %.
-    """
-    above, below = _checked(samples), _checked(baseline)
-    assert above.size == below.size, "one sample a round of each"
-    generator = np.random.Generator(np.random.Philox(key=seed))
-    rounds = generator.integers(above.size, size=(resamples, above.size))
-    ratios = np.median(above[rounds], axis=1) / np.median(below[rounds], axis=1)
-    tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(ratios, [tail, 1.0 - tail]).tolist()
-    return Interval(float(np.median(above) / np.median(below)), low, high)
-
-
-def drift(samples: _Values) -> float:
-    """Relative change of the median from the first third of the samples to the last; 0 with fewer than 6."""
-    values = _checked(samples)
-    third = values.size // 3
-    if third < 2:
-        return 0.0
-    return float(np.median(values[-third:]) / np.median(values[:third]) - 1.0)
-
-
-def _checked(samples: _Values) -> npt.NDArray[np.float64]:
-    values = np.asarray(samples, dtype=np.float64)
-    assert values.ndim == 1 and values.size > 0, "at least one sample"
-    return values
-
-
-REPLICATES = 2000
-
-
-LEAST_SAMPLES = {"p50": 6, "p90": 20, "p99": 200}
-"""Below it, fewer than two samples lie beyond the percentile (or the median's interval is the whole range)."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +61,50 @@ def exact(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
+def summarize(samples: _Values) -> Summary:
+    """Figures of at least one sample; percentiles interpolate linearly between the order statistics."""
+    values = np.asarray(samples, dtype=np.float64)
+    p25, median, p75, p90, p99 = np.percentile(values, [25, 50, 75, 90, 99]).tolist()
+    return Summary(values.size, median, p90, p99, p75 - p25, float(np.mean(values > OUTLIER_FACTOR * median)))
+
+
+def drift(samples: _Values) -> float:
+    """Relative change of the median from the first third of the samples to the last; 0 with fewer than 6."""
+    third = len(samples) // 3
+    return float(np.median(samples[-third:]) / np.median(samples[:third]) - 1.0) if third >= 2 else 0.0
+
+
+# --- intervals; scipy.stats takes a second to load, and is wanted at the end of a bench only -------------------------
+
+
+def ratio_of_medians(samples: _Values, baseline: _Values, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """median(samples) / median(baseline) of paired samples, with a percentile bootstrap interval of CONFIDENCE.
+
+    Sample i of both belongs to the same round, and rounds are drawn with replacement, so that what slows a whole round
+    does not widen the interval (Efron and Tibshirani 1993, chapter 13). With few rounds the interval is
+    coarse: 5 rounds cannot say more than about 94 %.
+    """
+    import scipy.stats
+
+    def ratio(
+        above: npt.NDArray[np.float64], below: npt.NDArray[np.float64], axis: int = -1
+    ) -> npt.NDArray[np.float64]:
+        quotient: npt.NDArray[np.float64] = np.median(above, axis=axis) / np.median(below, axis=axis)
+        return quotient
+
+    found = scipy.stats.bootstrap(
+        (samples, baseline),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=resamples,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        random_state=np.random.Generator(np.random.Philox(key=seed)),
+    ).confidence_interval
+    return Estimate(float(np.median(samples) / np.median(baseline)), float(found.low), float(found.high))
+
+
 def block_bootstrap(
     samples: Sequence[float], percentiles: Sequence[float], generator: np.random.Generator
 ) -> np.ndarray:
@@ -153,23 +127,23 @@ def block_bootstrap(
     return drawn
 
 
-def hull(series: Sequence[np.ndarray], *, confidence: float) -> tuple[float, float]:
-    """The smallest (low, high) that holds the percentile interval of every series of replicates."""
+def hull(value: float, series: Sequence[np.ndarray], *, confidence: float) -> Estimate:
+    """``value`` with the smallest interval that holds the percentile interval of every series of replicates."""
     tails = [50 * (1 - confidence), 100 - 50 * (1 - confidence)]
-    limits = [np.percentile(drawn, tails) for drawn in series]
-    return float(min(low for low, _ in limits)), float(max(high for _, high in limits))
+    limits = np.array([np.percentile(drawn, tails) for drawn in series])
+    return Estimate(value, float(limits[:, 0].min()), float(limits[:, 1].max()))
 
 
 def mean_interval(values: Sequence[float], *, confidence: float) -> Estimate | None:
     """The mean with Student's interval; None for fewer than two values, which have no spread."""
     if len(values) < 2:
         return None
-    import scipy.stats  # a second, and a bench without repetitions needs none of it
+    import scipy.stats
 
-    mean, error = float(np.mean(values)), float(scipy.stats.sem(values))
-    if error == 0:
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:
         return exact(mean)
-    low, high = scipy.stats.t.interval(confidence, len(values) - 1, loc=mean, scale=error)
+    low, high = scipy.stats.t.interval(confidence, len(values) - 1, loc=mean, scale=scipy.stats.sem(values))
     return Estimate(mean, float(low), float(high))
 
 

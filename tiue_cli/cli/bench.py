@@ -215,11 +215,10 @@ def bench(
         raise UsageError("--fail-if compares with another report", hint="give it: --compare OLD.json")
     if render is not None:
         if models or compare is not None:
-            raise UsageError(
-                "--render neither measures nor compares",
-                hint="leave MODEL and --compare out",
-            )
-        show_files(render_files(render, out), Console(format_))
+            raise UsageError("--render neither measures nor compares", hint="leave MODEL and --compare out")
+        from tiue_cli.bench.report.files import render_report
+
+        show_files(render_report(render, out), Console(format_))
         return
     if compare is not None and len(models or []) == 1 and (models or [""])[0].endswith(".json"):
         ok = compare_files(compare, Path((models or [""])[0]), Console(format_), fail_if=fail_if or ())
@@ -267,9 +266,10 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
     config.validate()
     from tiue_cli.bench.compare.conditions import check_conditions, parse_conditions
     from tiue_cli.bench.compare.reports import compare_reports
-    from tiue_cli.bench.report.files import check_out_folder, read_report, write_report
+    from tiue_cli.bench.report.files import read_report, write_report
+    from tiue_cli.files.atomic import check_writable
 
-    check_out_folder(config.out)
+    check_writable(config.out)
     conditions = parse_conditions(fail_if)
     before = None if old is None else read_report(old)
     if before is not None:
@@ -303,13 +303,6 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
     return _compare(before, report, conditions, console)
 
 
-def render_files(report: Path, out: Path | None) -> ReportFiles:
-    """The page and the Markdown of a report that is there. Raises ManifestError, OutputError."""
-    from tiue_cli.bench.report.files import render_report
-
-    return render_report(report, out)
-
-
 def show_files(files: ReportFiles, console: Console) -> None:
     """Name the files."""
     for path in files:
@@ -326,17 +319,13 @@ def compare_files(old: Path, new: Path, console: Console, *, fail_if: Sequence[s
 
 
 def _compare(old: BenchReport, new: BenchReport, conditions: Sequence[Condition], console: Console) -> bool:
-    comparison, checks = _judge(old, new, conditions)
-    show_comparison(console, comparison, checks)
-    return not any(check.failed for check in checks)
-
-
-def _judge(old: BenchReport, new: BenchReport, conditions: Sequence[Condition]) -> tuple[Comparison, tuple[Check, ...]]:
     from tiue_cli.bench.compare.conditions import check_conditions
     from tiue_cli.bench.compare.reports import compare_reports
 
     comparison = compare_reports(old, new)
-    return comparison, check_conditions(comparison, conditions)
+    checks = check_conditions(comparison, conditions)
+    show_comparison(console, comparison, checks)
+    return not any(check.failed for check in checks)
 
 
 def _show(event: BenchEvent, console: Console, stages: Callable[[str, int, int, str], None]) -> None:

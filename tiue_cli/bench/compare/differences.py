@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tiue_cli.base.text import plain
-from tiue_cli.bench.report.schema import BenchReport, MachineRecord, QualityProtocol, SubjectRecord
+from tiue_cli.bench.report.schema import BenchReport
+from tiue_cli.bench.report.tables import HASH_DIGITS
+from tiue_cli.bench.report.view import Setting
 
-_MACHINE = ("name", "system", "cpu", "cores", "threads", "memory_bytes", "gpu", "driver", "python")
-_SUBJECT = (
-    "kind", "backend", "model_sha256", "steps", "guidance", "precision", "device", "random_weights", "untrained",
-    "merged_upsampler",
-)  # fmt: skip
-_PROTOCOL = (
-    "prompts_sha256", "images", "reference_images", "reference_sha256", "extractor", "extractor_sha256", "features",
-    "resize", "k", "diversity", "clip_sha256",
-)  # fmt: skip
+# What is left out follows from the rest, or is a figure or a text.
+_SUBJECT_REST = {"key", "label", "model", "weights_bytes", "load_s", "build_s", "parity", "notes"}
+_PROTOCOL_REST = {"prompts", "seeds", "reference", "clip", "comparable", "notes"}
 _WORDS = {
     "memory_bytes": "memory in bytes", "gpu": "GPU", "cpu": "CPU", "model_sha256": "model hash",
     "prompts_sha256": "hash of the prompts", "reference_sha256": "hash of the references",
     "extractor_sha256": "hash of the extractor", "clip_sha256": "hash of the CLIP model",
 }  # fmt: skip
-_HASH_DIGITS = 12
 
 
 def report_differences(old: BenchReport, new: BenchReport) -> tuple[str, ...]:
@@ -37,15 +32,17 @@ def quality_obstacle(old: BenchReport, new: BenchReport) -> str | None:
         return None
     if before is None or after is None:
         return f"only the {'new' if before is None else 'old'} report has it"
-    found = list(_changes("", _fields(before, _PROTOCOL), _fields(after, _PROTOCOL)))
+    rest = _PROTOCOL_REST
+    found = list(_changes("", before.model_dump(exclude=rest), after.model_dump(exclude=rest)))
     return None if not found else "another protocol: " + "; ".join(found)
 
 
 def _of_machine(old: BenchReport, new: BenchReport) -> Iterator[str]:
-    yield from _changes("machine: ", _fields(old.machine, _MACHINE), _fields(new.machine, _MACHINE))
-    yield from _changes("package ", old.machine.packages, new.machine.packages)
+    machines = [report.machine.model_dump(exclude={"packages"}) for report in (old, new)]
     versions = [{"tiue": report.tiue_version, "commit": report.commit} for report in (old, new)]
-    yield from _changes("", versions[0], versions[1])
+    yield from _changes("machine: ", *machines)
+    yield from _changes("package ", old.machine.packages, new.machine.packages)
+    yield from _changes("", *versions)
 
 
 def _of_settings(old: BenchReport, new: BenchReport) -> Iterator[str]:
@@ -59,7 +56,8 @@ def _of_subjects(old: BenchReport, new: BenchReport) -> Iterator[str]:
     before, after = ({subject.key: subject for subject in report.subjects} for report in (old, new))
     for key, subject in after.items():
         if key in before:
-            yield from _changes(f"{key}: ", _fields(before[key], _SUBJECT), _fields(subject, _SUBJECT))
+            fields = [one.model_dump(exclude=_SUBJECT_REST) for one in (before[key], subject)]
+            yield from _changes(f"{key}: ", *fields)
     for which, keys in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
         if keys:
             yield f"only in the {which} report: {', '.join(sorted(keys))}"
@@ -67,24 +65,18 @@ def _of_subjects(old: BenchReport, new: BenchReport) -> Iterator[str]:
 
 def _of_latency(old: BenchReport, new: BenchReport) -> Iterator[str]:
     common = {subject.key for subject in old.subjects} & {subject.key for subject in new.subjects}
-    before, after = (
-        {(record.subject, record.batch, record.size): record for record in report.latency} for report in (old, new)
-    )
-    for which, places in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
-        shapes = sorted({(batch, size) for subject, batch, size in places if subject in common})
+    before, after = ({(one.subject, Setting.of(one)): one for one in report.latency} for report in (old, new))
+    for which, only in (("old", before.keys() - after.keys()), ("new", after.keys() - before.keys())):
+        shapes = sorted({(setting.batch, setting.size) for subject, setting in only if subject in common})
         if shapes:
             listed = ", ".join(f"batch {batch} at {size[0]}x{size[1]}" for batch, size in shapes)
             yield f"measured in the {which} report only, for some subjects: {listed}"
     clocks = {
-        f"clock of the stages: {before[place].clock} → {record.clock}"
-        for place, record in after.items()
-        if place in before and before[place].clock != record.clock
+        f"clock of the stages: {before[key].clock} → {record.clock}"
+        for key, record in after.items()
+        if key in before and before[key].clock != record.clock
     }
     yield from sorted(clocks)
-
-
-def _fields(record: MachineRecord | SubjectRecord | QualityProtocol, names: tuple[str, ...]) -> dict[str, object]:
-    return {name: getattr(record, name) for name in names}
 
 
 def _changes(prefix: str, old: Mapping[str, object], new: Mapping[str, object]) -> Iterator[str]:
@@ -98,4 +90,4 @@ def _shown(name: str, value: object) -> str:
     if value is None:
         return "none"
     text = str(value)
-    return text[:_HASH_DIGITS] if name.endswith("sha256") or name == "commit" else text
+    return text[:HASH_DIGITS] if name.endswith("sha256") or name == "commit" else text

@@ -27,7 +27,6 @@ CONFIDENCE = 0.99
 """Of every interval here: a comparison has many rows, and at 0.95 one in twenty would be flagged by chance."""
 THRESHOLD = 0.01
 """Times closer than this are the same to anyone who uses them, however narrow the interval."""
-PERCENTILES = {"p50": 50.0, "p90": 90.0, "p99": 99.0}
 LOWER_IS_BETTER = frozenset({"fid", "kid"})
 HIGHER_IS_BETTER = frozenset({"clip_score", "precision", "recall", "density", "coverage", "diversity"})
 CHECKER_PREFIX = "checker_"
@@ -88,7 +87,7 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
     rows: list[Row] = []
     for record in new.latency:
         if _key(record) in before:
-            pace = paces.get(_setting(record))
+            pace = paces.get(Setting.of(record))
             rows += _latency_rows(before[_key(record)], record, pace, generator)
     obstacle = quality_obstacle(old, new)
     if obstacle is None:
@@ -106,49 +105,42 @@ def compare_reports(old: BenchReport, new: BenchReport, *, seed: int = 0) -> Com
     )
 
 
-def _setting(record: LatencyRecord) -> Setting:
-    return Setting(record.batch, record.size)
-
-
 def _key(record: LatencyRecord) -> tuple[str, Setting]:
-    return record.subject, _setting(record)
+    return record.subject, Setting.of(record)
 
 
 # --- latency -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Series:
-    """A percentile of the samples before and after, and the same of REPLICATES resampled series."""
+class _Change:
+    """A figure before and after, and the same of REPLICATES resampled series."""
 
     old: float
     new: float
     old_drawn: np.ndarray
     new_drawn: np.ndarray
 
-    @property
-    def ratio(self) -> float:
-        return self.new / self.old
-
-    def upside_down(self, scale: float) -> _Series:
+    def upside_down(self, scale: float) -> _Change:
         """``scale`` over each of them: a rate from a time."""
-        return _Series(scale / self.old, scale / self.new, scale / self.old_drawn, scale / self.new_drawn)
+        return _Change(scale / self.old, scale / self.new, scale / self.old_drawn, scale / self.new_drawn)
 
 
-def _series(
+def _changes(
     old: Sequence[float], new: Sequence[float], figures: Sequence[str], generator: np.random.Generator
-) -> list[_Series]:
-    percentiles = [PERCENTILES[figure] for figure in figures]
+) -> list[_Change]:
+    """Of figures such as ``p50``."""
+    percentiles = [float(figure.removeprefix("p")) for figure in figures]
     drawn = [block_bootstrap(samples, percentiles, generator) for samples in (old, new)]
     found = [np.percentile(samples, percentiles).tolist() for samples in (old, new)]
-    return [_Series(*parts) for parts in zip(*found, *drawn, strict=True)]
+    return [_Change(*parts) for parts in zip(*found, *drawn, strict=True)]
 
 
-def _paces(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> dict[Setting, _Series]:
+def _paces(old: BenchReport, new: BenchReport, generator: np.random.Generator) -> dict[Setting, _Change]:
     """The median time of the control product in both reports, by batch and size."""
     before, after = _control_samples(old), _control_samples(new)
     return {
-        setting: _series(before[setting], samples, ["p50"], generator)[0]
+        setting: _changes(before[setting], samples, ["p50"], generator)[0]
         for setting, samples in after.items()
         if setting in before and min(len(before[setting]), len(samples)) >= LEAST_SAMPLES["p50"]
     }
@@ -159,7 +151,7 @@ def _control_samples(report: BenchReport) -> dict[Setting, tuple[float, ...]]:
     counts: dict[Setting, int] = {}
     for record in report.latency:
         rounds = max(record.rounds, default=len(record.samples_ms) - 1) + 1
-        counts[_setting(record)] = max(rounds, counts.get(_setting(record), 0))
+        counts[Setting.of(record)] = max(rounds, counts.get(Setting.of(record), 0))
     samples = report.control_samples_ms
     if sum(counts.values()) != len(samples):
         return dict.fromkeys(counts, samples)
@@ -168,112 +160,96 @@ def _control_samples(report: BenchReport) -> dict[Setting, tuple[float, ...]]:
 
 
 def _latency_rows(
-    old: LatencyRecord, new: LatencyRecord, pace: _Series | None, generator: np.random.Generator
+    old: LatencyRecord, new: LatencyRecord, pace: _Change | None, generator: np.random.Generator
 ) -> Iterator[Row]:
     pairs: dict[str, tuple[Sequence[float], Sequence[float]]] = {"image": (old.samples_ms, new.samples_ms)}
     for stage, samples in new.stage_samples_ms.items():
         if stage in old.stage_samples_ms:
-            pairs[stage] = (old.stage_samples_ms[stage], samples)
+            pairs[stage] = old.stage_samples_ms[stage], samples
     for scope, (before, after) in pairs.items():
         fewest = min(len(before), len(after))
         figures = [figure for figure, least in LEAST_SAMPLES.items() if fewest >= least]
         if not figures or min(*before, *after) <= 0:
             continue
-        for figure, series in zip(figures, _series(before, after, figures, generator), strict=True):
-            yield _latency_row(new, scope, figure, series, pace)
+        for figure, change in zip(figures, _changes(before, after, figures, generator), strict=True):
+            yield _time_row(new, scope, figure, change, pace)
             if scope == "image" and figure == "p50":
-                yield _latency_row(new, scope, "images_per_s", series.upside_down(1000 * new.batch), pace)
+                yield _time_row(new, scope, "images_per_s", change.upside_down(1000 * new.batch), pace)
     yield from _memory_rows(old, new)
 
 
-def _latency_row(record: LatencyRecord, scope: str, figure: str, series: _Series, pace: _Series | None) -> Row:
+def _time_row(record: LatencyRecord, scope: str, figure: str, change: _Change, pace: _Change | None) -> Row:
     rate = figure == "images_per_s"
-    drawn = [series.new_drawn]
+    drawn = [change.new_drawn]
     if pace is not None:
-        change = pace.new_drawn / pace.old_drawn
-        drawn.append(series.new_drawn * change if rate else series.new_drawn / change)
-    relative = _estimate(series.ratio - 1, [new / series.old_drawn - 1 for new in drawn])
-    return Row(
-        subject=record.subject,
-        batch=record.batch,
-        size=record.size,
-        scope=scope,
-        figure=figure,
-        old=series.old,
+        slower = pace.new_drawn / pace.old_drawn
+        drawn.append(change.new_drawn * slower if rate else change.new_drawn / slower)
+    relative = [new / change.old_drawn - 1 for new in drawn]
+    return _row(
+        record,
+        scope,
+        figure,
+        old=change.old,
         # The new figure by itself is what this machine did: no pace is taken off.
-        new=_estimate(series.new, [series.new_drawn]),
-        difference=_estimate(series.new - series.old, [new - series.old_drawn for new in drawn]),
-        relative=relative,
-        verdict=_verdict(
-            relative, up="faster" if rate else "slower", down="slower" if rate else "faster", threshold=THRESHOLD
-        ),
+        new=hull(change.new, [change.new_drawn], confidence=CONFIDENCE),
+        difference=hull(change.new - change.old, [new - change.old_drawn for new in drawn], confidence=CONFIDENCE),
+        relative=hull(change.new / change.old - 1, relative, confidence=CONFIDENCE),
+        up_and_down=("faster", "slower") if rate else ("slower", "faster"),
     )
-
-
-def _estimate(value: float, series: Sequence[np.ndarray]) -> Estimate:
-    return Estimate(value, *hull(series, confidence=CONFIDENCE))
 
 
 def _memory_rows(old: LatencyRecord, new: LatencyRecord) -> Iterator[Row]:
     """One figure a run: it has no interval, and is compared as it is."""
-    if old.peak_memory_bytes is None or new.peak_memory_bytes is None or old.memory_kind != new.memory_kind:
-        return
-    before, after = float(old.peak_memory_bytes), float(new.peak_memory_bytes)
-    relative = None if before == 0 else exact(after / before - 1)
-    yield Row(
-        subject=new.subject,
-        batch=new.batch,
-        size=new.size,
-        scope="image",
-        figure="memory",
-        old=before,
-        new=exact(after),
-        difference=exact(after - before),
-        relative=relative,
-        verdict="not judged" if relative is None else _verdict(relative, up="more", down="less", threshold=THRESHOLD),
-    )
-
-
-def _verdict(estimate: Estimate, *, up: Verdict, down: Verdict, threshold: float) -> Verdict:
-    if estimate.low is None or estimate.high is None:
-        return "not judged"
-    if estimate.low > threshold:
-        return up
-    return down if estimate.high < -threshold else "within noise"
-
-
-# --- quality -------------------------------------------------------------------------------------------------------
-
-
-def _verdicts(metric: str) -> tuple[Verdict, Verdict]:
-    """What a rise and what a fall of a quality metric mean."""
-    if metric in LOWER_IS_BETTER:
-        return "worse", "better"
-    known = metric in HIGHER_IS_BETTER or metric.startswith(CHECKER_PREFIX)
-    return ("better", "worse") if known else ("changed", "changed")
+    before, after = old.peak_memory_bytes, new.peak_memory_bytes
+    if before is not None and after is not None and old.memory_kind == new.memory_kind:
+        relative = None if before == 0 else exact(after / before - 1)
+        change = {"old": float(before), "new": exact(after), "difference": exact(after - before), "relative": relative}
+        yield _row(new, "image", "memory", **change, up_and_down=("more", "less"))
 
 
 def _quality_rows(old: QualityRecord, new: QualityRecord) -> Iterator[Row]:
-    for metric, after in new.metrics.items():
-        if metric not in old.metrics:
-            continue
-        before, repeated = old.metrics[metric], new.repetitions.get(metric, ())
-        difference = welch_difference(old.repetitions.get(metric, ()), repeated, confidence=CONFIDENCE)
-        if difference is None:
-            difference = Estimate(after - before)
-        up, down = _verdicts(metric)
-        yield Row(
-            subject=new.subject,
-            batch=None,
-            size=None,
-            scope="image",
-            figure=metric,
+    for metric in [metric for metric in new.metrics if metric in old.metrics]:
+        before, after = old.metrics[metric], new.metrics[metric]
+        repeated = new.repetitions.get(metric, ())
+        welch = welch_difference(old.repetitions.get(metric, ()), repeated, confidence=CONFIDENCE)
+        difference = Estimate(after - before) if welch is None else welch
+        verdicts: tuple[Verdict, Verdict] = "changed", "changed"
+        if metric in LOWER_IS_BETTER:
+            verdicts = "worse", "better"
+        elif metric in HIGHER_IS_BETTER or metric.startswith(CHECKER_PREFIX):
+            verdicts = "better", "worse"
+        yield _row(
+            new,
+            "image",
+            metric,
             old=before,
             new=mean_interval(repeated, confidence=CONFIDENCE) or Estimate(after),
             difference=difference,
             relative=None if before == 0 else difference.scaled(1 / abs(before)),
-            verdict=_verdict(difference, up=up, down=down, threshold=0.0),
+            up_and_down=verdicts,
         )
+
+
+def _row(
+    record: LatencyRecord | QualityRecord,
+    scope: str,
+    figure: str,
+    *,
+    old: float,
+    new: Estimate,
+    difference: Estimate,
+    relative: Estimate | None,
+    up_and_down: tuple[Verdict, Verdict],
+) -> Row:
+    """Times and memory are judged by the relative change, beyond THRESHOLD; quality by the difference."""
+    at = record if isinstance(record, LatencyRecord) else None
+    change, threshold = (difference, 0.0) if at is None else (relative, THRESHOLD)
+    verdict: Verdict = "not judged"
+    if change is not None and change.low is not None and change.high is not None:
+        up, down = up_and_down
+        verdict = up if change.low > threshold else down if change.high < -threshold else "within noise"
+    batch, size = (None, None) if at is None else (at.batch, at.size)
+    return Row(record.subject, batch, size, scope, figure, old, new, difference, relative, verdict)
 
 
 def _few_samples(before: Mapping[tuple[str, Setting], LatencyRecord], after: Sequence[LatencyRecord]) -> Iterator[str]:
@@ -288,19 +264,18 @@ def _few_samples(before: Mapping[tuple[str, Setting], LatencyRecord], after: Seq
 # --- what the rows say together ------------------------------------------------------------------------------------
 
 
-def _notes(rows: Sequence[Row], paces: Mapping[Setting, _Series]) -> Iterator[str]:
+def _notes(rows: Sequence[Row], paces: Mapping[Setting, _Change]) -> Iterator[str]:
     changes = [
-        f"{abs(pace.ratio - 1):.1%} {'longer' if pace.ratio > 1 else 'shorter'} at batch {setting.batch}"
+        f"{abs(change):.1%} {'longer' if change > 0 else 'shorter'} at batch {setting.batch}"
         for setting, pace in paces.items()
-        if abs(pace.ratio - 1) > THRESHOLD
+        if abs(change := pace.new / pace.old - 1) > THRESHOLD
     ]
     if changes:
         yield (
             f"the machine's pace changed: the same matrix product took {', '.join(changes)} than in the old run; "
             "the intervals cover the changes with and without it"
         )
-    whole = [row for row in rows if row.figure == "p50" and row.scope == "image" and row.relative is not None]
-    relative = [row.relative.value for row in whole if row.relative is not None]
+    relative = [row.relative.value for row in rows if (row.figure, row.scope) == ("p50", "image") and row.relative]
     if len(relative) >= 3 and len({change > 0 for change in relative}) == 1:
         smallest, largest = min(relative, key=abs), max(relative, key=abs)
         if abs(smallest) > THRESHOLD and abs(largest) < 2 * abs(smallest):

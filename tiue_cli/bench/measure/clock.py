@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -75,6 +75,17 @@ class CudaClock:
 
 
 StageClock = WallClock | CudaClock
+
+
+def run_ms(run: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call, until ``device`` has finished."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) * 1000.0
 
 
 def clock_for(device: str) -> StageClock:

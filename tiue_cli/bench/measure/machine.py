@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import conv2d
 
 from tiue_cli.base.machine import machine_info, package_version
+from tiue_cli.bench.measure.clock import run_ms
 from tiue_cli.bench.report.schema import MachineRecord, PeakKernel, PeakRecord
 from tiue_cli.bench.stats import drift, summarize
 from tiue_cli.bench.subjects.models import DTYPES
@@ -32,7 +33,6 @@ UNSTEADY: Final = 1.3
 """Its 90th percentile as a multiple of its median."""
 
 _LEAST_CONTROLS: Final = 6
-_CONTROL_SIDE: Final = {"cpu": 512, "cuda": 4096}
 
 
 class Control:
@@ -44,27 +44,13 @@ class Control:
     REPEATS: Final = 3
 
     def __init__(self, device: str) -> None:
-        side = _CONTROL_SIDE[device]
-        generator = torch.Generator(device).manual_seed(0)
-        dtype = torch.float16 if device == "cuda" else torch.float32
         self._device = device
-        self._left, self._right = (
-            torch.randn(side, side, device=device, generator=generator).to(dtype) for _ in range(2)
-        )
+        self._product = _square({"cpu": 512, "cuda": 4096}[device], device, "fp16" if device == "cuda" else "fp32")
         self.run_ms()
 
     def run_ms(self) -> float:
         """Milliseconds of one product."""
-        return min(self._once_ms() for _ in range(self.REPEATS))
-
-    def _once_ms(self) -> float:
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        torch.mm(self._left, self._right)
-        if self._device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - started) * 1000.0
+        return min(run_ms(self._product, self._device) for _ in range(self.REPEATS))
 
 
 @dataclass(frozen=True)
@@ -94,14 +80,8 @@ def watch_machine() -> Iterator[Callable[[], MachineUse]]:
     if total <= 0:
         result.append(MachineUse(wall_s, None, None))
         return
-    others = total - idle - (stolen or 0.0) - ours
-    result.append(
-        MachineUse(
-            wall_s,
-            others=max(0.0, others / total),
-            stolen=None if stolen is None else max(0.0, stolen / total),
-        )
-    )
+    others = (total - idle - (stolen or 0.0) - ours) / total
+    result.append(MachineUse(wall_s, max(0.0, others), None if stolen is None else max(0.0, stolen / total)))
 
 
 def machine_warnings(use: MachineUse, control_ms: Sequence[float], *, where: str) -> list[str]:
@@ -127,13 +107,11 @@ def machine_warnings(use: MachineUse, control_ms: Sequence[float], *, where: str
     return found
 
 
+# --- what it is ----------------------------------------------------------------------------------------------------
+
 PACKAGES: Final = ("onnxruntime-gpu", "onnxruntime", "tensorrt", "accelerate", "scipy")
 """Whose versions a bench shows beside those that can change a picture."""
-
-
 _LONGEST_NAME: Final = 80
-
-
 _GIT_TIMEOUT_S: Final = 15.0
 
 
@@ -141,7 +119,7 @@ def machine_record(device: str) -> MachineRecord:
     """This machine; it is named after the GPU where that is what ran."""
     info = machine_info()
     gpu = torch.cuda.get_device_name(0) if device == "cuda" else None
-    extra = {name: package_version(name) for name in PACKAGES}
+    extra = {name: version for name in PACKAGES if (version := package_version(name)) is not None}
     return MachineRecord(
         name=slug(gpu) if gpu is not None else f"{slug(_short_cpu(info.cpu))}-{info.cores}-cores",
         system=info.system,
@@ -152,7 +130,7 @@ def machine_record(device: str) -> MachineRecord:
         gpu=gpu,
         driver=info.gpus[0].driver if gpu is not None and info.gpus else None,
         python=info.python,
-        packages={**info.packages, **{name: version for name, version in extra.items() if version is not None}},
+        packages={**info.packages, **extra},
     )
 
 
@@ -191,49 +169,37 @@ def _git(root: Path, *words: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=_GIT_TIMEOUT_S).stdout.strip()
 
 
+# --- its peak ------------------------------------------------------------------------------------------------------
+
 SIDES: Final = {"cpu": (512, 1024, 1536, 2048), "cuda": (2048, 4096, 8192, 16384)}
 """Square products that are tried: the fastest counts, as caches and tiles favour different ones."""
-
-
 SAMPLES: Final = 5
-
-
 BUDGET_S: Final = 4.0
 
-
-@dataclass(frozen=True)
-class _Product:
-    """One way to multiply matrices (M, L) and (L, N)."""
-
-    kernel: PeakKernel
-    shape: tuple[int, int, int]
-    """M, L, N."""
-    run: Callable[[], torch.Tensor]
+_Product = tuple[PeakKernel, tuple[int, int, int], Callable[[], torch.Tensor]]
+"""One way to multiply matrices (M, L) and (L, N): its kernel, (M, L, N), and a function that does it."""
 
 
+@torch.inference_mode()
 def measure_peak(device: str, precision: Literal["fp32", "fp16", "bf16"], *, budget_s: float = BUDGET_S) -> PeakRecord:
     """The best rate of a large matrix product in ``precision``, over kernels, shapes and samples, in FLOP/s.
 
     In fp32 on a GPU as torch is set (``torch.backends.cuda.matmul.fp32_precision``), as the models run.
     """
-    best: PeakRecord | None = None
+    records: list[PeakRecord] = []
     started = time.perf_counter()
-    for product in _products(device, precision):
-        samples = _samples_ms(product, device=device)
-        rate = 2.0 * math.prod(product.shape) / (min(samples) / 1000.0)
-        if best is None or rate > best.flops_per_s:
-            best = PeakRecord(
-                flops_per_s=rate,
-                precision=precision,
-                device=device,
-                kernel=product.kernel,
-                shape=product.shape,
-                samples_ms=samples,
+    for kernel, shape, product in _products(device, precision):
+        product()
+        samples = tuple(run_ms(product, device) for _ in range(SAMPLES))
+        rate = 2.0 * math.prod(shape) / (min(samples) / 1000.0)
+        records.append(
+            PeakRecord(
+                flops_per_s=rate, precision=precision, device=device, kernel=kernel, shape=shape, samples_ms=samples
             )
+        )
         if time.perf_counter() - started > budget_s:
             break
-    assert best is not None
-    return best
+    return max(records, key=lambda record: record.flops_per_s)
 
 
 def _products(device: str, precision: str) -> Iterator[_Product]:
@@ -245,39 +211,26 @@ def _products(device: str, precision: str) -> Iterator[_Product]:
     if device == "cpu":
         yield _convolution(64, 64, 320, side=3, precision=precision)
     for side in SIDES[device]:
-        left, right = (_random(side, side, device=device, precision=precision) for _ in range(2))
-        yield _Product("matrix product", (side, side, side), partial(torch.mm, left, right))
+        yield "matrix product", (side, side, side), _square(side, device, precision)
         if device == "cpu":
             yield _convolution(side // 32, 32, side, side=1, precision=precision)
 
 
+def _square(side: int, device: str, precision: str) -> Callable[[], torch.Tensor]:
+    """The product of two random matrices."""
+    generator = torch.Generator(device).manual_seed(side)
+    left, right = (torch.randn(side, side, device=device, generator=generator).to(DTYPES[precision]) for _ in range(2))
+    return partial(torch.mm, left, right)
+
+
 def _convolution(height: int, width: int, channels: int, *, side: int, precision: str) -> _Product:
-    weights = _random(channels, channels, side, side, precision=precision).to(memory_format=torch.channels_last)
-    image = _random(1, channels, height, width, precision=precision).to(memory_format=torch.channels_last)
-    shape = (height * width, channels * side * side, channels)
+    weights = torch.randn(channels, channels, side, side, dtype=DTYPES[precision])
+    image = torch.randn(1, channels, height, width, dtype=DTYPES[precision])
+    run = partial(
+        conv2d,
+        image.to(memory_format=torch.channels_last),
+        weights.to(memory_format=torch.channels_last),
+        padding=side // 2,
+    )
     kernel: PeakKernel = "1x1 convolution" if side == 1 else "3x3 convolution"
-    return _Product(kernel, shape, lambda: conv2d(image, weights, padding=side // 2))
-
-
-def _random(*shape: int, precision: str, device: str = "cpu") -> torch.Tensor:
-    generator = torch.Generator(device).manual_seed(shape[0])
-    return torch.randn(*shape, device=device, generator=generator).to(DTYPES[precision])
-
-
-@torch.inference_mode()
-def _samples_ms(product: _Product, *, device: str) -> tuple[float, ...]:
-    product.run()
-    samples = []
-    for _ in range(SAMPLES):
-        if device == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            product.run()
-            end.record()
-            torch.cuda.synchronize()
-            samples.append(float(start.elapsed_time(end)))
-        else:
-            started = time.perf_counter()
-            product.run()
-            samples.append((time.perf_counter() - started) * 1000.0)
-    return tuple(samples)
+    return kernel, (height * width, channels * side * side, channels), run

@@ -6,7 +6,6 @@ import base64
 import io
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,16 +30,6 @@ class ReportFiles(NamedTuple):
     json: Path
     markdown: Path
     html: Path
-
-
-def check_out_folder(folder: Path) -> None:
-    """Try to write to ``folder``, or to what it would be made in: before hours of measuring. Raises OutputError."""
-    try:
-        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise output_error(folder, error) from error
 
 
 def write_report(report: BenchReport, out_folder: Path) -> ReportFiles:
@@ -82,18 +71,18 @@ def _reserve(folder: Path, name: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise output_error(folder, error) from error
-    for candidate in itertools.chain([name], (f"{name}-{count}" for count in itertools.count(2))):
-        paths = [folder / f"{candidate}{suffix}" for suffix in SUFFIXES]
-        if any(path.exists() for path in paths):
+    for number in itertools.count(1):
+        path = folder / f"{name}{'' if number == 1 else f'-{number}'}.json"
+        if any((folder / f"{path.stem}{suffix}").exists() for suffix in SUFFIXES):
             continue
         try:
-            paths[0].open("x").close()
+            path.open("x").close()
         except FileExistsError:
             continue
         except OSError as error:
-            raise output_error(paths[0], error) from error
-        return paths[0]
-    raise AssertionError("there is always another number")
+            raise output_error(path, error) from error
+        break
+    return path
 
 
 def as_json(report: BenchReport) -> str:
