@@ -10,23 +10,38 @@ import typer
 
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import FormatOption, LoraOption
-from tiue_cli.errors import OutputError
+from tiue_cli.errors import ModelFolderError, OutputError, UsageError
 from tiue_cli.files.access import user_path
+from tiue_cli.model.lora.student import is_adapter_student, write_full_student
 
-EXAMPLES = ("tiue merge runs/sd15/student models/pixel-art --lora pixel-art.safetensors:0.8",)
+EXAMPLES = (
+    "tiue merge runs/sd15/student models/pixel-art --lora pixel-art.safetensors:0.8",
+    "tiue merge runs/sd15-adapter/student models/sd15-student",
+)
 
 
 def merge(
     model: Annotated[str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student or teacher.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder to write.")],
     lora: LoraOption = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="Where the base of a student that is an adapter lies now."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder that is there.")] = False,
     format_: FormatOption = "human",
 ) -> None:
-    """Write a model folder with LoRAs added to its weights, for good."""
-    from tiue_cli.model.lora.merge import merge_loras
+    """Write a model folder with LoRAs in its weights, for good; of a student that is an adapter a full one."""
+    path = user_path(model, error=ModelFolderError)
+    target = user_path(folder, error=OutputError)
+    if is_adapter_student(path) and not lora:
+        out = write_full_student(path, target, base=base, overwrite=overwrite)
+    elif base is not None:
+        raise UsageError("--base is for a student that is an adapter, without other LoRAs", hint="leave it out")
+    else:
+        from tiue_cli.model.lora.merge import merge_loras
 
-    out = merge_loras(model, user_path(folder, error=OutputError), tuple(lora or ()), overwrite=overwrite)
+        out = merge_loras(model, target, tuple(lora or ()), overwrite=overwrite)
     console = Console(format_)
     console.document({"folder": str(out)})
     console.path(str(out))

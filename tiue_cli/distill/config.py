@@ -45,8 +45,33 @@ class StudentSettings(_Section):
     """An explicit list, highest first, instead of steps and spacing."""
     init: str | None = None
     """A student folder to start from; null starts from the teacher."""
+    # Left out of hashes where they say nothing: what a full student's recipe is called has not changed.
+    trainable: Literal["full", "lora"] = Field(default="full", exclude_if=lambda what: what == "full")
+    """All weights, or an adapter alone: far less memory, and a folder of megabytes that needs its teacher."""
+    rank: _Positive | None = Field(default=None, exclude_if=lambda rank: rank is None)
+    """Of the adapter; null is 32."""
+    targets: Literal["attention-qv", "attention", "linear", "all"] | tuple[str, ...] | None = Field(
+        default=None, exclude_if=lambda targets: targets is None
+    )
+    """The adapter's layers, as lora.targets says them; null is linear."""
     decoder: Literal["shared", "plain"] = "shared"
     """How the UNet decoder computes its K rows: sharing what the timesteps have in common, or a plain batch."""
+
+    @pydantic.model_validator(mode="after")
+    def _adapter(self) -> Self:
+        if self.trainable == "full" and (self.rank is not None or self.targets is not None):
+            raise ValueError("rank and targets are an adapter's: set trainable to lora")
+        if self.trainable == "lora" and self.init is not None:
+            raise ValueError("an adapter starts from the teacher: leave init out")
+        return self
+
+    @property
+    def adapter(self) -> LoraSettings | None:
+        """The student's own adapter, its alpha equal to its rank; None where all weights are trained."""
+        if self.trainable == "full":
+            return None
+        rank = self.rank or 32
+        return LoraSettings(rank=rank, alpha=float(rank), targets=self.targets or "linear")
 
 
 class OptimizerSettings(_Section):

@@ -63,34 +63,35 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     with FakeTensorMode(allow_non_fake_inputs=True):
         fake = _FakeRun(config, info, timesteps, batch, half=half)
         clip = None if config.clip.weight == 0 else _FakeClip(config, info, config.batch_size, half=half)
-    unet, lora = fake.unet_parameters, fake.lora_parameters
+    unet, lora, trained = fake.unet_parameters, fake.lora_parameters, fake.trained_parameters
     others = sum(info.component(name).parameters for name in ("text_encoder", "vae"))
     frozen = _HALF if half else _FLOAT32
     moments = 1 if config.optimizer.name == "adamw8bit" else _FLOAT32
     memory = {
-        "student, weights and gradients": 2 * _FLOAT32 * unet,
-        "student, Adam": _ADAM_MOMENTS * moments * unet,
-        "student, running mean": 0 if config.ema is None else _FLOAT32 * unet,
+        # An adapter's frozen weights are the teacher's, which are counted there.
+        "student, weights and gradients": 2 * _FLOAT32 * trained,
+        "student, Adam": _ADAM_MOMENTS * moments * trained,
+        "student, running mean": 0 if config.ema is None else _FLOAT32 * trained,
         "teacher's UNet": frozen * unet,
         "LoRA, with gradients and Adam": (2 + _ADAM_MOMENTS) * _FLOAT32 * lora,
         "text encoder and autoencoder": _FLOAT32 * others,
-        "weights in half precision, kept by autocast": _HALF * unet if half else 0,
+        "weights in half precision, kept by autocast": _HALF * trained if half else 0,
         "activations": round(fake.activation_bytes * (frozen / _FLOAT32)),
     }
     if clip is not None:
         memory["CLIP loss, its networks"] = _FLOAT32 * clip.parameters
         memory["CLIP loss, activations"] = round(clip.activation_bytes * (frozen / _FLOAT32))
-    weights = _FLOAT32 * (unet + lora + (0 if config.ema is None else unet))
-    checkpoint = weights + _ADAM_MOMENTS * (moments * unet + _FLOAT32 * lora)
+    weights = _FLOAT32 * (trained + lora + (0 if config.ema is None else trained))
+    checkpoint = weights + _ADAM_MOMENTS * (moments * trained + _FLOAT32 * lora)
     text = info.text_tokens * info.text_width * prompts * frozen if config.text_cache else 0
     pairs = config.warm_start.pairs if config.warm_start.needs_pairs else 0
     return Estimate(
         timesteps=timesteps,
-        parameters={"student's UNet": unet, "LoRA": lora, "text encoder and autoencoder": others},
+        parameters={"student's UNet": trained, "LoRA": lora, "text encoder and autoencoder": others},
         memory_bytes={name: size for name, size in memory.items() if size},
         disk_bytes={
             "checkpoints": checkpoint * (config.checkpoint.keep + 1),  # the next is written before the oldest goes
-            "student": _FLOAT32 * (unet + others),
+            "student": _FLOAT32 * (unet + others if trained == unet else trained),
             "cached text states": text,
             "cached pairs": pairs * _FLOAT32 * fake.latent_numbers,
         },
@@ -134,6 +135,8 @@ class _FakeRun:
             unet.enable_gradient_checkpointing()
         student = StudentGenerator(unet, timesteps, decoder=config.student.decoder)
         self.lora_parameters = lora_parameter_count(unet, config.lora)
+        adapter = config.student.adapter
+        self.trained_parameters = self.unet_parameters if adapter is None else lora_parameter_count(unet, adapter)
         kept = saved_bytes(student, lambda: student(noise, states)) + again
         # The LoRA teacher's step follows the student's, whose activations are gone by then: the larger one counts.
         if not half:  # merged adapters, in float32, are not computed again; see ``ScoreModel.recompute``

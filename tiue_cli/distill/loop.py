@@ -19,13 +19,20 @@ from torch import Tensor
 
 from tiue_cli.base.events import Event, Finished, Note, Progress, Saved
 from tiue_cli.distill.acceleration import HALF, StopRequest, describe, log_image, make_accelerator, memory_bytes
+from tiue_cli.distill.adapter import adapt_student, save_adapter_student
 from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
 from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
 from tiue_cli.distill.data.pairs import CHUNK_PAIRS, PairData, fill_pairs, solve
 from tiue_cli.distill.data.prompts import TrainingPrompts, read_training_prompts
 from tiue_cli.distill.data.text_states import TextStates
 from tiue_cli.distill.losses import NoiseSchedule
-from tiue_cli.distill.networks import ScoreModel, load_initial_weights, load_untrained, prefixes_of
+from tiue_cli.distill.networks import (
+    ScoreModel,
+    load_initial_weights,
+    load_untrained,
+    prefixes_of,
+    teacher_source,
+)
 from tiue_cli.distill.run_folder import (
     RunFolder,
     RunRecord,
@@ -40,9 +47,11 @@ from tiue_cli.distill.validation import Validation, save_grid
 from tiue_cli.errors import DeviceError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.rows import RowCache, cache_key
+from tiue_cli.files.students import BaseModelSource
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import quiet
 from tiue_cli.model.finite import refuse_bad_weights
+from tiue_cli.model.hub import EMBEDDED_NAMES, is_hub_id
 from tiue_cli.model.student import save_student
 from tiue_cli.model.text import encode_prompts
 
@@ -159,6 +168,8 @@ class Distillation:
         score = ScoreModel(frozen, config.lora, seed=config.seed)
         if config.gradient_checkpointing:
             score.recompute()
+        if config.student.adapter is not None:
+            adapt_student(student.unet, score, config.student.adapter, seed=config.seed)
         combine = student.linear_combine()
         self._networks = Networks(
             student=student.unet,
@@ -391,12 +402,22 @@ class Distillation:
             }
         )
         with trainer.averaged_weights():
-            path = save_student(student, self.folder.student, overwrite=True)
+            if self.config.student.adapter is not None:
+                base = BaseModelSource(source=self._base_source(), sha256=str(student.manifest.teacher_sha256))
+                manifest = student.manifest.model_copy(update={"base": base})
+                path = save_adapter_student(student.unet, manifest, self.folder.student)
+            else:
+                path = save_student(student, self.folder.student, overwrite=True)
         card = path / "README.md"
         text = card.read_text(encoding="utf-8") + card_section(self.config, self.prompts)
         with atomic_file(card) as temporary:
             temporary.write_text(text, encoding="utf-8")
         return path
+
+    def _base_source(self) -> str:
+        """The teacher as the adapter's folder names it: where a folder lies, whatever the working folder will be."""
+        source = teacher_source(self.config)
+        return source if is_hub_id(source) or source in EMBEDDED_NAMES else str(Path(source).expanduser().resolve())
 
     # --- processes -------------------------------------------------------------------------------------------------
 

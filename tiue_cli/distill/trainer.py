@@ -18,6 +18,7 @@ from diffusers.models import UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from tiue_cli.distill.adapter import adapter_weights
 from tiue_cli.distill.checkpoint import Checkpoint, TrainingState
 from tiue_cli.distill.config import Decay, DistillConfig, LoraSettings, OptimizerSettings
 from tiue_cli.distill.data.order import EndlessOrder, Stream, generator, normal
@@ -347,7 +348,7 @@ class Trainer:
         """Everything that ``restore`` needs; tensors are the live ones, to be written at once."""
         networks = self.networks
         weights: dict[str, Mapping[str, Tensor]] = {
-            "student": networks.student.state_dict(),
+            "student": self._student_weights(),
             "lora": networks.score.adapter_parameters(),
         }
         if self.ema is not None:
@@ -362,6 +363,14 @@ class Trainer:
         }
         return Checkpoint(self.state, weights, optimizers)
 
+    @property
+    def _is_adapter(self) -> bool:
+        return self.config.student.adapter is not None
+
+    def _student_weights(self) -> dict[str, Tensor]:
+        """All of a full student's; of an adapter what is trained, for the rest is the teacher's."""
+        return adapter_weights(self.networks.student) if self._is_adapter else self.networks.student.state_dict()
+
     def check_finite(self) -> None:
         """Raise NotFiniteError where a weight is not: such a state must not take the place of a good checkpoint."""
         if not all(bool(value.isfinite().all()) for value in (*self._student_parameters, *self._adapters)):
@@ -373,7 +382,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same config."""
         networks = self.networks
-        networks.student.load_state_dict(checkpoint.weights["student"])
+        networks.student.load_state_dict(checkpoint.weights["student"], strict=not self._is_adapter)
         for name, parameter in networks.score.adapter_parameters().items():
             parameter.data.copy_(checkpoint.weights["lora"][name])
         self._student_optimizer.optimizer.load_state_dict(checkpoint.optimizers["student_optimizer"])

@@ -24,6 +24,15 @@ _Timestep = Annotated[int, Field(ge=0)]
 _Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class BaseModelSource(pydantic.BaseModel):
+    """The model that an adapter belongs to: what it was called (a folder or hub id), and its hash."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    sha256: _Sha256
+
+
 class StudentManifest(pydantic.BaseModel):
     """What a student folder is beyond the weights, stored as ``tiue.json``.
 
@@ -44,6 +53,8 @@ class StudentManifest(pydantic.BaseModel):
     recipe_sha256: _Sha256 | None = None
     training_steps: int = Field(default=0, ge=0)
     license: str = "unknown"
+    base: BaseModelSource | None = Field(default=None, exclude_if=lambda base: base is None)
+    """What the folder's adapter belongs to; None for a full student."""
     loras: tuple[LoraUse, ...] = Field(default=(), exclude_if=lambda loras: not loras)
     """Adapters that are in its weights."""
     tiue_version: str

@@ -127,7 +127,11 @@ def _local(source: str | Path) -> Path:
         )
     run, student = path / RUN_MANIFEST, path / "student"
     if is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError):
-        return student  # the folder of a distillation stands for what came out of it
+        path = student  # the folder of a distillation stands for what came out of it
+    if is_folder(path, error=ModelFolderError):
+        from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
+
+        return full_student_folder(path) if is_adapter_student(path) else path
     if is_file(path, error=ModelFolderError):
         from tiue_cli.model.checkpoint.cache import checkpoint_folder
 

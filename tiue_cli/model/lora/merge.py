@@ -10,7 +10,7 @@ import torch
 
 from tiue_cli.errors import UsageError
 from tiue_cli.files.atomic import atomic_folder
-from tiue_cli.model.components import load_components
+from tiue_cli.model.components import Components, load_components
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import resolve_model
 from tiue_cli.model.lora.adapters import Adapters
@@ -29,10 +29,7 @@ def merge_loras(source: str | Path, out: Path, loras: Sequence[str], *, overwrit
     if not loras:
         raise UsageError("no LoRA was given", hint="name one or several: --lora FILE")
     uses = lora_uses(loras)
-    stored = check_model_folder(resolve_model(source)).component("unet").dtypes
-    dtype = _DTYPES.get(stored[0], torch.float32) if len(stored) == 1 else torch.float32
-    components = load_components(source, dtype=dtype)
-    Adapters(unet=components.unet, text_encoder=components.text_encoder).use(uses)
+    components = merged_components(source, loras)
     if components.info.kind == "student":
         student = student_of(components, source=str(source))
         student.manifest = student.manifest.model_copy(update={"loras": (*student.manifest.loras, *uses)})
@@ -40,3 +37,12 @@ def merge_loras(source: str | Path, out: Path, loras: Sequence[str], *, overwrit
     with atomic_folder(out, overwrite=overwrite, marker="model_index.json") as folder:
         write_parts(components, folder)
     return out
+
+
+def merged_components(source: str | Path, loras: Sequence[str]) -> Components:
+    """The parts of a model on the CPU, in the precision of its UNet's weights, with ``loras`` in them."""
+    stored = check_model_folder(resolve_model(source)).component("unet").dtypes
+    dtype = _DTYPES.get(stored[0], torch.float32) if len(stored) == 1 else torch.float32
+    components = load_components(source, dtype=dtype)
+    Adapters(unet=components.unet, text_encoder=components.text_encoder).use(lora_uses(loras))
+    return components

@@ -1,0 +1,79 @@
+"""A student that is an adapter of its teacher: its folder, and the full student that it stands for.
+
+    FOLDER/tiue.json                        what a student is, and its base by name and hash
+    FOLDER/pytorch_lora_weights.safetensors diffusers' format
+
+Wherever a model is named the folder will do: it is put together with its base once, in the user's cache.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiue_cli.errors import ModelFolderError, full_installation
+from tiue_cli.files.access import is_file
+from tiue_cli.files.caches import user_cache
+from tiue_cli.files.hashes import fingerprint_of
+from tiue_cli.files.manifests import read_manifest
+from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
+from tiue_cli.model.lora.files import LORA_FILE
+
+
+def is_adapter_student(path: Path) -> bool:
+    """Whether the folder is a student that needs its base; any other LoRA's folder has no tiue.json."""
+    return all(is_file(path / name, error=ModelFolderError) for name in (STUDENT_MANIFEST, LORA_FILE)) and not is_file(
+        path / "model_index.json", error=ModelFolderError
+    )
+
+
+def full_student_folder(path: Path) -> Path:
+    """The full student in the cache, put together at the first call. Raises ModelFolderError, ManifestError."""
+    files = {name: path / name for name in (STUDENT_MANIFEST, LORA_FILE)}
+    key = fingerprint_of(files, error=ModelFolderError)
+    folder = user_cache() / "students" / f"{path.resolve().name[:60]}-{key[:16]}"
+    if not is_file(folder / "model_index.json", error=ModelFolderError):
+        write_full_student(path, folder)
+    return folder
+
+
+def write_full_student(path: Path, out: Path, *, base: str | None = None, overwrite: bool = False) -> Path:
+    """Write the adapter in ``path`` and its base as a full student; ``base`` is where the base lies now.
+
+    Raises ModelFolderError where the base is not there or is another model, ManifestError, AdapterError, OutputError.
+    """
+    manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
+    if manifest.base is None:
+        raise ModelFolderError(
+            f"{path / STUDENT_MANIFEST} names no base for the adapter", hint="restore the file that was changed"
+        )
+    from tiue_cli.model.hub import resolve_model
+    from tiue_cli.model.identity import model_sha256
+
+    source = base or manifest.base.source
+    again = f"tiue merge {path} FOLDER --base MODEL"
+    try:
+        folder = resolve_model(source)
+        is_same = model_sha256(folder) == manifest.base.sha256
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{path} is an adapter of {source}, which cannot be used: {error.message}", hint=f"say where it is: {again}"
+        ) from error
+    if not is_same:
+        raise ModelFolderError(
+            f"{path} is an adapter of another model than what lies at {source}", hint=f"say where its base is: {again}"
+        )
+    with full_installation("a student that is an adapter"):
+        from tiue_cli.model.lora.merge import merged_components
+        from tiue_cli.model.student import StudentModel, save_student
+
+    parts = merged_components(folder, [str(path / LORA_FILE)])
+    student = StudentModel(
+        tokenizer=parts.tokenizer,
+        text_encoder=parts.text_encoder,
+        unet=parts.unet,
+        vae=parts.vae,
+        scheduler_config=parts.scheduler_config,
+        manifest=manifest.model_copy(update={"base": None}),
+        source=str(path),
+    )
+    return save_student(student, out, overwrite=overwrite)
