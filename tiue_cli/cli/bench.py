@@ -17,13 +17,14 @@ from tiue_cli.bench.config import (
     BACKENDS,
     SHAPES,
     BenchConfig,
+    DeviceName,
     PrecisionName,
     parse_backends,
     parse_numbers,
     parse_peer,
 )
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, DeviceOption, FormatOption
+from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
 from tiue_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -196,7 +197,7 @@ def bench(
         ),
     ] = None,
     format_: FormatOption = "human",
-    device: DeviceOption = _BENCH.device,
+    device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _BENCH.device,
     precision: Annotated[
         PrecisionName,
         typer.Option(help="Precision of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),

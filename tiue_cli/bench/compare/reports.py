@@ -203,8 +203,16 @@ def _memory_rows(old: LatencyRecord, new: LatencyRecord) -> Iterator[Row]:
     before, after = old.peak_memory_bytes, new.peak_memory_bytes
     if before is not None and after is not None and old.memory_kind == new.memory_kind:
         relative = None if before == 0 else exact(after / before - 1)
-        change = {"old": float(before), "new": exact(after), "difference": exact(after - before), "relative": relative}
-        yield _row(new, "image", "memory", **change, up_and_down=("more", "less"))
+        yield _row(
+            new,
+            "image",
+            "memory",
+            old=float(before),
+            new=exact(after),
+            difference=exact(after - before),
+            relative=relative,
+            up_and_down=("more", "less"),
+        )
 
 
 def _quality_rows(old: QualityRecord, new: QualityRecord) -> Iterator[Row]:

@@ -24,7 +24,7 @@ from tiue_cli.bench.quality.plan import COMPARABLE_IMAGES, QualityConfig, Qualit
 from tiue_cli.bench.quality.references import CEILING_SEED, Reference, open_reference, rendered_chunks
 from tiue_cli.bench.report.schema import QualityProtocol, QualityRecord
 from tiue_cli.bench.report.view import REFERENCE
-from tiue_cli.bench.subjects.subject import Subject
+from tiue_cli.bench.subjects.subject import Draw, Subject
 from tiue_cli.errors import UsageError
 from tiue_cli.papercut.evaluation import prompt_following_of_features
 from tiue_cli.papercut.scenes import SIZE
@@ -245,13 +245,17 @@ def quality_subjects(
             identity=subject.record.model_dump_json(include=_IDENTITY),
             size=size,
             latent_shape=latent_shape,
-            generate=lambda prompts, noise, subject=subject: subject.run(prompts, noise).images,
+            generate=_pictures_of(subject),
         )
         for subject in subjects
         if subject.record.kind in ("teacher", "student", "peer")
         and subject.reference is None
         and not (subject.record.untrained and subject.record.kind == "student")
     ]
+
+
+def _pictures_of(subject: Subject) -> Draw:
+    return lambda prompts, noise: subject.run(prompts, noise).images
 
 
 def _open_extractors(config: QualityConfig, plan: QualityPlan) -> dict[str, Extractor]:

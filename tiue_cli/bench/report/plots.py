@@ -239,7 +239,8 @@ def _quality_points(view: ReportView, axes: Axes, metric: str, keys: Sequence[st
     if reference is not None and metric in reference.metrics:
         best = reference.metrics[metric]
         axes.axhline(best, color=colour("muted"), linewidth=1, linestyle=(0, (4, 3)))
-        style = {"color": colour("muted"), "annotation_clip": False, "xycoords": axes.get_yaxis_transform()}
+        style: dict[str, Any] = {"color": colour("muted"), "annotation_clip": False}
+        style["xycoords"] = axes.get_yaxis_transform()
         beside(axes, "reference", 1, best, gap_px=4, **style)
     for key, style in zip(keys, _styles(view, keys), strict=True):
         record, quality = view.latency(key, setting), view.quality[key]
@@ -300,6 +301,7 @@ def spread_plot(view: ReportView, setting: Setting) -> Plot | None:
 
 def _box(axes: Axes, row: int, spread: np.ndarray, high: float, ink: str) -> None:
     line = {"color": ink, "linewidth": 1.5}
+    lines: dict[str, Any] = dict.fromkeys(("boxprops", "medianprops", "whiskerprops", "capprops"), line)
     axes.boxplot(
         spread,
         positions=[row],
@@ -307,7 +309,7 @@ def _box(axes: Axes, row: int, spread: np.ndarray, high: float, ink: str) -> Non
         orientation="horizontal",
         whis=(2.5, 97.5),
         manage_ticks=False,
-        **dict.fromkeys(("boxprops", "medianprops", "whiskerprops", "capprops"), line),
+        **lines,
         flierprops={"marker": "o", "markersize": 3.2, "markerfacecolor": ink, "markeredgewidth": 0},
     )
     beyond = spread[spread > high]

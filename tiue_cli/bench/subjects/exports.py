@@ -64,7 +64,8 @@ class OpenedExport:
         """Open it until ``stack`` closes. Raises what the runtime raises."""
         started = time.perf_counter()
         self.clock = WallClock()
-        self.running = stack.enter_context(RUNTIMES[backend](export, device))
+        self.running = RUNTIMES[backend](export, device)
+        stack.enter_context(self.running)
         self.load_s = time.perf_counter() - started
 
     def draw(self, steps: int) -> Draw:

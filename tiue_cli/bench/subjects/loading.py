@@ -29,7 +29,10 @@ class ModelArgument:
     @property
     def image_size(self) -> tuple[int, int]:
         """Pixels (H, W) that it was made for."""
-        return self._any.image_size if self.export is None else self.export.image_size
+        if self.export is not None:
+            return self.export.image_size
+        assert self.model is not None, "an argument is a model or an export"
+        return self.model.image_size
 
     def latent_shape(self, size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) for images of ``size`` (H, W) pixels. Raises UsageError."""

@@ -74,7 +74,8 @@ def open_subjects(config: BenchConfig, stack: ExitStack, *, say: Say) -> OpenedS
     arguments = loader.arguments()
     teachers = loader.teachers(arguments)
     size = config.size or _common_size(arguments)
-    shapes = {one.latent_shape(size) for one in (*arguments, *teachers)}
+    shapes = {argument.latent_shape(size) for argument in arguments}
+    shapes |= {model.latent_shape(size) for model in teachers}
     if len(shapes) > 1:
         raise UsageError(
             f"the models' latents have different shapes: {', '.join(map(str, sorted(shapes)))}",

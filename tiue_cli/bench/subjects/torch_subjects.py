@@ -78,8 +78,8 @@ def plain_unet_subject(
         return Subject(record, _drawing(model, clock, denoise), clock, counted)
     run = TeacherSteps(fast, model.components.tokenizer, held=SHAPES_HELD)
     # At one timestep the sum is a step of the sampler.
-    step = (combine.timesteps[0], *combine.weights)
-    draw = partial(run, steps=[step], guidance=1.0, clock=clock)
+    noise_weight, weight = combine.weights
+    draw = partial(run, steps=[(combine.timesteps[0], noise_weight, weight)], guidance=1.0, clock=clock)
     return Subject(record, torch.inference_mode()(draw), clock, counted, compiles=True)
 
 
