@@ -91,14 +91,17 @@ def export(
     loras: Sequence[str | Path] = (),
     check: bool = _EXPORT.check,
     overwrite: bool = _EXPORT.overwrite,
+    calibration: str | Path | None = None,
+    calibration_images: int = _EXPORT.calibration_images,
     on_stage: Callable[[str, int, int], None] | None = None,
 ) -> ExportResult:
     """Write a student as four ONNX graphs that run without torch, and compare them with it unless ``check`` is False.
 
-    ``out`` None is ``engines/NAME``. ``precision`` is ``fp32`` or ``fp16``, ``opset`` 18 to 23. ``sizes`` in pixels
-    (height, width) fix the graphs to them; without, they take any. ``loras`` (``SOURCE[:WEIGHT]`` each) are added to
-    the weights first. ``on_stage`` is called as a stage begins: what it is, its number from 1, how many there are.
-    Returns where it lies (``folder``), its ``manifest``, ``seconds``, and ``notes``. A failure leaves the old
+    ``out`` None is ``engines/NAME``. ``precision`` is ``fp32``, ``fp16`` or ``int8``, which is calibrated with
+    ``calibration_images`` pictures of the prompts in the file ``calibration``. ``opset`` is 18 to 23. ``sizes`` in
+    pixels (height, width) fix the graphs to them; without, they take any. ``loras`` (``SOURCE[:WEIGHT]`` each) are
+    added to the weights first. ``on_stage`` is called as a stage begins: what it is, its number from 1, how many there
+    are. Returns where it lies (``folder``), its ``manifest``, ``seconds``, and ``notes``. A failure leaves the old
     export or none.
 
     Raises what loading a student raises, UsageError, OutputError, and ParityError where a graph computes something
@@ -118,6 +121,8 @@ def export(
         loras=tuple(str(lora) for lora in loras),
         check=check,
         overwrite=overwrite,
+        calibration=None if calibration is None else str(calibration),
+        calibration_images=calibration_images,
     )
     return run_export(config, stage=on_stage)
 

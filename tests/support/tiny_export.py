@@ -285,6 +285,8 @@ def _write(
     def values(specs: Sequence[TensorSpec]) -> list[onnx.ValueInfoProto]:
         return [helper.make_tensor_value_info(spec.name, _ONNX_TYPES[spec.dtype], list(spec.shape)) for spec in specs]
 
+    for number, node in enumerate(nodes):
+        node.name = f"{node.op_type.lower()}_{number}"  # as exported graphs have them
     tensors = [numpy_helper.from_array(value, key) for key, value in constants.items()]
     graph = helper.make_graph(list(nodes), name, values(inputs), values(outputs), tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=9)

@@ -121,6 +121,9 @@ def open_session(
     options.inter_op_num_threads = 1
     # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # 8-bit graphs hold int8 throughout, as TensorRT wants it. Left to itself ONNX Runtime rewrites that to uint8 on
+    # x86-64 and then refuses its own graph (1.31, opset 21).
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
     wanted = PROVIDERS[provider.name]
     chain: list[Any] = [(wanted, _options(provider, graphs=graphs))]
     if provider.name == "tensorrt":

@@ -25,7 +25,7 @@ from tiue_cli.files.exports import Precision, is_export_folder
 if TYPE_CHECKING:
     from tiue_cli.export.onnx.export import ExportResult
     from tiue_cli.export.trt.engine import EngineResult
-    from tiue_cli.files.exports import ExportParity
+    from tiue_cli.files.exports import ExportParity, QuantizationSpec
 
 _EXPORT = ExportConfig(student="")
 _TENSORRT = "TensorRT"
@@ -34,6 +34,7 @@ EXAMPLES = (
     "tiue export papercut",
     "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
     "tiue export runs/sd15/student --lora pixel-art.safetensors:0.8 --out engines/pixel-art",
+    "tiue export runs/sd15/student --precision int8 --calibration captions.txt",
     "tiue export runs/sd15/student --trt --profile sd15-512",
     "tiue export engines/student --trt --batch 1 --batch 1:4:16",
     "tiue export engines/student --triton models --steps 4 --steps 2",
@@ -54,6 +55,16 @@ def export(
             help=f"Of the weights and most of the arithmetic. Without it: {_EXPORT.precision}, with --trt fp16."
         ),
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROMPTS",
+            help="int8: prompts like those that will be drawn (.txt, .jsonl, .csv, .parquet); papercut needs none.",
+        ),
+    ] = _EXPORT.calibration,
+    calibration_images: Annotated[
+        int, typer.Option(metavar="N", min=1, help="int8: pictures that ranges are measured on.")
+    ] = _EXPORT.calibration_images,
     opset: Annotated[
         int,
         typer.Option(
@@ -125,6 +136,8 @@ def export(
         student=student,
         out=out,
         precision=precision or _EXPORT.precision,
+        calibration=calibration,
+        calibration_images=calibration_images,
         opset=opset,
         sizes=tuple(parse_size(text) for text in size or ()),
         vae=vae,
@@ -243,7 +256,7 @@ def show_export(console: Console, result: ExportResult, *, last: bool = True) ->
     if last:
         console.document(result.as_dict())
     if console.format == "human":
-        _show_parity(console, result.manifest.parity)
+        _show_parity(console, result.manifest.parity, result.manifest.quantization)
         for note in result.notes:
             console.note(note)
     console.path(str(result.folder))
@@ -292,7 +305,24 @@ def _show_plans(console: Console, result: EngineResult) -> None:
     )
 
 
-def _show_parity(console: Console, parity: ExportParity | None) -> None:
+def _show_quantization(console: Console, made: QuantizationSpec | None) -> None:
+    if made is None:
+        return
+    sensitive = [f"{layer.graph} {layer.layer}" for layer in made.kept if layer.reason == "sensitive"]
+    console.line(
+        f"8 bits: {made.layers - len(made.kept)} of {made.layers} layers, {len(made.kept)} stay in fp32"
+        f" ({len(sensitive)} of them found sensitive); images {made.image_psnr_db:.1f} dB from fp32's"
+    )
+    if made.papercut is not None:
+        found, full = made.papercut.attributes, made.papercut.attributes_fp32
+        shares = ", ".join(f"{name} {found[name]:.3f} ({full[name]:.3f})" for name in found if "_" not in name)
+        console.line(
+            f"checker over {made.papercut.captions} captions, fp32's in brackets: {shares};"
+            f" Fréchet distance {made.papercut.frechet_distance:.2f} ({made.papercut.frechet_distance_fp32:.2f})"
+        )
+
+
+def _show_parity(console: Console, parity: ExportParity | None, quantization: QuantizationSpec | None) -> None:
     from rich.table import Table
 
     if parity is None:
@@ -306,6 +336,7 @@ def _show_parity(console: Console, parity: ExportParity | None) -> None:
         f"images: {parity.image_psnr_db:.1f} dB against torch in fp32, {parity.required_psnr_db:.0f} needed"
         f" ({len(parity.prompts)} prompts)",
     )
+    _show_quantization(console, quantization)
     for found in parity.runtimes:
         console.line(
             f"OpenVINO in {found.precision}: {found.image_psnr_db:.1f} dB, {found.required_psnr_db:.0f} needed"

@@ -11,7 +11,14 @@ from typing import Any
 from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import UsageError
 from tiue_cli.files.access import kind_of, user_path
-from tiue_cli.files.exports import ENGINE_MANIFEST, EngineManifest, GraphSpec, TensorSpec, read_engine_manifest
+from tiue_cli.files.exports import (
+    ENGINE_MANIFEST,
+    EngineManifest,
+    GraphSpec,
+    QuantizationSpec,
+    TensorSpec,
+    read_engine_manifest,
+)
 from tiue_cli.files.png import (
     CHUNK,
     PARAMETERS_CHUNK,
@@ -231,6 +238,7 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
         "timesteps": f"{', '.join(map(str, trained.timesteps))} ({manifest.spacing} spacing; UNet encoder at "
         f"{manifest.encoder_timestep}); --steps {', '.join(map(str, manifest.steps))}",
         "precision": f"{manifest.precision}, opset {manifest.opset}",
+        **({} if manifest.quantization is None else {"8 bits": _quantization_row(manifest.quantization)}),
         **graphs,
         "checked": "no (--no-check)"
         if parity is None
@@ -241,6 +249,14 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
         "engines": ", ".join(path.parent.name for path in sorted(info.path.glob(f"*/{ENGINE_MANIFEST}"))) or "none",
         "id": info.model_id,
     }
+
+
+def _quantization_row(made: QuantizationSpec) -> str:
+    """Such as ``138 of 151 layers, images 31.8 dB from fp32's; calibrated with 128 images of papercut``."""
+    return (
+        f"{made.layers - len(made.kept)} of {made.layers} layers, images {made.image_psnr_db:.1f} dB from fp32's;"
+        f" calibrated with {made.calibration_images} images of {made.calibration_source}"
+    )
 
 
 def _graph_row(graph: GraphSpec) -> str:

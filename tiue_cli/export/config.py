@@ -11,10 +11,10 @@ from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.trt.profiles import load_profiles
 from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import check_replaceable, check_writable
-from tiue_cli.files.exports import EXPORT_MANIFEST, Precision, Range, Size, is_export_folder
+from tiue_cli.files.exports import EXPORT_MANIFEST, GraphName, Precision, Range, Size, is_export_folder
 from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
-from tiue_cli.model.hub import resolve_model, resolve_vae
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, resolve_model, resolve_vae
 from tiue_cli.model.lora.files import lora_uses
 
 ENGINES: Final = Path("engines")
@@ -28,6 +28,8 @@ class ExportConfig:
     ``out`` None is ``engines/NAME``. ``sizes`` in pixels (H, W) fix height and width, each with graphs of its own;
     empty leaves them free, or with ``fixed`` takes the student's own size. ``vae`` replaces the student's autoencoder,
     ``loras`` (``SOURCE[:WEIGHT]`` each) are added to its weights first.
+    In 8 bits ``calibration`` is a source of prompts as ``tiue distill --prompts`` takes it (None: papercut's own, for
+    its students), ``calibration_images`` are drawn of them, and ``quantized`` are the graphs it is for.
     """
 
     student: str
@@ -40,6 +42,9 @@ class ExportConfig:
     loras: tuple[str, ...] = ()
     check: bool = True
     overwrite: bool = False
+    calibration: str | None = None
+    calibration_images: int = 128
+    quantized: tuple[GraphName, ...] = ("unet_encoder", "unet_decoder", "vae_decoder")
 
     @property
     def folder(self) -> Path:
@@ -56,12 +61,30 @@ class ExportConfig:
             raise UsageError(
                 f"opset {self.opset} is outside {OPSETS[0]}–{OPSETS[-1]}", hint="leave --opset out for the usual one"
             )
+        if self.precision != "int8" and self.calibration is not None:
+            raise UsageError("--calibration is for 8-bit exports", hint="add --precision int8, or leave it out")
+        if self.calibration_images < 1:
+            raise UsageError("calibration needs at least one image", hint=f"e.g. {ExportConfig.calibration_images}")
+        if self.calibration == "-":
+            raise UsageError("calibration prompts are read from a file, not from stdin", hint="--calibration FILE")
         if len(set(self.sizes)) != len(self.sizes):
             raise UsageError("the same size was given twice", hint="name each size once")
         if is_export_folder(user_path(self.student, error=ModelFolderError)):
             raise UsageError(
                 f"{self.student} is an export already", hint="give the student folder; tiue inspect says which it was"
             )
+
+
+def calibration_source(config: ExportConfig, info: ModelInfo) -> str:
+    """Where the prompts of an 8-bit export come from. Raises UsageError where nobody has said."""
+    if config.calibration is not None:
+        return config.calibration
+    if info.manifest is not None and info.manifest.teacher == EMBEDDED_TEACHER:
+        return EMBEDDED
+    raise UsageError(
+        "an 8-bit export is calibrated with pictures of prompts, and none were given",
+        hint="give some hundred of the kind that will be drawn: --calibration captions.txt",
+    )
 
 
 def checked_student(config: ExportConfig) -> ModelInfo:
@@ -82,6 +105,10 @@ def checked_student(config: ExportConfig) -> ModelInfo:
     if config.vae is not None:
         check_vae_folder(resolve_vae(config.vae))
     lora_uses(config.loras)
+    if config.precision == "int8":
+        from tiue_cli.distill.data.prompts import read_training_prompts
+
+        read_training_prompts(calibration_source(config, info), limit=config.calibration_images)
     return info
 
 

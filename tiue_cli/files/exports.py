@@ -31,7 +31,7 @@ GRAPHS: Final = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
 """The graphs of an export, in the order in which an image passes them."""
 
 GraphName = Literal["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"]
-Precision = Literal["fp16", "fp32"]
+Precision = Literal["fp16", "fp32", "int8"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
 Size = tuple[_Side, _Side]
@@ -72,7 +72,7 @@ class GraphSpec(_Model):
     name: GraphName
     size: Size | None = None
     precision: Precision
-    """That of the export, except where a graph leaves float16's range and was kept in fp32."""
+    """That of the export, but where a graph was kept in fp32: it leaves float16's range, or 8 bits are not for it."""
     onnx: FileSpec
     data: tuple[FileSpec, ...] = ()
     inputs: tuple[TensorSpec, ...]
@@ -131,6 +131,50 @@ class CombineSpec(_Model):
     def steps(self) -> int:
         """K."""
         return len(self.timesteps)
+
+
+class KeptLayer(_Model):
+    """A layer of an 8-bit graph that computes in fp32, and why; ``relative_error`` is what it alone costs in 8 bits."""
+
+    graph: GraphName
+    size: Size | None = None
+    layer: str
+    reason: Literal["first convolution", "last convolution", "time embedding", "sensitive"]
+    relative_error: float | None
+    """Of all the graph's outputs; None where it was never in 8 bits."""
+
+
+class Shares(_Model):
+    """Papercut's own proof, over pictures of ``captions``: in 8 bits, and in fp32 beside it.
+
+    ``attributes`` are the shares that the checker finds as asked; ``frechet_distance`` is that of its features to those
+    of renders of the same captions.
+    """
+
+    captions: int
+    attributes: dict[str, float]
+    attributes_fp32: dict[str, float]
+    frechet_distance: float
+    frechet_distance_fp32: float
+
+
+class QuantizationSpec(_Model):
+    """How the 8-bit graphs of an export were made, and what it cost."""
+
+    quantizer: str
+    weights: str
+    activations: str
+    calibration_images: int = Field(ge=1)
+    calibration_prompts: int = Field(ge=1)
+    calibration_source: str
+    """The file of prompts, or what stands for it."""
+    graphs: tuple[GraphName, ...]
+    layers: int
+    """Layers with weights in those graphs, kept ones included."""
+    kept: tuple[KeptLayer, ...]
+    image_psnr_db: float
+    """The worst of the calibration-free pictures against the graphs in fp32."""
+    papercut: Shares | None = None
 
 
 class StudentSource(_Model):
@@ -251,6 +295,8 @@ class ExportManifest(_Model):
     graphs: tuple[GraphSpec, ...]
     parity: ExportParity | None
     """None only where the check was switched off."""
+    quantization: QuantizationSpec | None = None
+    """How graphs came to 8 bits; None in other precisions."""
     notes: tuple[str, ...] = ()
 
     @pydantic.model_validator(mode="after")

@@ -52,6 +52,17 @@ def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
 
 
 @pytest.mark.slow
+def test_papercuts_graphs_in_8_bits_compile() -> None:
+    student = resolve_model(EMBEDDED)
+    sizes = (check_model_folder(student).image_size,)
+    folder = exported(student, precision="int8", calibration="papercut", calibration_images=16, sizes=sizes)
+    built = compiled(folder)
+    assert [one["graph"] for one in built] == [f"{name}.onnx" for name in GRAPHS]
+    for one in built:
+        assert one["profiles"] == 2 and one["layers"] > 10 and one["plan_bytes"] > 100_000
+
+
+@pytest.mark.slow
 def test_every_fp16_graph_with_attention_as_one_operator_compiles(tiny_student_folder: Path, tmp_path: Path) -> None:
     student = build_small_student(tiny_student_folder, tmp_path / "student")
     folder = exported(student, precision="fp16", sizes=((16, 12),), opset=23)

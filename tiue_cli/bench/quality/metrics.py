@@ -18,6 +18,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from tiue_cli.base.moments import gaussian_distance
 from tiue_cli.errors import QualityError
 
 Features = NDArray[np.float32]
@@ -143,19 +144,7 @@ def frechet_distance(images: FeatureSet, reference: Moments) -> float:
                 hint=f"take {width + 1} images or more",
             )
     ours = images.moments
-    gap = ours.mean - reference.mean
-    # Equal sets come out at ±1e-10.
-    return max(0.0, float(gap @ gap + _covariance_distance(ours.covariance, reference.covariance)))
-
-
-def _covariance_distance(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    """tr(Σ₁ + Σ₂ - 2 (Σ₁Σ₂)^½)."""
-    # Σ₁^½ Σ₂ Σ₁^½ has the eigenvalues of Σ₁Σ₂ and is symmetric: features that never change (a Σ of lower rank) do no
-    # harm, where the root of the product itself (scipy.linalg.sqrtm, as in EDM2) loses half of its digits.
-    values, vectors = np.linalg.eigh(ours)
-    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ theirs @ root).clip(0)).sum()
-    return float(np.trace(ours) + np.trace(theirs) - 2 * shared)
+    return gaussian_distance(ours.mean, ours.covariance, reference.mean, reference.covariance)
 
 
 def kernel_distance(images: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> float:

@@ -24,7 +24,7 @@ from transformers import CLIPTokenizer
 
 from tiue_cli import __version__
 from tiue_cli.errors import SchedulerError
-from tiue_cli.export.config import ExportConfig, checked_student
+from tiue_cli.export.config import ExportConfig, calibration_source, checked_student
 from tiue_cli.export.onnx.graphs import (
     folded_time,
     trace_text_encoder,
@@ -45,6 +45,7 @@ from tiue_cli.export.onnx.parity import (
     largest_magnitude,
     run_chain,
 )
+from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
 from tiue_cli.export.onnx.trace import Trace, export_graph, file_spec
 from tiue_cli.export.tolerance import REQUIRED_PSNR_DB
 from tiue_cli.files.atomic import atomic_folder, terminated_as_interrupt
@@ -182,6 +183,8 @@ class _Job:
             self.timings.append(GraphTiming(trace.name, trace.size, traced - begun, time.perf_counter() - traced))
             graphs.append(graph)
         manifest = self._manifest(name, tokenizer, graphs)
+        if self._config.precision == "int8":
+            manifest, outputs = self._in_8_bits(manifest, references)
         # The images run through the folder as a user would run it, so it needs a manifest first.
         write_json(self._folder / EXPORT_MANIFEST, manifest)
         if self._config.check:
@@ -191,10 +194,32 @@ class _Job:
             write_json(self._folder / EXPORT_MANIFEST, manifest)
         return manifest
 
+    def _in_8_bits(
+        self, manifest: ExportManifest, references: dict[Size | None, list[tuple[Case, Tensors]]]
+    ) -> tuple[ExportManifest, list[OutputParity]]:
+        """The manifest with its graphs in 8 bits, and how far their outputs are from torch's."""
+        config = self._config
+        request = QuantizeRequest(
+            calibration_source(config, self._info), images=config.calibration_images, graphs=config.quantized
+        )
+        full = manifest.model_copy(update={"precision": "fp32"})
+        graphs, record = quantize_export(self._folder, full, request, say=self._say)
+        outputs: list[OutputParity] = []
+        if config.check:
+            self._say("8-bit graphs: compare")
+            for graph in graphs:
+                outputs += check_graph(self._folder, graph, references[graph.size])
+        return manifest.model_copy(update={"graphs": graphs, "quantization": record}), outputs
+
     @property
     def _default_size(self) -> Size:
         height, width = self._info.sample_size
         return height * self._decoder.factor, width * self._decoder.factor
+
+    @property
+    def _full_precision(self) -> Precision:
+        """What graphs are traced in: 8 bits are made of fp32."""
+        return "fp32" if self._config.precision == "int8" else self._config.precision
 
     @property
     def _steps(self) -> int:
@@ -205,7 +230,11 @@ class _Job:
         if self._stage is not None:
             graphs = 1 + 3 * len(self._latents)
             total = 2 * graphs + 2 if self._config.check else graphs
-            self._stage(what, self._number, total)
+            if self._config.precision == "int8":
+                quantized = sum(1 if name == "text_encoder" else len(self._latents) for name in self._config.quantized)
+                total += quantized + 3 + self._config.check
+            # Where 8 bits need several tries there are more stages than that.
+            self._stage(what, self._number, max(total, self._number))
 
     # Before any graph: the parts are cast and let go as their graphs are written.
     def _references(
@@ -213,7 +242,7 @@ class _Job:
     ) -> tuple[dict[Size | None, list[tuple[Case, Tensors]]], list[tuple[Case, Tensors]], Precision]:
         """The reference's tensors for each fixed size (None: any), those of the images, and the VAE's precision."""
         if not self._config.check:
-            return {}, [], self._config.precision
+            return {}, [], self._full_precision
         self._say("reference in torch")
         fixed = bool(self._config.sizes)
         parameters = self._info.component("unet").parameters
@@ -225,7 +254,7 @@ class _Job:
                 references[size if fixed else None] = [(case, run_chain(self._student, case)) for case in cases]
                 case = image_case(steps=self._steps, default=latent, parameters=parameters, fixed=fixed)
                 images.append((case, _kept(run_chain(self._student, case), "noise", "images")))
-        precision, note = fitting_precision(self._config.precision, largest())
+        precision, note = fitting_precision(self._full_precision, largest())
         if note is not None:
             self._notes.append(note)
         # The text encoder does not know sizes: the cases of any size do.
@@ -236,7 +265,7 @@ class _Job:
         """What is traced, in order; each part is cast when its turn comes, and let go when it has gone by."""
         student, config = self._student, self._config
         sizes: Sequence[Size | None] = config.sizes or (None,)
-        precision = config.precision
+        precision = self._full_precision
         _cast(student.text_encoder, precision)
         yield replace(trace_text_encoder(student), precision=precision)
         _let_go(student.text_encoder)

@@ -1,0 +1,243 @@
+"""8-bit graphs: what is rounded and what is not, which layers stay, and that a folder of them draws what fp32 draws."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from exports import exported
+from onnx import TensorProto, helper, numpy_helper
+from tiny_export import write_tiny_export
+
+from tiue_cli.backends.onnx_backend import OnnxBackend
+from tiue_cli.cli.app import main
+from tiue_cli.errors import ParityError, PromptError
+from tiue_cli.export.onnx import quantized_export
+from tiue_cli.export.onnx.quantize import calibrate, quantize_graph, sensitive, structural_layers
+from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
+from tiue_cli.export.onnx.sensitivity import GATES, LayerError, gated_layers, layer_errors
+from tiue_cli.export.tolerance import psnr_db
+from tiue_cli.files.exports import GraphName, read_export_manifest
+from tiue_cli.model.hub import EMBEDDED, resolve_model
+from tiue_cli.model.noise import draw_noise
+
+PROMPTS = ["a red heart", "a blue house", "a yellow star at night", "a heart above a star"]
+UNET: tuple[GraphName, ...] = ("unet_encoder", "unet_decoder")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    write_tiny_export(tmp_path / "tiny", precision="fp32")
+    return tmp_path / "tiny"
+
+
+def three_layers() -> onnx.ModelProto:
+    """y = conv3(conv2(conv1(x))) with weights that make the second layer far harder to round than the others."""
+    rng = np.random.default_rng(0)
+    weights = {f"w{number}": rng.standard_normal((4, 4, 1, 1)).astype(np.float32) for number in (1, 2, 3)}
+    weights["w2"][:, 0] *= 300  # within each output channel one weight sets the scale, and the others vanish in it
+    nodes = [helper.make_node("Conv", [f"x{n}", f"w{n}"], [f"x{n + 1}"], name=f"layer{n}") for n in (1, 2, 3)]
+    graph = helper.make_graph(
+        nodes,
+        "three",
+        [helper.make_tensor_value_info("x1", TensorProto.FLOAT, ["batch", 4, 8, 8])],
+        [helper.make_tensor_value_info("x4", TensorProto.FLOAT, ["batch", 4, 8, 8])],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def rounded(model: onnx.ModelProto, folder: Path, rows: list[dict[str, np.ndarray]]) -> onnx.ModelProto:
+    """ONNX Runtime's own 8-bit form of ``model``."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+
+    class Rows(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._rows = iter(rows)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:  # type: ignore[override]
+            return next(self._rows, None)
+
+    onnx.save(model, folder / "plain.onnx")
+    quantize_static(
+        folder / "plain.onnx",
+        folder / "8bit.onnx",
+        Rows(),
+        per_channel=True,
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+    )
+    return onnx.load(folder / "8bit.onnx")
+
+
+def run(model: onnx.ModelProto | Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, Path) else model.SerializeToString()
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
+# --- the sweep -----------------------------------------------------------------------------------------------------
+
+
+def test_switches_off_is_the_plain_graph_and_all_on_the_rounded_one(tmp_path: Path) -> None:
+    rows = [{"x1": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}]
+    model = three_layers()
+    whole = rounded(model, tmp_path, rows)
+    gated, layers = gated_layers(model, whole)
+    onnx.checker.check_model(gated, full_check=True)
+    assert layers == ("layer1", "layer2", "layer3")
+    none, every = np.zeros(3, dtype=bool), np.ones(3, dtype=bool)
+    np.testing.assert_allclose(run(gated, {**rows[0], GATES: none}), run(model, rows[0]), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(run(gated, {**rows[0], GATES: every}), run(whole, rows[0]), rtol=1e-5, atol=1e-3)
+
+
+def test_the_layer_that_is_hard_to_round_is_found(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    scale = np.array([1e-3, 1, 1, 1], np.float32)[:, None, None]  # the channel that sets w2's scale carries little
+    rows = [{"x1": rng.standard_normal((2, 4, 8, 8)).astype(np.float32) * scale}]
+    model = three_layers()
+    w1 = np.eye(4, dtype=np.float32)[..., None, None]
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w1, "w1"))
+    gated, layers = gated_layers(model, rounded(model, tmp_path, rows))
+    onnx.save(gated, tmp_path / "gated.onnx")
+    errors = {error.layer: error.relative_error for error in layer_errors(tmp_path / "gated.onnx", layers, rows)}
+    assert max(errors, key=lambda layer: errors[layer]) == "layer2"
+    assert errors["layer2"] > 5 * errors["layer1"]
+    assert [error.layer for error in sensitive([LayerError(*item) for item in errors.items()])] == ["layer2"]
+
+
+def test_more_layers_are_the_next_worst_ones() -> None:
+    errors = [LayerError(name, value) for name, value in (("a", 0.01), ("b", 0.5), ("c", 0.02), ("d", 0.03))]
+    assert [error.layer for error in sensitive(errors)] == ["b"]
+    assert [error.layer for error in sensitive(errors, more=2)] == ["b", "d", "c"]
+
+
+def test_first_last_and_time_stay_in_fp32() -> None:
+    """By what they depend on: a layer fed by the timesteps alone is the time embedding's."""
+    names = ["w", "t", "u"]
+    nodes = [
+        helper.make_node("MatMul", ["timesteps", "t"], ["e"], name="time"),
+        helper.make_node("MatMul", ["mid", "u"], ["m"], name="attention"),
+        helper.make_node("Add", ["e", "m"], ["s"]),
+        helper.make_node("MatMul", ["s", "u"], ["r"], name="mixed"),
+        helper.make_node("Conv", ["r", "w"], ["c"], name="inner"),
+        helper.make_node("Conv", ["c", "w"], ["latents"], name="last"),
+    ]
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("timesteps", "mid")]
+    weights = [numpy_helper.from_array(np.ones((2, 2), np.float32), name) for name in names]
+    outputs = [helper.make_tensor_value_info("latents", TensorProto.FLOAT, None)]
+    model = helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, weights))
+    assert structural_layers(model, "unet_decoder") == {"time": "time embedding", "last": "last convolution"}
+    assert structural_layers(model, "vae_decoder") == {
+        "time": "time embedding",
+        "inner": "first convolution",
+        "last": "last convolution",
+    }
+
+
+# --- a folder ------------------------------------------------------------------------------------------------------
+
+
+def test_graphs_are_symmetric_int8_and_the_same_bytes_again(tiny: Path, tmp_path: Path) -> None:
+    """What TensorRT's explicit quantisation asks for: int8, no zero points, floats at the border."""
+    manifest = read_export_manifest(tiny)
+    shutil.copytree(tiny, tmp_path / "again")
+    written = []
+    for folder in (tiny, tmp_path / "again"):
+        scratch = tmp_path / f"scratch-{folder.name}"
+        scratch.mkdir()
+        calibration = calibrate(folder, PROMPTS, 6, scratch)
+        assert len(calibration.files(manifest.graph("unet_encoder"))) == 2  # batches of 4 and 2
+        spec, kept, layers = quantize_graph(folder, manifest.graph("unet_encoder"), calibration, scratch)
+        written.append((folder / spec.onnx.file).read_bytes())
+    assert written[0] == written[1]
+    assert spec.precision == "int8" and spec.inputs == manifest.graph("unet_encoder").inputs
+    assert layers == 3 and {layer.reason for layer in kept} >= {"first convolution"}
+    model = onnx.load(tiny / spec.onnx.file)
+    zero_points = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    rounding = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    assert rounding
+    for node in rounding:
+        assert zero_points[node.input[2]].dtype == np.int8 and not zero_points[node.input[2]].any()
+
+
+def request(graphs: tuple[GraphName, ...] = UNET, *, prompts: Path) -> QuantizeRequest:
+    prompts.write_text("\n".join(PROMPTS))
+    return QuantizeRequest(str(prompts), images=8, graphs=graphs)
+
+
+def test_a_folder_in_8_bits_draws_what_fp32_draws(tiny: Path, tmp_path: Path) -> None:
+    manifest = read_export_manifest(tiny)
+    noise = draw_noise([5], (4, 8, 8))
+    with OnnxBackend(tiny, provider="cpu") as backend:
+        before = backend.generate(["a red heart"], noise)[0]
+    said: list[str] = []
+    graphs, record = quantize_export(tiny, manifest, request(prompts=tmp_path / "p.txt"), say=said.append)
+    assert [graph.precision for graph in graphs] == ["fp32", "int8", "int8", "fp32"]
+    assert record.image_psnr_db >= 25 and record.papercut is None and record.graphs == UNET
+    with OnnxBackend(tiny, provider="cpu") as backend:
+        assert backend.dtype == "int8"
+        after = backend.generate(["a red heart"], noise)[0]
+    assert 25 <= psnr_db(after, before) < 100, "rounded, and not by much"
+    assert {path.name for path in tiny.iterdir()} == {
+        "manifest.json", "tokenizer.json", *(graph.onnx.file for graph in graphs),
+        *(spec.file for graph in graphs for spec in graph.data),
+    }  # fmt: skip
+    assert any("calibrate with 8 images" in text for text in said)
+
+
+def test_pictures_below_the_bar_fail_and_more_layers_are_tried_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(quantized_export.REQUIRED_PSNR_DB, "int8", 1000.0)  # type: ignore[index]
+    tried: list[int] = []
+    quantize = quantized_export.quantize_graph
+
+    def watched(*arguments: object, more: int, **options: object) -> object:
+        tried.append(more)
+        return quantize(*arguments, more=more, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(quantized_export, "quantize_graph", watched)
+    with pytest.raises(ParityError, match=r"dB from fp32's, and 1000 are needed, with \d of \d layers in fp32"):
+        quantize_export(
+            tiny, read_export_manifest(tiny), request(("unet_encoder",), prompts=tmp_path / "p.txt"), say=str
+        )
+    assert tried == [0, 4, 12, 28]
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_asked_for_before_anything_is_loaded(
+    tiny_student_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["export", str(tiny_student_folder), "--out", str(tmp_path / "e"), "--precision", "int8"]
+    assert main(words) == 2
+    assert "calibrated with pictures of prompts, and none were given" in capsys.readouterr().err
+    assert main([*words, "--calibration", str(tmp_path / "none.txt")]) == PromptError.exit_code
+    assert "none.txt" in capsys.readouterr().err
+    assert main(["export", str(tiny_student_folder), "--calibration", "x.txt"]) == 2
+    assert "--calibration is for 8-bit exports" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_papercut_in_8_bits() -> None:
+    """The real thing: papercut is traced, calibrated with 128 pictures and swept, which takes most of a minute."""
+    folder = exported(resolve_model(EMBEDDED), precision="int8", calibration="papercut")
+    manifest = read_export_manifest(folder)
+    record, parity = manifest.quantization, manifest.parity
+    assert record is not None and record.papercut is not None and parity is not None
+    assert record.calibration_images == 128 and record.image_psnr_db >= 25 and parity.image_psnr_db >= 25
+    for name in ("background", "objects", "colors", "relation"):
+        assert record.papercut.attributes[name] >= 0.99 * record.papercut.attributes_fp32[name]
+    assert record.papercut.frechet_distance <= 1.15 * record.papercut.frechet_distance_fp32
+    full = read_export_manifest(exported(resolve_model(EMBEDDED)))
+    small, large = (sum(graph.size_bytes for graph in one.graphs[1:]) for one in (manifest, full))
+    assert small < large / 2

@@ -1,0 +1,286 @@
+"""8-bit graphs: ranges from the student's own features, standard Q/DQ ONNX, and what is sensitive left in fp32.
+
+    graphs in fp32 ─ prompts, noise ─▶ inputs of each graph ─▶ ranges ─▶ Q/DQ graph ─ sweep ─▶ kept layers ─▶ Q/DQ graph
+
+The quantiser is ONNX Runtime's. Weights are int8 a channel, activations int8 a tensor, both symmetric, and biases stay
+in fp32: what ONNX Runtime, OpenVINO and TensorRT (explicit quantisation) all take. Products of two activations, as in
+attention, norms and the weighted sum are not quantised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+
+from tiue_cli.backends.onnx_backend import OnnxBackend
+from tiue_cli.errors import MissingDependencyError
+from tiue_cli.export.onnx.sensitivity import LayerError, gated_layers, layer_errors
+from tiue_cli.export.onnx.trace import INLINE_BYTES, file_spec
+from tiue_cli.files.exports import GraphName, GraphSpec, KeptLayer
+from tiue_cli.model.noise import draw_noise
+
+LAYERS: Final = ("Conv", "Gemm", "MatMul")
+"""Operators with weights: what is computed in 8 bits."""
+CALIBRATION_BATCH: Final = 4
+CALIBRATION_SEED: Final = 2**32
+"""Noise of the first calibration image; far from the seeds that checks draw with."""
+SENSITIVE_SHARE: Final = 0.1
+"""A layer that alone makes this share of all layers' squared error stays in fp32, where there are many."""
+SENSITIVE_TIMES, LARGEST_SHARE = 5, 0.5
+"""Where there are few: so many times the mean layer's share, but half of the whole at most."""
+SWEEP_ROWS: Final = 1
+"""Calibration batches that the sweep measures on."""
+
+StageFn = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs of every graph, one file a run, in the order in which they were drawn."""
+
+    folder: Path
+
+    def files(self, graph: GraphSpec) -> list[Path]:
+        """The recorded inputs of ``graph``."""
+        return sorted(self.folder.glob(f"{graph.onnx.file}.*.npz"))
+
+    def rows(self, graph: GraphSpec, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """Inputs of ``graph`` by name, run by run."""
+        for path in self.files(graph)[:limit]:
+            with np.load(path) as data:
+                yield {name: data[name] for name in data.files}
+
+
+def calibrate(export: Path, prompts: Sequence[str], images: int, folder: Path) -> Calibration:
+    """Draw ``images`` of ``prompts`` with the graphs in fp32 and record in ``folder`` what each graph is fed.
+
+    Every fixed size and the largest K get their share; on disk, because a UNet's features do not fit in memory.
+    """
+    with _Recorder(export, folder) as backend:
+        sizes = backend.manifest.sizes or (backend.default_size,)
+        for size in sizes:
+            latent = backend.latent_shape(size)
+            for start in range(0, images, CALIBRATION_BATCH):
+                numbers = range(start, min(images, start + CALIBRATION_BATCH))
+                noise = draw_noise([CALIBRATION_SEED + number for number in numbers], latent)
+                backend.generate([prompts[number % len(prompts)] for number in numbers], noise)
+    return Calibration(folder)
+
+
+class _Recorder(OnnxBackend):
+    """ONNX Runtime on the CPU, writing down what goes into each graph."""
+
+    def __init__(self, export: Path, folder: Path) -> None:
+        super().__init__(export, provider="cpu")
+        self._records = folder
+        self._count = 0
+
+    def _call(self, opened: Any, graph: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {
+            name: value if isinstance(value, np.ndarray) else self._array(value) for name, value in inputs.items()
+        }
+        np.savez(self._records / f"{graph.onnx.file}.{self._count:06}.npz", **arrays)
+        self._count += 1
+        return super()._call(opened, graph, inputs)
+
+
+def quantize_graph(
+    export: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, more: int = 0
+) -> tuple[GraphSpec, tuple[KeptLayer, ...], int]:
+    """Replace one graph in the folder ``export`` by its 8-bit form; returns it, what stayed in fp32, and of how many.
+
+    ``more`` keeps so many of the next most sensitive layers as well. ``scratch`` holds the graph in fp32 and the ranges
+    between calls. Raises MissingDependencyError for an ONNX Runtime that cannot.
+    """
+    source = _kept_source(export, graph, scratch)
+    model = onnx.load(source)
+    structural = structural_layers(model, graph.name)
+    whole = _quantized(source, graph, calibration, scratch, exclude=sorted(structural))
+    errors = _swept(model, whole, graph, calibration, scratch)
+    kept = structural | {error.layer: "sensitive" for error in sensitive(errors, more=more)}
+    if set(kept) != set(structural):
+        whole = _quantized(source, graph, calibration, scratch, exclude=sorted(kept))
+    found = {error.layer: error.relative_error for error in errors}
+    spec = _write(whole, export, graph)
+    layers = tuple(
+        KeptLayer(graph=graph.name, size=graph.size, layer=name, reason=reason, relative_error=found.get(name))
+        for name, reason in sorted(kept.items())
+    )
+    return spec, layers, len(weighted_layers(model))
+
+
+# --- which layers --------------------------------------------------------------------------------------------------
+
+
+def weighted_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes that multiply by weights, in order: what 8 bits are for."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [
+        node for node in model.graph.node if node.op_type in LAYERS and len(node.input) > 1 and node.input[1] in weights
+    ]
+
+
+def structural_layers(model: onnx.ModelProto, graph: GraphName) -> dict[str, str]:
+    """Layers that stay in fp32 whatever they measure, with the reason: published practice for diffusion models.
+
+    The first and the last convolution of the UNet and of the autoencoder touch what is seen; the time embedding is K
+    rows of nearly no arithmetic, and its error reaches every block.
+    """
+    layers = weighted_layers(model)
+    names = {node.name for node in layers}
+    convolutions = [node.name for node in layers if node.op_type == "Conv"]
+    kept: dict[str, str] = {}
+    if convolutions and graph in ("unet_encoder", "vae_decoder"):
+        kept[convolutions[0]] = "first convolution"
+    if convolutions and graph in ("unet_decoder", "vae_decoder"):
+        kept[convolutions[-1]] = "last convolution"
+    inputs = {value.name for value in model.graph.input}
+    timed = {"timesteps"} & inputs
+    others = inputs - timed
+    if not timed:
+        return kept
+    for node in model.graph.node:
+        used = {name for name in node.input if name in timed or name in others}
+        if used & others:
+            others |= set(node.output)
+        elif used:
+            timed |= set(node.output)
+            if node.name in names:
+                kept[node.name] = "time embedding"
+    return kept
+
+
+def sensitive(errors: Sequence[LayerError], *, more: int = 0) -> list[LayerError]:
+    """Those of ``errors`` that stand out, and the ``more`` next worst ones."""
+    total = sum(error.relative_error**2 for error in errors)
+    ranked = sorted(errors, key=lambda error: error.relative_error, reverse=True)
+    share = max(SENSITIVE_SHARE, min(LARGEST_SHARE, SENSITIVE_TIMES / max(len(errors), 1)))
+    outstanding = [error for error in ranked if error.relative_error**2 > share * total]
+    return ranked[: len(outstanding) + more]
+
+
+def _swept(
+    model: onnx.ModelProto, whole: onnx.ModelProto, graph: GraphSpec, calibration: Calibration, scratch: Path
+) -> list[LayerError]:
+    """What each layer alone in 8 bits costs; measured once, read again where more layers are to be kept."""
+    measured = scratch / f"{graph.onnx.file}.sweep.json"
+    if measured.exists():
+        return [LayerError(layer, error) for layer, error in json.loads(measured.read_text())]
+    path = scratch / f"{graph.onnx.file}.sweep.onnx"
+    gated, layers = gated_layers(model, whole)
+    onnx.save(gated, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=INLINE_BYTES)
+    errors = layer_errors(path, layers, list(calibration.rows(graph, SWEEP_ROWS)))
+    measured.write_text(json.dumps([(error.layer, error.relative_error) for error in errors]))
+    return errors
+
+
+# --- ONNX Runtime's quantiser --------------------------------------------------------------------------------------
+
+
+def _quantized(
+    source: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, exclude: Sequence[str]
+) -> onnx.ModelProto:
+    """The graph with Q/DQ around every layer but ``exclude``; ranges are measured once and kept in ``scratch``."""
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    if "calibration_cache_path" not in inspect.signature(quantize_static).parameters:
+        raise MissingDependencyError(
+            "8-bit exports need ONNX Runtime 1.31 or newer",
+            hint="python -m pip install --upgrade 'onnxruntime-gpu>=1.31' (or onnxruntime)",
+        )
+    out = scratch / f"{graph.onnx.file}.8bit.onnx"
+    with _quiet_root():
+        quantize_static(
+            source,
+            out,
+            _Reader(calibration, graph),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=list(LAYERS),
+            per_channel=True,
+            # Seven bits: CPUs without VNNI add pairs of products in 16 bits, which overflow with eight.
+            reduce_range=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=list(exclude),
+            use_external_data_format=True,
+            calibrate_method=CalibrationMethod.MinMax,
+            calibration_cache_path=scratch / f"{graph.onnx.file}.ranges.json",
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "QuantizeBias": False,
+                "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+            },
+        )
+    return onnx.load(out)
+
+
+class _Reader:
+    """Recorded inputs as ONNX Runtime's calibration reads them."""
+
+    def __init__(self, calibration: Calibration, graph: GraphSpec) -> None:
+        self._rows = calibration.rows(graph)
+
+    def __iter__(self) -> _Reader:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._rows)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """The inputs of the next run, None at the end."""
+        return next(self._rows, None)
+
+
+@contextlib.contextmanager
+def _quiet_root() -> Iterator[None]:
+    """The quantiser advises its developers on the root logger; a failure still raises."""
+    logger = logging.getLogger()
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+# --- files ---------------------------------------------------------------------------------------------------------
+
+
+def _kept_source(export: Path, graph: GraphSpec, scratch: Path) -> Path:
+    """The graph in fp32, moved out of the folder at the first call: its 8-bit form takes the names."""
+    path = scratch / graph.onnx.file
+    if not path.exists():
+        for spec in (graph.onnx, *graph.data):
+            target = scratch / spec.file
+            if not target.exists():
+                (export / spec.file).replace(target)
+    return path
+
+
+def _write(model: onnx.ModelProto, export: Path, graph: GraphSpec) -> GraphSpec:
+    """Write an 8-bit graph under the name of its fp32 form; the same model gives the same bytes."""
+    path = export / graph.onnx.file
+    data = path.with_name(f"{path.name}.data")
+    for stale in (path, data):
+        stale.unlink(missing_ok=True)
+    model.producer_name, model.producer_version, model.doc_string = "tiue", "", ""
+    del model.metadata_props[:]
+    onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES)
+    return graph.model_copy(
+        update={
+            "precision": "int8",
+            "onnx": file_spec(path),
+            "data": (file_spec(data),) if data.exists() else (),
+        }
+    )
