@@ -11,7 +11,7 @@ from typing import Final, Literal, get_args
 from tiue_cli.errors import UsageError
 from tiue_cli.model.noise import check_seed
 
-StudentBackend = Literal["torch", "compile", "onnx", "trt"]
+StudentBackend = Literal["torch", "compile", "onnx", "trt", "openvino"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 PrecisionName = Literal["auto", "fp32", "fp16", "bf16"]
 
@@ -21,6 +21,7 @@ BACKEND_NAMES: Final = {
     "compile": "torch.compile",
     "onnx": "ONNX Runtime",
     "trt": "TensorRT",
+    "openvino": "OpenVINO",
     "diffusers": "diffusers",
 }
 """For people; a new runtime of exports has a line here, in StudentBackend and in ``subjects.exports.RUNTIMES``."""

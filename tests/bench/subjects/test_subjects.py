@@ -211,6 +211,19 @@ def test_random_weights_are_finite_reproducible_and_no_constant(shape: str) -> N
     assert models[0].sha256 is None
 
 
+def test_openvino_is_timed_graph_by_graph_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'tiue[openvino]'")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    manifest = write_tiny_export(tmp_path / "export", precision="fp32")
+    noise = draw_noise([0, 1], manifest.latent_shape(manifest.default_size))
+    with ExitStack() as stack:
+        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "openvino", stack, device="cpu")
+        images = opened.draw(2)(PROMPTS, noise)
+        assert set(opened.clock.take_ms()) == {"text", "unet_encoder", "unet_decoder", "vae"}
+    with OnnxBackend(tmp_path / "export", provider="cpu") as backend:
+        assert np.abs(images.astype(int) - backend.generate(PROMPTS, noise, steps=2)).max() <= 1
+
+
 def test_steps_of_a_student_are_those_it_can_run(student: LoadedModel) -> None:
     argument = ModelArgument("student", "student", student)
     assert argument.steps(None) == (1, 2, 3, 4)

@@ -17,6 +17,7 @@ import torch
 
 from tiue_cli.backends.exported import ExportBackend
 from tiue_cli.backends.onnx_backend import OnnxBackend
+from tiue_cli.backends.openvino_backend import OpenvinoBackend
 from tiue_cli.backends.stages import listening
 from tiue_cli.backends.trt_backend import TrtBackend
 from tiue_cli.bench.config import StudentBackend
@@ -50,8 +51,20 @@ def _trt(export: ExportInfo, device: str) -> Runtime:
     return TrtBackend(export.path, engine=export.engine)
 
 
-RUNTIMES: Final[dict[StudentBackend, Callable[[ExportInfo, str], Runtime]]] = {"onnx": _onnx, "trt": _trt}
+def _openvino(export: ExportInfo, device: str) -> Runtime:
+    # What the export is in, and no faster precision of its own choice: the report's column says which it was.
+    precision = "auto" if export.manifest.precision == "fp16" else export.manifest.precision
+    return OpenvinoBackend(export.path, device="cpu", precision=precision, threads=torch.get_num_threads())
+
+
+RUNTIMES: Final[dict[StudentBackend, Callable[[ExportInfo, str], Runtime]]] = {
+    "onnx": _onnx,
+    "trt": _trt,
+    "openvino": _openvino,
+}
 """What runs an export on a device, ``cpu`` or ``cuda``, by the backend's name. Raises DeviceError where it cannot."""
+ONLY_ASKED: Final[frozenset[StudentBackend]] = frozenset({"openvino"})
+"""Runtimes that are measured where --backend names them: an extra that most installations are without."""
 
 
 class OpenedExport:

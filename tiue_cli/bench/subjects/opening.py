@@ -20,6 +20,7 @@ from tiue_cli.bench.config import BACKEND_NAMES, BenchConfig, PeerSpec, StudentB
 from tiue_cli.bench.measure.flops import DecoderKind, StageFlops
 from tiue_cli.bench.report.schema import SubjectRecord
 from tiue_cli.bench.subjects.exports import (
+    ONLY_ASKED,
     RUNTIMES,
     OpenedExport,
     Say,
@@ -165,7 +166,8 @@ class _Opener:
         if model is not None and id(model) not in self._names:
             self._names[id(model)] = argument.name
             self._add_torch(model, argument.name, all_steps, ("torch",) if asked is None else asked)
-        backends = [name for name in RUNTIMES if asked is None or name in asked]
+        usual = [name for name in RUNTIMES if name not in ONLY_ASKED]
+        backends = usual if asked is None else [name for name in RUNTIMES if name in asked]
         if backends:
             self._add_exports(argument, all_steps, backends)
         if model is None and len(self._opened.subjects) == before:
