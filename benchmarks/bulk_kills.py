@@ -5,8 +5,8 @@
 
 Three jobs of the same prompts: one left in peace in one process; one with ``--workers 2``; one with ``--launch ray`` on
 a local cluster of two nodes. The last two get SIGKILL at random moments (after a random shard and up to a second) and
-are started again by the same command. Then every file of the three folders is compared, the ids are counted from the
-tars by ``tar tf``, from the Parquet files by PyArrow, and from the pictures by webdataset.
+are started again by the same command. Then the tars, the Parquet files and the lists of failures are compared, the ids
+are counted from the tars by ``tar tf``, from the Parquet files by PyArrow, and from the pictures by webdataset.
 """
 
 from __future__ import annotations
@@ -177,8 +177,9 @@ def counts(out: Path) -> dict[str, int]:
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """A hash of every file of a job, by name."""
-    return {file.name: sha256_file(file) for file in sorted(out.iterdir()) if file.suffix != ".lock"}
+    """A hash of every file that readers read, by name."""
+    read = (".tar", ".parquet", ".jsonl")
+    return {file.name: sha256_file(file) for file in sorted(out.iterdir()) if file.suffix in read}
 
 
 if __name__ == "__main__":

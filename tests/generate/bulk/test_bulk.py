@@ -13,8 +13,9 @@ import tarfile
 import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,12 +25,13 @@ from PIL import Image
 from tiue_cli.cli.bulk import with_shard_size
 from tiue_cli.errors import OutputError, PromptError, UsageError
 from tiue_cli.files.hashes import sha256_file
+from tiue_cli.files.png import LoraUse
 from tiue_cli.generate.bulk import rows
 from tiue_cli.generate.bulk import run as run_module
-from tiue_cli.generate.bulk.config import BulkConfig
+from tiue_cli.generate.bulk.config import BulkConfig, digest
 from tiue_cli.generate.bulk.rows import BadRow, estimated_rows, read_rows
 from tiue_cli.generate.bulk.run import BulkProgress, run_bulk
-from tiue_cli.generate.bulk.shards import ShardStats, ShardTask
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, _request
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 
@@ -176,6 +178,37 @@ def test_a_folder_keeps_one_job(tiny_export: Path, tmp_path: Path) -> None:
     assert after == before and (tmp_path / "out" / "00002.tar").exists()
     with pytest.raises(UsageError, match="cannot hold"):
         replace(config, draw=replace(config.draw, images=9), shard=8).validate()
+
+
+def test_a_job_is_told_by_everything_that_decides_its_pictures() -> None:
+    """Every field of a request is part of the identity, or is known to move pictures by rounding at most."""
+    plain = BulkConfig(draw=GenerateConfig(seed=0), prompts="-", out=Path())
+    other: dict[str, object] = {"steps": 2, "size": (32, 32), "encoder_timestep": "first", "long_prompts": "chunk"}
+    other |= {"teacher_steps": 9, "guidance": 3.0, "seed": 1, "images": 2, "batch": 3, "metadata": False}
+    by_its_files = {"model", "vae", "loras"}
+    no_matter = {"backend", "device", "dtype", "provider", "compiled", "out", "grid", "overwrite"}
+    assert set(other) | by_its_files | no_matter == {field.name for field in fields(GenerateConfig)}
+
+    def identity(config: BulkConfig, **files: Any) -> str:
+        return digest(config.identity(**{"model_id": "m", "vae_id": None, **files}))
+
+    different = [identity(replace(plain, draw=replace(plain.draw, **{name: value}))) for name, value in other.items()]
+    lora = LoraUse(source="a.safetensors", weight=0.5, sha256="0" * 64)
+    different += [identity(plain, model_id="n"), identity(plain, vae_id="v"), identity(plain, loras=[lora])]
+    different += [identity(plain, loras=[lora.model_copy(update={"weight": 1.0})]), identity(plain)]
+    assert len(set(different)) == len(different)
+
+
+def test_rows_keep_their_adapters(tmp_path: Path) -> None:
+    row = {"prompt": "a star", "lora": ["a.safetensors:0.5"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "a.parquet")
+    (tmp_path / "a.csv").write_text("prompt,lora\na star,a.safetensors:0.5\n", encoding="utf-8")
+    config = BulkConfig(draw=GenerateConfig(seed=0), prompts="-", out=Path())
+    for name in ("a.jsonl", "a.parquet", "a.csv"):
+        (found,) = read_rows(str(tmp_path / name))
+        assert isinstance(found, PromptRow)
+        assert _request(found, config, 0, 0).loras == ("a.safetensors:0.5",), name
 
 
 def test_a_random_seed_is_kept_for_the_next_run(tiny_export: Path, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from tiue_cli.base.text import size_text
 from tiue_cli.errors import UsageError
+from tiue_cli.files.png import LoraUse
 from tiue_cli.generate.config import GenerateConfig
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -55,13 +57,16 @@ class BulkConfig:
         if self.launch is not None and self.workers != 1:
             raise UsageError("--workers are processes on this machine, and --launch uses a cluster's", hint="give one")
 
-    def identity(self, *, model_id: str, vae_id: str | None) -> dict[str, Any]:
+    def identity(self, *, model_id: str, vae_id: str | None, loras: Sequence[LoraUse] = ()) -> dict[str, Any]:
         """What decides the bytes of the shards, besides the prompts: what a resumed job must have in common."""
         draw = self.draw
         return {
             "model": draw.model,
             "model_id": model_id,
             "vae_id": vae_id,
+            "loras": [[lora.sha256, lora.weight] for lora in loras],
+            "long_prompts": draw.long_prompts,
+            "encoder_timestep": draw.encoder_timestep,
             "seed": draw.seed,
             "images": draw.images,
             "size": None if draw.size is None else size_text(draw.size),

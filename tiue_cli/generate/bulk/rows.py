@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 KINDS = (".txt", ".jsonl", ".csv", ".parquet")
-_FIELDS = ("prompt", "seed", "size", "steps")
+_FIELDS = ("prompt", "seed", "size", "steps", "lora")
 _PARQUET_ROWS = 4096
 _SAMPLE_BYTES = 2**20
 _WHOLE = re.compile(r"[0-9]{1,20}")

@@ -156,7 +156,7 @@ def _open_job(config: BulkConfig) -> tuple[BulkConfig, str]:
 
         seed = randbelow(RANDOM_SEEDS) if before is None else int(before["seed"])
         config = replace(config, draw=replace(config.draw, seed=seed))
-    data = config.identity(model_id=target.model_id, vae_id=target.vae_id)
+    data = config.identity(model_id=target.model_id, vae_id=target.vae_id, loras=target.loras)
     if before is not None:
         different = [name for name, value in data.items() if name != "model" and before.get(name) != value]
         if different:

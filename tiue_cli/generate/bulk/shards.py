@@ -92,7 +92,9 @@ def shard_name(number: int) -> str:
 
 def shard_identity(identity: str, task: ShardTask) -> str:
     """The job and the very rows: an edited prompts file draws anew the shards that it changed, and no other."""
-    return digest([identity, task.number, [repr(row) for row in task.rows]])
+    # Without what a row does not say, so that a field that rows get one day changes nothing of today's.
+    said = [{name: value for name, value in vars(row).items() if value is not None} for row in task.rows]
+    return digest([identity, task.number, said])
 
 
 def write_shard(task: ShardTask, config: BulkConfig, pipeline: Pipeline, *, identity: str) -> ShardStats:
@@ -144,7 +146,7 @@ def _request(row: PromptRow, config: BulkConfig, first_id: int, image: int) -> R
     assert config.draw.seed is not None, "a job's seed is drawn before it begins"
     seed = config.draw.seed + first_id + image if row.seed is None else row.seed + image
     steps = config.draw.steps if config.draw.teacher_steps is None else config.draw.teacher_steps
-    return Request(row.prompt, min(seed, MAX_SEED + 1), row.size or config.draw.size, row.steps or steps)
+    return Request(row.prompt, min(seed, MAX_SEED + 1), row.size or config.draw.size, row.steps or steps, row.loras)
 
 
 def _drawn(
