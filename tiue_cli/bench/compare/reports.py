@@ -208,8 +208,8 @@ def _memory_rows(old: LatencyRecord, new: LatencyRecord) -> Iterator[Row]:
             "image",
             "memory",
             old=float(before),
-            new=exact(after),
-            difference=exact(after - before),
+            new=exact(float(after)),
+            difference=exact(float(after - before)),
             relative=relative,
             up_and_down=("more", "less"),
         )
