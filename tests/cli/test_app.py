@@ -93,6 +93,15 @@ def test_failure_takes_one_line_and_one_hint(monkeypatch, capsys) -> None:
     assert len(lines) == 2
 
 
+def test_memory_that_is_full_is_no_fault_of_tiue(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tiue_cli.cli.inspection.inspect_source", failing(MemoryError()))
+    assert main(["inspect", "x"]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: the memory of this machine is full") and "fault" not in shown
+
+
 def test_fault_of_our_own_names_itself_and_says_how_to_see_where(monkeypatch, capsys) -> None:
     monkeypatch.setattr("tiue_cli.cli.inspection.inspect_source", failing(KeyError("skip_00")))
     assert main(["inspect", "x"]) == 1

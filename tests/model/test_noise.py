@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import OutOfMemoryError, UsageError
 from tiue_cli.model.noise import MAX_SEED, draw_noise
 
 SHAPE = (4, 8, 6)
@@ -32,6 +32,12 @@ def test_noise_is_standard_normal_and_independent_between_neighbouring_seeds() -
     assert abs((noise**4).mean() - 3) < 5 * np.sqrt(96 / count)
     neighbours = (noise[1:] * noise[:-1]).mean(axis=1)
     assert np.abs(neighbours).max() < 5 / np.sqrt(noise.shape[1])
+
+
+@pytest.mark.parametrize("side", [2**20, 2**40])
+def test_noise_that_no_memory_holds_is_said(side: int) -> None:
+    with pytest.raises(OutOfMemoryError, match="noise of 4 images"):
+        draw_noise([0, 1, 2, 3], (4, side, side))
 
 
 def test_noise_does_not_change_between_versions() -> None:

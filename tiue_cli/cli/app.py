@@ -17,7 +17,7 @@ from tiue_cli.base.text import excerpt, visible
 from tiue_cli.cli import bench, console, convert, distill, doctor, export, generate, inspect, merge, recipes, serve
 from tiue_cli.cli.help_text import Command, Group
 from tiue_cli.cli.streams import prepare_streams
-from tiue_cli.errors import TiueError, UsageError, full_installation
+from tiue_cli.errors import OutOfMemoryError, TiueError, UsageError, full_installation
 from tiue_cli.files.access import access_error
 from tiue_cli.files.atomic import terminated_as_interrupt
 
@@ -106,6 +106,14 @@ def _run(words: Sequence[str]) -> int:
             return _fault(error, format_)
         console.show_error(access_error(error.filename, error), format_=format_)
         return 1
+    except MemoryError:
+        if console.debugging():
+            raise
+        full = OutOfMemoryError(
+            "the memory of this machine is full", hint="close other programs, or ask for less at once: --batch, --size"
+        )
+        console.show_error(full, format_=format_)
+        return full.exit_code
     except Exception as error:
         if console.debugging():
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import OutOfMemoryError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +28,17 @@ def check_seed(seed: int) -> int:
 def draw_noise(seeds: Sequence[int], shape: tuple[int, int, int]) -> np.ndarray:
     """Draw x_T ~ N(0, I) for each image; returns (B, C, h, w) float32 for B seeds and a latent ``shape`` (C, h, w).
 
-    Row i depends on ``seeds[i]`` and ``shape`` only. Raises UsageError for a seed out of range.
+    Row i depends on ``seeds[i]`` and ``shape`` only. Raises UsageError for a seed out of range, OutOfMemoryError.
     """
     import numpy as np
 
-    noise = np.empty((len(seeds), *shape), dtype=np.float32)
+    try:
+        noise = np.empty((len(seeds), *shape), dtype=np.float32)
+    except (MemoryError, ValueError) as error:  # the latter for more bytes than an address has
+        raise OutOfMemoryError(
+            f"the memory is full: the noise of {len(seeds)} images at once does not fit",
+            hint="try a smaller --batch, or a smaller --size",
+        ) from error
     for row, seed in zip(noise, seeds, strict=True):
         # The seed is the key itself, not entropy to be hashed into one: another implementation can repeat it.
         generator = np.random.Generator(np.random.Philox(key=check_seed(seed)))
