@@ -280,7 +280,7 @@ def subjects(root: Path) -> dict[str, Subject]:
         *(f"cache={root / 'cache'}", "tracking.trackers=[]", "student.steps=2"),
     ):
         distill += ["--set", setting]
-    bench = ["bench", str(student), "--teacher", "none", "--backend", "torch,onnx", "--steps", "2"]
+    bench = ["bench", str(student), "--teacher", "none", "--backend", "torch", "--steps", "2"]
     bench += ["--batch", "1", "--duration", "0.2"]
 
     def resumed(out: Path) -> list[str]:

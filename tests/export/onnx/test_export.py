@@ -15,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from exports import build_small_student, exported
 from helpers import copy_folder, edit_json
+from small_disk import small_disk
 from tiny_export import write_tiny_export
 from torch import nn
 
@@ -30,7 +32,7 @@ from tiue_cli.export.onnx import export as to_onnx
 from tiue_cli.export.onnx.export import FLOAT16_LIMIT, export_student, fitting_precision
 from tiue_cli.export.onnx.graphs import folded_time
 from tiue_cli.export.onnx.parity import Case, largest_magnitude, run_chain
-from tiue_cli.export.onnx.trace import Trace, file_spec
+from tiue_cli.export.onnx.trace import Trace, _save, file_spec
 from tiue_cli.export.tolerance import check_image
 from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
@@ -462,6 +464,28 @@ def test_engines_of_the_same_graphs_outlive_a_new_export(
     assert (second.folder / "fits" / "text_encoder.plan").read_bytes() == b"plan"
     assert not (second.folder / "stale").exists()
     assert any("stale" in note for note in second.notes)
+
+
+def test_a_full_disk_is_one_clear_error_and_the_old_export_stays(
+    student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the command line, by the real writer of weights, whose OSError has no number; only nothing is traced."""
+
+    def heavy_export(trace: Trace, path: Path, *, opset: int) -> GraphSpec:
+        weight = ir.tensor(np.ones(100_000, np.float32), name="weight")
+        graph = ir.Graph([], [], nodes=[], initializers=[ir.Value(name="weight", const_value=weight)])
+        _save(ir.Model(graph, ir_version=10), path, path.with_name(f"{path.name}.data"))
+        return fake_export(trace, path, opset=opset)
+
+    monkeypatch.setattr(to_onnx, "export_graph", heavy_export)
+    with small_disk(tmp_path, size_bytes=280 * 1024) as disk:
+        out = disk / "engine"
+        write_tiny_export(out)
+        before = sha256_folder(out)
+        assert main(["export", str(student), "--no-check", "--overwrite", "--out", str(out)]) == 1
+        error, hint = capsys.readouterr().err.splitlines()[-2:]
+        assert error == f"error: cannot write {out}: the disk is full" and hint.startswith("hint: free some space")
+        assert sha256_folder(out) == before and [path.name for path in disk.iterdir()] == ["engine"]
 
 
 @pytest.mark.slow  # an export
