@@ -24,7 +24,7 @@ ATTRIBUTES = ("objects", "count", "relation", "sizes")
 def figures(pipe: tiue.Pipeline, count: int) -> dict[str, float]:
     """Shares over ``count`` held-out captions, drawn with seeds 0, 1, …"""
     specs = balanced_specs(count)
-    drawn = pipe.stream([spec.caption() for spec in specs], seed=0, output="numpy")
+    drawn = pipe.stream([spec.caption for spec in specs], seed=0, output="numpy")
     images = np.stack([picture.image for picture in drawn])
     following = prompt_following(images, specs)
     found = {"style": float(is_blueprint(images).mean())}

@@ -32,7 +32,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 BATCH, LEARNING_RATE, SCENES, RENDER_SEED = 32, 1e-3, 4000, 77
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def inputs(parts: Components, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents, text states) of blueprints, in the UNet's scale."""
     specs = random_specs(count, RENDER_SEED)
@@ -44,7 +44,7 @@ def inputs(parts: Components, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = parts.vae.encode(to_tensor(images, parts.unet.device))
         found = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
         latents.append(found * parts.vae.config.scaling_factor)
-        states.append(encode_prompts(parts.tokenizer, parts.text_encoder, [spec.caption() for spec in some]))
+        states.append(encode_prompts(parts.tokenizer, parts.text_encoder, [spec.caption for spec in some]))
     return torch.cat(latents), torch.cat(states)
 
 
