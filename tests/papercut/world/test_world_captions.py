@@ -19,6 +19,7 @@ from tiue_cli.papercut.world.captions import (
     random_specs,
     resolved,
     rough_phrase,
+    training_captions,
     unknown_words,
 )
 
@@ -110,6 +111,14 @@ def test_rough_captions_fit_the_text_encoder_and_mostly_read_back():
     assert max(len(caption.replace(",", " ,").split()) for caption in rough) <= 22  # of 24 tokens two are marks
     read = sum(SceneSpec.parse(caption) == spec for caption, spec in zip(rough, specs, strict=True))
     assert read > 0.75 * len(specs)  # articles are missing and letters come in between in the rest
+
+
+def test_the_captions_of_a_distillation_differ_and_are_of_all_kinds():
+    captions = training_captions()
+    assert len(captions) == len(set(captions)) > 12_000
+    kinds = {kind_of(spec) for caption in captions[:500] if (spec := SceneSpec.parse(caption)) is not None}
+    assert kinds == set(KINDS)
+    assert all(SceneSpec.parse(caption) is not None for caption in captions[:2000])
 
 
 def test_every_word_of_every_caption_is_known():

@@ -283,6 +283,20 @@ def resolved(spec: SceneSpec, rng: random.Random) -> SceneSpec:
     return SceneSpec(groups, relation, background)
 
 
+def random_captions(count: int, *, seed: int) -> list[str]:
+    """Captions of scenes of all kinds in all wordings; some come twice. Deterministic per seed."""
+    rng = random.Random(seed)
+    return [
+        spec.phrase(long_relation=rng.random() < 0.2, swap=rng.random() < 0.3)
+        for spec in random_specs(count, seed=400 + seed)
+    ]
+
+
+def training_captions() -> list[str]:
+    """The captions that a student is distilled on; no two are equal."""
+    return list(dict.fromkeys(random_captions(16_000, seed=0)))
+
+
 def all_single_specs() -> list[SceneSpec]:
     """Every scene with one plain thing of any size: 12 objects × 8 colours × 6 backgrounds = 576."""
     return [SceneSpec((Group(o, c),), None, b) for o, c, b in product(OBJECTS, COLORS, BACKGROUNDS)]
