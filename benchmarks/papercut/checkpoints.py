@@ -3,8 +3,9 @@
     python benchmarks/papercut/checkpoints.py keep      # work/ -> checkpoints/, fp16
     python benchmarks/papercut/checkpoints.py take      # checkpoints/ -> work/, where every training resumes
 
-What is kept: autoencoder, tokenizer, text encoder and checker whole; of the teacher the averaged weights, from which a
-training goes on with fresh moments. Scenes, latents and text states are drawn and computed anew.
+What is kept: autoencoder, tokenizer, text encoder and checker as far as they are finished; and of each training its
+weights (of the teacher the averaged ones), from which it goes on with fresh moments. Scenes, latents and text states
+are drawn and computed anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 KEPT = Path(__file__).parent / "checkpoints"
 FOLDERS = ("vae", "text_encoder", "tokenizer")
-TRAININGS = {"autoencoder": "model/", "teacher": "ema/"}
+TRAININGS = {"autoencoder": "model/", "checker": "model/", "teacher": "ema/"}
 """Trainings that go on, and the weights that are kept of each."""
 
 
@@ -62,12 +63,17 @@ def keep() -> None:
 def take() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:
+        if not (KEPT / name).is_dir():
+            continue
         shutil.copytree(KEPT / name, WORK / name, dirs_exist_ok=True)
         for file in (WORK / name).glob("*.safetensors"):
             save_file(widened(file), file, metadata={"format": "pt"})
-    shutil.copyfile(KEPT / "checker.safetensors", WORK / "checker.safetensors")
+    if (KEPT / "checker.safetensors").exists():
+        shutil.copyfile(KEPT / "checker.safetensors", WORK / "checker.safetensors")
     for name, prefix in TRAININGS.items():
         kept = KEPT / f"{name}.pt.safetensors"
+        if not kept.exists():
+            continue
         with safe_open(kept, "pt") as file:
             metadata = file.metadata()
         weights = widened(kept)

@@ -123,7 +123,8 @@ def train(rank: int, args: argparse.Namespace) -> None:
     run = Run(args.name or "checker", minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (states := run.load()) is not None:
         checker.load_state_dict(states["model"])
-        restore_optimizer(optimizer, states["optimizer"])
+        if "optimizer" in states:
+            restore_optimizer(optimizer, states["optimizer"])
     rng = np.random.default_rng([args.seed, run.step, rank])
     torch.manual_seed(args.seed + 1000 * run.step + rank)
     progress = run.progress
