@@ -314,8 +314,11 @@ def _show_quantization(console: Console, made: QuantizationSpec | None) -> None:
         f" ({len(sensitive)} of them found sensitive); images {made.image_psnr_db:.1f} dB from fp32's"
     )
     if made.papercut is not None:
-        found, full = made.papercut.attributes, made.papercut.attributes_fp32
-        shares = ", ".join(f"{name} {found[name]:.3f} ({full[name]:.3f})" for name in found if "_" not in name)
+        shares = ", ".join(
+            f"{share.name} {share.int8:.3f} ({share.fp32:.3f})"
+            for share in made.papercut.attributes
+            if "_" not in share.name
+        )
         console.line(
             f"checker over {made.papercut.captions} captions, fp32's in brackets: {shares};"
             f" Fréchet distance {made.papercut.frechet_distance:.2f} ({made.papercut.frechet_distance_fp32:.2f})"

@@ -144,16 +144,23 @@ class KeptLayer(_Model):
     """Of all the graph's outputs; None where it was never in 8 bits."""
 
 
+class AttributeShare(_Model):
+    """Of how many pictures the checker finds one attribute as the captions ask for it."""
+
+    name: str
+    int8: float
+    fp32: float
+
+
 class Shares(_Model):
     """Papercut's own proof, over pictures of ``captions``: in 8 bits, and in fp32 beside it.
 
-    ``attributes`` are the shares that the checker finds as asked; ``frechet_distance`` is that of its features to those
-    of renders of the same captions.
+    ``frechet_distance`` is that of the checker's features, an eighth of them as in ``tiue bench``, to those of renders
+    of the same captions.
     """
 
     captions: int
-    attributes: dict[str, float]
-    attributes_fp32: dict[str, float]
+    attributes: tuple[AttributeShare, ...]
     frechet_distance: float
     frechet_distance_fp32: float
 

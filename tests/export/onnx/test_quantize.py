@@ -21,7 +21,7 @@ from tiue_cli.export.onnx.quantize import calibrate, quantize_graph, sensitive, 
 from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
 from tiue_cli.export.onnx.sensitivity import GATES, LayerError, gated_layers, layer_errors
 from tiue_cli.export.tolerance import psnr_db
-from tiue_cli.files.exports import GraphName, read_export_manifest
+from tiue_cli.files.exports import AttributeShare, GraphName, Shares, read_export_manifest
 from tiue_cli.model.hub import EMBEDDED, resolve_model
 from tiue_cli.model.noise import draw_noise
 
@@ -190,6 +190,15 @@ def test_a_folder_in_8_bits_draws_what_fp32_draws(tiny: Path, tmp_path: Path) ->
         "manifest.json", "tokenizer.json", *(graph.onnx.file for graph in graphs),
         *(spec.file for graph in graphs for spec in graph.data),
     }  # fmt: skip
+    # What a session keeps by: a manifest with all of its parts can be hashed.
+    shares = Shares(
+        captions=1,
+        attributes=(AttributeShare(name="objects", int8=1, fp32=1),),
+        frechet_distance=1,
+        frechet_distance_fp32=1,
+    )
+    full = manifest.model_copy(update={"quantization": record.model_copy(update={"papercut": shares})})
+    assert isinstance(hash(full), int)
     assert any("calibrate with 8 images" in text for text in said)
 
 
@@ -235,8 +244,9 @@ def test_papercut_in_8_bits() -> None:
     record, parity = manifest.quantization, manifest.parity
     assert record is not None and record.papercut is not None and parity is not None
     assert record.calibration_images == 128 and record.image_psnr_db >= 25 and parity.image_psnr_db >= 25
+    shares = {share.name: share for share in record.papercut.attributes}
     for name in ("background", "objects", "colors", "relation"):
-        assert record.papercut.attributes[name] >= 0.99 * record.papercut.attributes_fp32[name]
+        assert shares[name].int8 >= 0.99 * shares[name].fp32
     assert record.papercut.frechet_distance <= 1.15 * record.papercut.frechet_distance_fp32
     full = read_export_manifest(exported(resolve_model(EMBEDDED)))
     small, large = (sum(graph.size_bytes for graph in one.graphs[1:]) for one in (manifest, full))
