@@ -5,8 +5,7 @@
 Needs the autoencoder, tokenizer and text encoder of the other scripts (both frozen here). v prediction with Stable
 Diffusion's noise schedule; the loss is clipped in signal-to-noise ratio (Hang et al. 2023, min-SNR) so that layout and
 colour, decided at high noise, get their share. Every few minutes the log gets the checker's figures on samples. With
---workers 2 two processes of one thread each share a batch and average their gradients: on two busy cores that was 1.8
-times as fast as one process of two threads.
+--workers 2 two processes of one thread each share a batch and average their gradients.
 """
 
 from __future__ import annotations
