@@ -94,9 +94,7 @@ def bench(check: Check) -> None:
 
 def onnx(check: Check) -> None:
     """ONNX Runtime: each option of its CUDA provider and both operator sets, prompts to pixels, against the default."""
-    from tiue_cli.backends.onnx_session import provider_problem
-
-    problem = None if check.cpu else provider_problem("cuda")
+    problem = None if check.cpu else onnx_problem()
     if problem is not None:
         check.put("onnx", value=f"skipped: {problem}")
         return
@@ -119,6 +117,17 @@ def onnx(check: Check) -> None:
                     value=f"{type(failure).__name__}: {str(failure)[:300]}",
                 )
             free(check)
+
+
+def onnx_problem() -> str | None:
+    """Why ONNX Runtime does not run on CUDA here; None where it does."""
+    from tiue_cli.backends.onnx_session import provider_problem
+    from tiue_cli.errors import MissingDependencyError
+
+    try:
+        return provider_problem("cuda")
+    except MissingDependencyError as error:
+        return error.message
 
 
 def onnx_row(check: Check, folder: Path, opset: int, words: str, images: dict[int, Any]) -> None:
@@ -191,9 +200,7 @@ def make_exports() -> int:
 
 def start_exports() -> subprocess.Popen[bytes] | None:
     """Begin ``make_exports`` at low priority; None where nothing could run the exports."""
-    from tiue_cli.backends.onnx_session import provider_problem
-
-    if provider_problem("cuda") is not None:
+    if onnx_problem() is not None:
         return None
     environment = {**os.environ, "OMP_NUM_THREADS": "4", "CUDA_VISIBLE_DEVICES": ""}
     command = ["nice", "-n", "10", sys.executable, str(Path(__file__).with_name("gpu_check.py")), "--make-exports"]

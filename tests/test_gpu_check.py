@@ -108,6 +108,46 @@ def test_tests_that_run_out_of_time_leave_what_they_said(monkeypatch: pytest.Mon
     assert found["status"].startswith("stopped after")
 
 
+def make_check(module: ModuleType, out: Path, *, seconds: float = 300) -> Any:
+    return module.Check(module.argparse.Namespace(cpu=True, ends=module.time.time() + seconds, out=out))
+
+
+def written(out: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((out / "gpu_check.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_onnx_runtime_is_rehearsed_with_every_option(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load(monkeypatch, "gpu_check")
+    monkeypatch.setattr(sys.modules["gpu_commands"], "wall_ms", lambda run, **_: run() is None or 1.0)
+    module.onnx(make_check(module, tmp_path))
+    rows = written(tmp_path)["onnx"]
+    ways = ["21, default", "21, graphs", "21, graphs,nhwc", "21, graphs,nhwc,search", "21, search", "23, default"]
+    assert [f"opset {way}, batch {batch}" for way in ways for batch in (1, 2)] == list(rows)[:12]
+    assert all(row["psnr_db"] >= 60 for row in rows.values()), rows
+    assert "| opset 21, graphs, batch 2 |" in (tmp_path / "gpu_check.md").read_text(encoding="utf-8")
+
+
+def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module = load(monkeypatch, "gpu_check")
+    check = make_check(module, tmp_path)
+    module.tensorrt(check)
+    check.cpu = False
+    module.onnx(check)
+    check.cpu = True
+
+    def late(command: list[str], **options: Any) -> None:
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(module.subprocess, "run", late)
+    module.bench(check)
+    module.doctor(check)
+    found = written(tmp_path)
+    assert "TensorRT needs a GPU" in found["tensorrt"]
+    assert found["onnx"].startswith("skipped: ") or isinstance(found["onnx"], dict)
+    assert found["bench"] == "stopped after 150 s" and found["doctor"] == "stopped after 60 s"
+
+
 def test_without_tiue_the_shell_script_says_what_to_do(tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
