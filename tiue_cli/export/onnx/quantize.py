@@ -85,7 +85,7 @@ class _Recorder(OnnxBackend):
         self._count = 0
 
     def _call(self, opened: Any, graph: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        arrays = {
+        arrays: dict[str, Any] = {
             name: value if isinstance(value, np.ndarray) else self._array(value) for name, value in inputs.items()
         }
         np.savez(self._records / f"{graph.onnx.file}.{self._count:06}.npz", **arrays)
@@ -112,7 +112,15 @@ def quantize_graph(
     found = {error.layer: error.relative_error for error in errors}
     spec = _write(whole, export, graph)
     layers = tuple(
-        KeptLayer(graph=graph.name, size=graph.size, layer=name, reason=reason, relative_error=found.get(name))
+        KeptLayer.model_validate(
+            {
+                "graph": graph.name,
+                "size": graph.size,
+                "layer": name,
+                "reason": reason,
+                "relative_error": found.get(name),
+            }
+        )
         for name, reason in sorted(kept.items())
     )
     return spec, layers, len(weighted_layers(model))

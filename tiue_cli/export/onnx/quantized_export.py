@@ -127,7 +127,9 @@ def _quantize_graphs(
     say: Callable[[str], None],
 ) -> tuple[tuple[GraphSpec, ...], tuple[KeptLayer, ...], int]:
     """All graphs with those of ``names`` in 8 bits, the layers that were kept, and how many there are."""
-    graphs, kept, layers = [], [], 0
+    graphs: list[GraphSpec] = []
+    kept: list[KeptLayer] = []
+    layers = 0
     for graph in manifest.graphs:
         if graph.name not in names:
             graphs.append(graph)
