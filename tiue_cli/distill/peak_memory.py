@@ -31,7 +31,7 @@ class LiveMemory(TorchDispatchMode):
     """Within the block: bytes of storages that operations made and that are held; ``peak`` is the most at once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -118,9 +118,9 @@ def step_memory(
     teacher = functools.partial(_predict, frozen)
     adapters = Adapters(frozen, config.lora, merged=half is None)
     if config.gradient_checkpointing:
-        unet.enable_gradient_checkpointing(functools.partial(recomputed, half))  # type: ignore[arg-type]
+        unet.enable_gradient_checkpointing(functools.partial(recomputed, half))
         if half is not None:  # merged adapters are not computed again; see ``ScoreModel.recompute``
-            frozen.enable_gradient_checkpointing(functools.partial(recomputed, half))  # type: ignore[arg-type]
+            frozen.enable_gradient_checkpointing(functools.partial(recomputed, half))
     with _casting(half), LiveMemory() as memory:
         with memory.peak_of_block() as student_bytes:
             with autocast(half):
@@ -147,7 +147,7 @@ def peak_bytes(call: Callable[[], None], *, half: torch.dtype | None) -> int:
     """The most that ``call`` holds at once of what it makes, within a FakeTensorMode."""
     with _casting(half), LiveMemory() as memory:
         call()
-    return memory.peak
+    return int(memory.peak)
 
 
 @contextlib.contextmanager
@@ -213,7 +213,7 @@ class Adapters:
         if self._merged:
             for name, (down, up) in self._pairs.items():
                 base: Any = self._unet.get_submodule(name).weight
-                product = up.weight.flatten(1) @ down.weight.flatten(1)  # type: ignore[operator,union-attr]
+                product = up.weight.flatten(1) @ down.weight.flatten(1)  # type: ignore[operator]
                 weights[f"{name}.weight"] = base + product.reshape(base.shape)
         return _predict(self._unet, x_t, states, weights)
 

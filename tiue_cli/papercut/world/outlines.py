@@ -21,15 +21,16 @@ def circle(x: Array, y: Array, radius: float) -> Array:
 def ellipse(x: Array, y: Array, half_width: float, half_height: float) -> Array:
     """First-order distance: exact on the outline, a little short far from it."""
     u, v = x / np.float32(half_width), y / np.float32(half_height)
-    length = np.sqrt(u * u + v * v)
+    length: Array = np.sqrt(u * u + v * v)
     u, v = u / np.float32(half_width), v / np.float32(half_height)
-    return length * (length - 1) / (np.sqrt(u * u + v * v) + np.float32(1e-6))
+    distance: Array = length * (length - 1) / (np.sqrt(u * u + v * v) + np.float32(1e-6))
+    return distance
 
 
 def box(x: Array, y: Array, half_width: float, half_height: float, corner: float = 0.0) -> Array:
     """A rectangle whose corners are rounded by `corner`."""
     qx, qy = np.abs(x) - np.float32(half_width - corner), np.abs(y) - np.float32(half_height - corner)
-    outside = np.sqrt(np.maximum(qx, 0) ** 2 + np.maximum(qy, 0) ** 2)
+    outside: Array = np.sqrt(np.maximum(qx, 0) ** 2 + np.maximum(qy, 0) ** 2)
     return outside + np.minimum(np.maximum(qx, qy), 0) - np.float32(corner)
 
 

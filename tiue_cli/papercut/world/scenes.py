@@ -110,8 +110,8 @@ def _draws(seed: int, index: int) -> np.random.Generator:
 def _shade(group: Group, rng: np.random.Generator) -> Array:
     assert group.color is not None
     u = rng.random(4, np.float32)
-    color = np.array(PALETTE[group.color], np.float32) * (0.94 + 0.1 * u[0]) + 0.04 * (u[1:] - 0.5)
-    return np.clip(color, 0, 1)
+    color: Array = np.array(PALETTE[group.color], np.float32) * (0.94 + 0.1 * u[0]) + 0.04 * (u[1:] - 0.5)
+    return color.clip(0, 1)
 
 
 def layout(scene: SceneSpec, rng: np.random.Generator) -> list[list[tuple[float, float, float]]]:
