@@ -191,7 +191,7 @@ def test_a_teacher_counts_its_own_steps(tiny_teacher_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"images": 0}, "0 images"),
+        ({"images": 0}, "images 0 is out of range"),
         ({"steps": 0}, "steps 0"),
         ({"steps": 9}, "steps"),
         ({"size": 33}, "33x33"),

@@ -87,7 +87,7 @@ def test_graphs_of_fixed_sizes_are_chosen_by_size(tmp_path: Path) -> None:
         noise = draw_noise([1, 2], free.latent_shape((32, 32)))
         np.testing.assert_array_equal(fixed.generate(["a star"] * 2, noise), free.generate(["a star"] * 2, noise))
         assert fixed.generate(["a star"], draw_noise([1], fixed.latent_shape((16, 48)))).shape == (1, 16, 48, 3)
-        with pytest.raises(UsageError, match="64x64 pixels: this export has fixed sizes") as caught:
+        with pytest.raises(UsageError, match="64x64 pixels is not one of this export's fixed sizes") as caught:
             fixed.latent_shape((64, 64))
         assert "32x32, 16x48" in str(caught.value)
 

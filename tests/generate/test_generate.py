@@ -365,7 +365,7 @@ def test_interrupted_run_says_what_is_there_and_goes_on(student, capsys, monkeyp
 
 
 def test_interrupt_before_the_first_image_says_so(student, capsys, monkeypatch) -> None:
-    def interrupted(config: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(generate, "open_target", interrupted)
@@ -413,7 +413,8 @@ def test_prompt_beyond_the_models_reach_is_cut_and_said(fake, student, capsys) -
         (["a", "--images", "0"], 2, "--images"),
         (["a", "--seed", "-1"], 2, "--seed"),
         (["a", "--seed", str(MAX_SEED), "--images", "2"], 2, "out of range"),
-        (["a", "--dtype", "int8"], 2, "--dtype"),
+        (["a", "--dtype", "int8"], 2, "--precision int8 is for exports"),
+        (["a", "--dtype", "int4"], 2, "--dtype"),
         (["a", "--prompts", "none.txt"], 1, "does not exist"),
         (["a", "--vae", "none"], 1, "none does not exist"),
         (["a", "--compile", "--device", "cpu"], 1, "--compile is for CUDA"),

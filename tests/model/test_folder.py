@@ -272,7 +272,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "text of another model": (edit("text_encoder/config.json", hidden_size=64), "cross_attention_dim 32", "from one"),
     "latents of another model": (edit("vae/config.json", latent_channels=16), "latent_channels 16", "from one"),
     "export folder": (export, r"exported student \(ONNX graphs\)", "student folder"),
-    "single-file checkpoint": (single_file, r"single-file checkpoint \(v1-5-pruned\.ckpt\)", "from_single_file"),
+    "single-file checkpoint": (single_file, r"single-file checkpoint \(v1-5-pruned\.ckpt\)", "give the file itself"),
     "LoRA": (lora, "LoRA weights", "folder of the model"),
     "UNet alone": (only_unet, "a UNet without the rest", "copy the teacher's"),
 }

@@ -171,7 +171,7 @@ def test_a_file_of_the_users_own(tmp_path: Path, free: ExportManifest) -> None:
     ("before", "after", "message"),
     [
         ("precision", "precission", "precision"),
-        ('"fp16"', '"int8"', "precision"),
+        ('"fp16"', '"int4"', "precision"),
         ("format_version = 1", "format_version = 2", "format_version"),
         ('"1:2:3"', '"3:2:1"', "profile 'wide'"),
         ('"1:2:3"', '"1:2"', "is not understood"),
