@@ -35,6 +35,15 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
+LONGEST_FILES = ("docs/test_examples.py", "bench/test_run.py", "distill/test_peak_memory.py", "distill/test_distill_run.py")
+"""Begun first, so that no worker starts one of them when the others have nothing left to do."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(tuple(f"tests/{name}" for name in LONGEST_FILES)))
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion folder (SD 1.5 structure, KL autoencoder, epsilon prediction, SD's scheduler)."""
