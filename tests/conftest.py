@@ -35,7 +35,12 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist = "loadfile"
 
 
-LONGEST_FILES = ("docs/test_examples.py", "bench/test_run.py", "distill/test_peak_memory.py", "distill/test_distill_run.py")
+LONGEST_FILES = (
+    "docs/test_examples.py",
+    "bench/test_run.py",
+    "distill/test_peak_memory.py",
+    "distill/test_distill_run.py",
+)
 """Begun first, so that no worker starts one of them when the others have nothing left to do."""
 
 
