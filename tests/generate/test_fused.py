@@ -26,7 +26,7 @@ def lora(tiny_student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def export_of(student: Path, folder: Path, *, sha256: str | None = None) -> Path:
     """Graphs that stand in for the student's: only the copy with the adapter is made of the student itself."""
-    write_tiny_export(folder)
+    write_tiny_export(folder, precision="fp32")
     change_source(folder, source=str(student), sha256=sha256 or model_sha256(student), vae_source=None)
     return folder
 
