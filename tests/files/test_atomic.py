@@ -25,7 +25,7 @@ from tiue_cli.files.atomic import atomic_file, atomic_folder
 from tiue_cli.files.hashes import sha256_file, sha256_folder
 from tiue_cli.files.manifests import read_manifest, write_json
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
-from tiue_cli.files.temporary import UNTOUCHED_S, remove_leftovers, temporary_folder
+from tiue_cli.files.temporary import UNTOUCHED_S, remove_leftovers, temporary_folder, temporary_sibling
 
 FIELDS: dict[str, Any] = {
     "decoder_timesteps": (751, 501, 251, 1),
@@ -384,6 +384,25 @@ def test_what_a_living_run_writes_stays(tmp_path: Path, writer: str) -> None:
         assert temporary.exists()
         other.communicate("\n")
     assert (tmp_path / "out.png").exists() and not temporary.exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the dead are told from the living by /proc")
+def test_the_dead_whom_nobody_has_reaped_write_nothing(tmp_path: Path) -> None:
+    program = KILLED.format(writer="atomic_file", write=WRITERS["atomic_file"], end="os.kill(os.getpid(), 9)")
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out.png")], stdout=subprocess.PIPE) as other:
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and its number is still taken
+        os.kill(other.pid, 0)
+        (left,) = tmp_path.iterdir()
+        remove_leftovers(tmp_path)
+        assert not left.exists()
+
+
+def test_in_a_finished_folder_nobody_writes_any_more(tmp_path: Path) -> None:
+    mine, precious = temporary_sibling(tmp_path / "00047.tar"), tmp_path / "00047.tar"
+    for path in (mine, precious, tmp_path / ".00048.ffffff-1.0123abcd.tmp.tar"):
+        path.write_text("")
+    remove_leftovers(tmp_path, is_finished=True)
+    assert list(tmp_path.iterdir()) == [precious]
 
 
 @pytest.mark.parametrize("name", [".out.0123abcd.tmp", ".out.ffffff-1.0123abcd.tmp", ".out.ffffff-1.0123abcd.tmp.png"])

@@ -50,9 +50,13 @@ def temporary_folder(name: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left half-written in ``folder``; what a living process writes stays."""
-    for path in leftovers(folder):
+def remove_leftovers(folder: Path, *, is_finished: bool = False) -> None:
+    """Delete what killed runs left half-written in ``folder``; what a living process writes stays.
+
+    ``is_finished``: whatever the folder was to hold is there, so what anybody still writes for it is waste as well (a
+    worker of another machine, or one that its cluster has given up).
+    """
+    for path in leftovers(folder, is_finished=is_finished):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -60,12 +64,12 @@ def remove_leftovers(folder: Path) -> None:
                 path.unlink()
 
 
-def leftovers(folder: Path) -> Iterator[Path]:
-    """The abandoned temporaries in ``folder``; nothing where it cannot be listed."""
+def leftovers(folder: Path, *, is_finished: bool = False) -> Iterator[Path]:
+    """The abandoned temporaries in ``folder``, or all of them; nothing where it cannot be listed."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             match = _NAME.fullmatch(path.name)
-            if match is not None and _abandoned(path, machine=match["machine"], pid=match["pid"]):
+            if match is not None and (is_finished or _abandoned(path, machine=match["machine"], pid=match["pid"])):
                 yield path
 
 
@@ -88,6 +92,10 @@ def _lives(pid: int) -> bool:
         return False
     except (OSError, OverflowError):  # it belongs to somebody else
         return True
+    # In a container whose first process reaps nobody, the dead keep their numbers.
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+        return status.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
     return True
 
 

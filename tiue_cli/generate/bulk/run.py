@@ -67,7 +67,8 @@ def run_bulk(config: BulkConfig, *, on_progress: Callable[[BulkProgress], None])
         remove_leftovers(config.out)
         config, identity = _open_job(config)
         totals = _run(config, identity, on_progress)
-        remove_leftovers(config.out)  # of workers that died on the way
+        # Of workers that died on the way, on other machines too, or that their cluster has lost and that go on alone.
+        remove_leftovers(config.out, is_finished=True)
         return totals
 
 
