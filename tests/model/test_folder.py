@@ -193,10 +193,14 @@ def export(folder: Path) -> None:
     (folder / "unet_encoder.onnx").write_bytes(b"")
 
 
-def single_file(folder: Path) -> None:
-    for file in sorted(folder.rglob("*"), reverse=True):
-        file.unlink() if file.is_file() else file.rmdir()
-    (folder / "v1-5-pruned.ckpt").write_bytes(b"\x80\x02")
+def single_file(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for file in sorted(folder.rglob("*"), reverse=True):
+            file.unlink() if file.is_file() else file.rmdir()
+        (folder / "v1-5-pruned.ckpt").write_bytes(b"\x80\x02")
+        (folder / name).write_bytes(b"")
+
+    return damage
 
 
 def lora(folder: Path) -> None:
@@ -272,7 +276,12 @@ WRONG: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "text of another model": (edit("text_encoder/config.json", hidden_size=64), "cross_attention_dim 32", "from one"),
     "latents of another model": (edit("vae/config.json", latent_channels=16), "latent_channels 16", "from one"),
     "export folder": (export, r"exported student \(ONNX graphs\)", "student folder"),
-    "single-file checkpoint": (single_file, r"single-file checkpoint \(v1-5-pruned\.ckpt\)", "give the file itself"),
+    "single-file checkpoint": (
+        single_file("b.safetensors"),
+        r"single-file checkpoint \(b\.safetensors\)",
+        "give the file",
+    ),
+    "pickled checkpoint": (single_file("a.txt"), r"single-file checkpoint \(v1-5-pruned\.ckpt\)", "it is a pickle"),
     "LoRA": (lora, "LoRA weights", "folder of the model"),
     "UNet alone": (only_unet, "a UNet without the rest", "copy the teacher's"),
 }

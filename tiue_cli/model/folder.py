@@ -186,7 +186,9 @@ def _refuse_other_things(path: Path) -> None:
     if kind == "file":
         raise ModelFolderError(
             f"{path} is a single file, and a model folder is needed",
-            hint=f"convert it: tiue convert {path} FOLDER",
+            hint=f"convert it: tiue convert {path} FOLDER"
+            if path.suffix.lower() == ".safetensors"
+            else "give a model folder (model_index.json, unet, vae, …), or a .safetensors checkpoint",
         )
     if kind == "special":
         raise ModelFolderError(f"{path} is neither a file nor a folder", hint="give a model folder")
@@ -216,11 +218,13 @@ def _refuse_other_things(path: Path) -> None:
             f"{path} holds {what}: model_index.json is missing",
             hint="copy the teacher's model_index.json, tokenizer, text_encoder, vae and scheduler beside unet",
         )
-    checkpoint = next((file for file in files if file.suffix in (".ckpt", ".safetensors")), None)
+    checkpoint = next((file for suffix in (".safetensors", ".ckpt") for file in files if file.suffix == suffix), None)
     if checkpoint is not None:
         raise ModelFolderError(
             f"{path} holds a single-file checkpoint ({checkpoint.name}) and no model_index.json",
-            hint=f"give the file itself: {checkpoint}",
+            hint=f"give the file itself: {checkpoint}"
+            if checkpoint.suffix == ".safetensors"
+            else "it is a pickle, which can run code when it is opened: look for a .safetensors version of the model",
         )
     raise ModelFolderError(
         f"{path} is not a model folder: model_index.json is missing",

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.png import ImageRecord, ImageSpec, LoraUse
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.drawing import Pipeline, Request
@@ -115,6 +116,20 @@ class Engine:
         for request in requests:
             self._check_range(pipeline, request)
         return [Job(model, spec) for spec in pipeline.check(requests)]
+
+    def cause(self, request: Request, *, model: str) -> str | None:
+        """The field without which a refused request would pass: size, steps, lora or prompt; None for several."""
+        without = {
+            "size": replace(request, size=None),
+            "steps": replace(request, steps=None),
+            "lora": replace(request, loras=None),
+            "prompt": replace(request, prompt="a"),
+        }
+        for field, other in without.items():
+            with suppress(TiueError):
+                self.check([other], model=model)
+                return field
+        return None
 
     def largest_batch(self, job: Job) -> int:
         """Images like this one that may be computed at once: the engine's range, or what fits the device by size."""

@@ -183,9 +183,12 @@ class Service:
             requests = [
                 Request(order.prompt, seed + index, order.size, order.steps, loras) for index in range(order.count)
             ]
+        except TiueError as error:
+            raise from_tiue_error(error, param="lora") from error
+        try:
             return self.engine.check(requests, model=model)
         except TiueError as error:
-            raise from_tiue_error(error) from error
+            raise from_tiue_error(error, param=self.engine.cause(requests[0], model=model)) from error
 
     async def _load(self, name: str) -> None:
         """Load a model in the model thread, once however many ask for it."""
