@@ -40,8 +40,8 @@ from tiue_cli.papercut.world.evaluation import balanced_specs, shares
 
 CONFIG: dict[str, Any] = {
     "sample_size": 16,
-    "in_channels": 8,
-    "out_channels": 8,
+    "in_channels": 12,
+    "out_channels": 12,
     "block_out_channels": (32, 64, 128),
     "layers_per_block": 1,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -76,7 +76,7 @@ def _kept(path: Path, parts: Any) -> np.ndarray:
 
 
 def cached_inputs(device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (N, 8, 16, 16) and text states (PHRASINGS·N, 24, 160) of the scenes, float16, cached on disk."""
+    """Latents (N, 12, 16, 16) and text states (PHRASINGS·N, 24, 160) of the scenes, float16, cached on disk."""
     specs, images = scenes(SCENES, seed=10)
     step = 250
 
@@ -120,7 +120,7 @@ class Text:
 
 @torch.inference_mode()
 def sample(unet: UNet2DConditionModel, text: Text, captions: list[str], *, steps: int, guidance: float, seed: int):
-    """Guided DDIM; returns latents (N, 8, 16, 16)."""
+    """Guided DDIM; returns latents (N, 12, 16, 16)."""
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
     device, shape = unet.device, (CONFIG["in_channels"], 16, 16)
@@ -227,7 +227,7 @@ def training_loss(
     alphas: torch.Tensor,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """The weighted v loss on clean latents (B, 8, 16, 16); timesteps are stratified over the batch."""
+    """The weighted v loss on clean latents (B, 12, 16, 16); timesteps are stratified over the batch."""
     count = len(clean)
     spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     timesteps = (spread * len(alphas)).long().clamp(max=len(alphas) - 1)
