@@ -20,8 +20,23 @@ if [ "${1:-}" = --install ]; then
 fi
 if compgen -G ".whl/*.whl" >/dev/null; then
     site=${TMPDIR:-/tmp}/tiue-gpu-check-site
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
-    export PYTHONPATH="$site:$PYTHONPATH"
+    # They were gathered for one Python and system, and depend on each other: all of them or none.
+    if "$python" - .whl/*.whl <<'END'
+import sys
+from pathlib import Path
+
+from pip._vendor.packaging.tags import sys_tags
+from pip._vendor.packaging.utils import parse_wheel_filename
+
+here = set(sys_tags())
+sys.exit(not all(here & parse_wheel_filename(Path(path).name)[-1] for path in sys.argv[1:]))
+END
+    then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .whl/*.whl
+        export PYTHONPATH="$site:$PYTHONPATH"
+    else
+        echo "note: the wheels in .whl/ are for another Python or system: not used" >&2
+    fi
 fi
 if ! "$python" -c 'from tiue_cli.cli.app import main; import diffusers, tokenizers' 2>/dev/null; then
     echo "tiue is not installed for $python: run benchmarks/gpu_check.sh --install, or put its wheels into .whl/" >&2

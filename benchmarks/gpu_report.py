@@ -34,7 +34,7 @@ def markdown(figures: dict[str, Any]) -> str:
                 continue
             stages, floors = row.get("stage_ms", {}), row.get("floor_ms", {})
             cells = [
-                f"{stages[key]} (floor {floors[key]})" if key in floors else str(stages.get(key, ""))
+                f"{stages[key]} (floor {floors[key]})" if key in floors and key in stages else str(stages.get(key, ""))
                 for key in ("text", "unet_encoder", "unet_decoder", "vae")
             ]
             share = "" if "share_of_peak" not in row else f"{100 * row['share_of_peak']:.0f} %"

@@ -185,3 +185,31 @@ def test_the_check_with_tensorrt_8_6_runs_from_its_two_ends(
 
 def test_the_check_with_tensorrt_8_6_is_python_3_9() -> None:
     ast.parse((ROOT / "benchmarks" / "trt86_check.py").read_text(encoding="utf-8"), feature_version=(3, 9))
+
+
+def test_a_pass_that_is_one_piece_has_a_row_in_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = {"text": 1.0, "unet_encoder": 2.0, "unet_decoder": 3.0, "vae": 4.0}
+    in_stages = {"wall_ms": 10.5, "stage_ms": stages, "floor_ms": stages, "share_of_peak": 0.5, "first_s": 0.1}
+    whole = {**in_stages, "wall_ms": 9.5, "stage_ms": {"whole": 9.0}}
+    text = load(monkeypatch, "gpu_report").markdown({"pass": {"default": in_stages, "one graph": whole}})
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    assert "| 10.5 | 1.0 (floor 1.0) | 2.0 (floor 2.0) |" in rows["default"]
+    assert "| 9.5 |  |  |  |  | 50 % |" in rows["one graph"]
+
+
+def test_wheels_for_another_python_are_left_out_with_a_note(tmp_path: Path) -> None:
+    for name in ("benchmarks/gpu_check.sh", "benchmarks/gpu_check.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("print('checked')" if name.endswith("py") else (ROOT / name).read_text())
+    (tmp_path / ".whl").mkdir()
+    for name in ("a-1.0-py3-none-any.whl", "b-1.0-cp27-cp27m-win32.whl"):
+        (tmp_path / ".whl" / name).write_bytes(b"")
+    done = subprocess.run(
+        ["bash", str(tmp_path / "benchmarks" / "gpu_check.sh")],
+        capture_output=True,
+        text=True,
+        env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "checked\n"), done.stderr
+    assert "wheels in .whl/ are for another Python" in done.stderr
