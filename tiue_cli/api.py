@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiue_cli.errors import TiueError, UsageError, full_installation
-from tiue_cli.export.config import EngineConfig, ExportConfig
+from tiue_cli.export.config import EngineConfig, ExportConfig, Part
 from tiue_cli.export.run import run_engine, run_export
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, LongPrompts, ProviderName
 from tiue_cli.generate.drawing import Pipeline
@@ -48,12 +48,13 @@ def load(
 
     ``model`` is a student's or teacher's folder, an export or engine folder, a hub id ``OWNER/NAME``, or ``papercut``,
     which is part of the package. ``backend`` is ``torch`` for model folders; ``onnx``, ``openvino`` or ``trt`` for
-    exports. ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own, which
-    OpenVINO computes in fp32 or bf16. ``vae`` replaces the autoencoder of a model folder (``taesd`` is the tiny one for
-    Stable Diffusion), ``loras`` are put on a model folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it
-    later), ``long_prompts`` is ``cut``, or ``chunk`` to read them in pieces of what the text encoder takes,
-    ``provider`` is ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a
-    teacher's. ``on_note`` is called with each sentence that is worth knowing.
+    exports. ``papercut`` has graphs as well, and draws with ``onnx`` on a CPU unless an option needs torch.
+    ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own, which OpenVINO
+    computes in fp32 or bf16. ``vae`` replaces the autoencoder of a model folder (``taesd`` is the tiny one for Stable
+    Diffusion), ``loras`` are put on a model folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it later),
+    ``long_prompts`` is ``cut``, or ``chunk`` to read them in pieces of what the text encoder takes, ``provider`` is
+    ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's.
+    ``on_note`` is called with each sentence that is worth knowing.
 
     Raises ModelFolderError or ManifestError for a model that cannot be used, AdapterError for such a LoRA, UsageError
     for options that do not fit it, DeviceError for a device that is not there, MissingDependencyError for a library
@@ -61,7 +62,7 @@ def load(
 
     >>> pipe = tiue.load("papercut", device="cpu")
     >>> pipe.kind, pipe.backend, pipe.precision, pipe.steps, pipe.default_size
-    ('student', 'torch', 'fp32', 4, (64, 64))
+    ('student', 'onnx', 'fp32', 4, (64, 64))
     >>> pipe("a red heart at night", seed=0)[0].save("heart.png")
     >>> pipe.close()
     """
@@ -93,16 +94,17 @@ def export(
     overwrite: bool = _EXPORT.overwrite,
     calibration: str | Path | None = None,
     calibration_images: int = _EXPORT.calibration_images,
+    quantized: Sequence[Part] = _EXPORT.quantized,
     on_stage: Callable[[str, int, int], None] | None = None,
 ) -> ExportResult:
     """Write a student as four ONNX graphs that run without torch, and compare them with it unless ``check`` is False.
 
-    ``out`` None is ``engines/NAME``. ``precision`` is ``fp32``, ``fp16`` or ``int8``, which is calibrated with
-    ``calibration_images`` pictures of the prompts in the file ``calibration``. ``opset`` is 18 to 23. ``sizes`` in
-    pixels (height, width) fix the graphs to them; without, they take any. ``loras`` (``SOURCE[:WEIGHT]`` each) are
-    added to the weights first. ``on_stage`` is called as a stage begins: what it is, its number from 1, how many there
-    are. Returns where it lies (``folder``), its ``manifest``, ``seconds``, and ``notes``. A failure leaves the old
-    export or none.
+    ``out`` None is ``engines/NAME``. ``precision`` is ``fp32``, ``fp16``, ``int8`` or ``fp8``. The last two are
+    calibrated with ``calibration_images`` pictures of the prompts in the file ``calibration``; ``quantized`` names
+    their parts, of ``text``, ``unet`` and ``vae``. ``opset`` is 18 to 23. ``sizes`` in pixels (height, width) fix the
+    graphs to them; without, they take any. ``loras`` (``SOURCE[:WEIGHT]`` each) are added to the weights first.
+    ``on_stage`` is called as a stage begins: what it is, its number from 1, how many there are. Returns where it lies
+    (``folder``), its ``manifest``, ``seconds``, and ``notes``. A failure leaves the old export or none.
 
     Raises what loading a student raises, UsageError, OutputError, and ParityError where a graph computes something
     else.
@@ -123,6 +125,7 @@ def export(
         overwrite=overwrite,
         calibration=None if calibration is None else str(calibration),
         calibration_images=calibration_images,
+        quantized=tuple(quantized),
     )
     return run_export(config, stage=on_stage)
 
@@ -200,10 +203,10 @@ def distill(
         resume=resume,
     ).resolve()
     with full_installation("distilling"):
-        from tiue_cli.distill.loop import Distillation
+        from tiue_cli.distill.start import open_run
 
     finished = None
-    for event in Distillation(resolved.config, Path(out), resume=resume).events():
+    for event in open_run(resolved.config, Path(out), resume=resume).events():
         if on_event is not None:
             on_event(event)
         if isinstance(event, Finished):

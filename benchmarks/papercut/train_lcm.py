@@ -29,7 +29,7 @@ from tiue_cli.distill.loop import Distillation
 from tiue_cli.distill.losses import NoiseSchedule
 from tiue_cli.distill.networks import guided_prediction
 from tiue_cli.distill.resolve import Layer, read_config, resolve_config
-from tiue_cli.distill.trainer import rate_factor
+from tiue_cli.distill.student_trainer import rate_factor
 from tiue_cli.files.manifests import write_json
 from tiue_cli.model.student import save_student
 

@@ -20,7 +20,7 @@ from tiue_cli.distill.data.pairs import solve
 from tiue_cli.distill.estimate import estimate_run, lora_parameter_count
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
 from tiue_cli.distill.peak_memory import LiveMemory
-from tiue_cli.distill.trainer import make_optimizer, rate_factor
+from tiue_cli.distill.student_trainer import make_optimizer, rate_factor
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.model.schedule import alphas_cumprod
 from tiue_cli.model.teacher import load_teacher

@@ -26,7 +26,8 @@ from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint
 from tiue_cli.distill.config import to_yaml
 from tiue_cli.distill.grid import GridLayout
 from tiue_cli.distill.loop import Distillation
-from tiue_cli.distill.trainer import NotFiniteError, Trainer
+from tiue_cli.distill.student_trainer import NotFiniteError
+from tiue_cli.distill.trainer import Trainer
 from tiue_cli.errors import DeviceError, MissingDependencyError, ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest

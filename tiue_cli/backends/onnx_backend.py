@@ -71,6 +71,11 @@ class OnnxBackend(ExportBackend[_Run]):
         notes += super().notes
         if self.device == "cpu" and self.dtype == "fp16":
             notes.append("fp16 graphs are slow on a CPU: ONNX Runtime computes in fp32 there and converts; export fp32")
+        if self.dtype == "fp8":
+            notes.append(
+                "fp8 graphs are for TensorRT on Ada, Hopper and newer: ONNX Runtime rounds to float8 and computes in"
+                " floats, which is slow; the pictures are the same"
+            )
         notes += self._problems
         notes += [runs.problem for runs in self._static if runs.problem is not None]
         return tuple(notes)

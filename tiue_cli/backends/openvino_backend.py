@@ -20,7 +20,7 @@ from tiue_cli.backends.openvino_device import (
     openvino_errors,
 )
 from tiue_cli.base.machine import usable_cores
-from tiue_cli.errors import DeviceError
+from tiue_cli.errors import DeviceError, UsageError
 from tiue_cli.files.exports import GRAPHS, GraphSpec
 
 if TYPE_CHECKING:
@@ -105,9 +105,14 @@ class OpenvinoBackend(ExportBackend[CompiledGraph]):
 
         ``precision`` is ``fp32``, ``bf16`` or ``fp16``, of an 8-bit export also ``int8``; see ``choose_arithmetic`` for
         ``auto``. Reads the manifest and asks the device; no graph is opened. Raises ManifestError, DeviceError,
-        MissingDependencyError.
+        UsageError for an export in float8, MissingDependencyError.
         """
         super().__init__(folder)
+        if self.manifest.precision == "fp8":
+            raise UsageError(
+                f"{self.folder} is in fp8, which is for TensorRT on NVIDIA GPUs from Ada and Hopper on",
+                hint="8 bits for OpenVINO are another export: tiue export STUDENT --precision int8",
+            )
         self._core = open_core(cache=model_cache())
         self._device = find_device(self._core, device)
         self._arithmetic = choose_arithmetic(self._core, self._device, self.manifest, precision)

@@ -8,7 +8,7 @@ import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,6 +28,7 @@ EXAMPLES = (
     "tiue distill --config papercut --out runs/papercut",
     "tiue distill --config sd15 --prompts captions.parquet --out runs/sd15 --launch -- --num_processes 8",
     "tiue distill --out runs/sd15 --resume",
+    "tiue distill --quantize int8 --teacher runs/sd15 --prompts captions.parquet --out runs/sd15-int8",
 )
 
 
@@ -49,6 +50,10 @@ def distill(
     warm_start: Annotated[
         int | None,
         typer.Option(metavar="N", min=0, help="How many of them are the warm start: regression onto the teacher."),
+    ] = None,
+    quantize: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="Train a student, given as --teacher, on in 8-bit arithmetic, for its 8-bit export."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     dry_run: Annotated[
@@ -72,6 +77,7 @@ def distill(
         overrides=tuple(overrides or ()),
         max_steps=max_steps,
         warm_start=warm_start,
+        quantize=quantize,
         resume=resume,
     )
     if accelerate_args and not launch:
@@ -99,11 +105,11 @@ def run_distill(request: DistillRequest, console: Console) -> None:
     for line in _settings_notes(resolved):
         console.note(line)
     check_places(request.out, resolved.config, resume=request.resume)
-    from tiue_cli.distill.loop import Distillation
+    from tiue_cli.distill.start import open_run
 
     figures: Mapping[str, float] = {}
     with console.stages() as stages:
-        run = Distillation(resolved.config, request.out, resume=request.resume, acknowledge=_acknowledge)
+        run = open_run(resolved.config, request.out, resume=request.resume, acknowledge=_acknowledge)
         for event in run.events():
             if isinstance(event, Note):
                 console.note(event.text)
@@ -134,7 +140,7 @@ def _settings_notes(resolved: ResolvedConfig) -> Iterator[str]:
     for key, origin in resolved.origins.items():
         if origin.startswith("recipe "):
             from_recipes[origin] = from_recipes.get(origin, 0) + 1
-        elif origin not in ("the run", "--teacher", "--prompts"):
+        elif origin not in ("the run", "--teacher", "--prompts") and key != "quantize.precision":
             yield f"{key} = {_value(resolved.config, key)} (from {origin})"
     for recipe, count in from_recipes.items():
         yield f"{count} settings from the {recipe}; to see them: tiue recipes show {recipe.removeprefix('recipe ')}"
@@ -194,7 +200,8 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
 
 def _time_row(config: DistillConfig, unet_parameters: int) -> dict[str, str]:
     """About how long the steps take, where something like it was measured; empty elsewhere."""
-    if not 0.8e9 < unet_parameters < 0.9e9 or config.size not in (None, (512, 512)):
+    distils = config.quantize.precision is None
+    if not distils or not 0.8e9 < unet_parameters < 0.9e9 or config.size not in (None, (512, 512)):
         return {}
     image_s = 0.667 / 4 if config.gradient_checkpointing else 0.735 / 8
     hours = config.max_steps * config.accumulation * config.batch_size * image_s / 3600

@@ -16,7 +16,7 @@ from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption, LoraOption
 from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.export import run
-from tiue_cli.export.config import OPSETS, EngineConfig, EngineRequest, ExportConfig
+from tiue_cli.export.config import OPSETS, EngineConfig, EngineRequest, ExportConfig, parse_part
 from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
@@ -35,6 +35,7 @@ EXAMPLES = (
     "tiue export runs/sd15/student --precision fp16 --size 512 --vae madebyollin/taesd",
     "tiue export runs/sd15/student --lora pixel-art.safetensors:0.8 --out engines/pixel-art",
     "tiue export runs/sd15/student --precision int8 --calibration captions.txt",
+    "tiue export runs/sd15/student --precision fp8 --calibration captions.txt --size 512 --trt",
     "tiue export runs/sd15/student --trt --profile sd15-512",
     "tiue export engines/student --trt --batch 1 --batch 1:4:16",
     "tiue export engines/student --triton models --steps 4 --steps 2",
@@ -59,12 +60,19 @@ def export(
         str | None,
         typer.Option(
             metavar="PROMPTS",
-            help="int8: prompts like those that will be drawn (.txt, .jsonl, .csv, .parquet); papercut needs none.",
+            help="int8, fp8: prompts like those to be drawn (.txt, .jsonl, .csv, .parquet); papercut needs none.",
         ),
     ] = _EXPORT.calibration,
     calibration_images: Annotated[
-        int, typer.Option(metavar="N", min=1, help="int8: pictures that ranges are measured on.")
+        int, typer.Option(metavar="N", min=1, help="int8, fp8: pictures that ranges are measured on.")
     ] = _EXPORT.calibration_images,
+    quantize: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="text|unet|vae",
+            help="int8, fp8: what is quantised; give several. Without it: unet and vae, in fp8 unet.",
+        ),
+    ] = None,
     opset: Annotated[
         int,
         typer.Option(
@@ -138,6 +146,7 @@ def export(
         precision=precision or _EXPORT.precision,
         calibration=calibration,
         calibration_images=calibration_images,
+        quantized=tuple(parse_part(word) for word in dict.fromkeys(quantize or ())),
         opset=opset,
         sizes=tuple(parse_size(text) for text in size or ()),
         vae=vae,
@@ -310,18 +319,18 @@ def _show_quantization(console: Console, made: QuantizationSpec | None) -> None:
         return
     sensitive = [f"{layer.graph} {layer.layer}" for layer in made.kept if layer.reason == "sensitive"]
     console.line(
-        f"8 bits: {made.layers - len(made.kept)} of {made.layers} layers, {len(made.kept)} stay in fp32"
-        f" ({len(sensitive)} of them found sensitive); images {made.image_psnr_db:.1f} dB from fp32's"
+        f"8 bits: {made.layers - len(made.kept)} of {made.layers} layers, {len(made.kept)} stay in floats"
+        f" ({len(sensitive)} of them found sensitive); images {made.image_psnr_db:.1f} dB from those before"
     )
     if made.papercut is not None:
         shares = ", ".join(
-            f"{share.name} {share.int8:.3f} ({share.fp32:.3f})"
+            f"{share.name} {share.quantized:.3f} ({share.full:.3f})"
             for share in made.papercut.attributes
             if "_" not in share.name
         )
         console.line(
-            f"checker over {made.papercut.captions} captions, fp32's in brackets: {shares};"
-            f" Fréchet distance {made.papercut.frechet_distance:.2f} ({made.papercut.frechet_distance_fp32:.2f})"
+            f"checker over {made.papercut.captions} captions, in brackets before: {shares};"
+            f" Fréchet distance {made.papercut.frechet_distance:.2f} ({made.papercut.frechet_distance_full:.2f})"
         )
 
 

@@ -205,6 +205,15 @@ class TrackingSettings(_Section):
     """Steps between two lines of log.jsonl and of the trackers."""
 
 
+class QuantizeSettings(_Section):
+    """Quantisation-aware distillation: a student goes on learning, in rounded arithmetic, from its own pass in fp32."""
+
+    precision: Literal["int8"] | None = None
+    """What it is made ready for: --quantize. teacher is then the student, which is its own."""
+    calibration_images: _Positive = 128
+    """Pictures of the first prompts that ranges are measured on before the first step, as in tiue export."""
+
+
 class DistillConfig(_Section):
     """A distillation. ``max_steps`` counts the student's optimiser steps, those of the warm start included."""
 
@@ -243,6 +252,8 @@ class DistillConfig(_Section):
     lora: LoraSettings = LoraSettings()
     kl: KlSettings = KlSettings()
     clip: ClipSettings = ClipSettings()
+    # Left out of hashes where there is none, as in ``StudentSettings``.
+    quantize: QuantizeSettings = Field(default=QuantizeSettings(), exclude_if=lambda what: what == QuantizeSettings())
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     tracking: TrackingSettings = TrackingSettings()
@@ -253,6 +264,23 @@ class DistillConfig(_Section):
         if self.cache is not None:
             return user_path(self.cache, error=UsageError)
         return user_cache() / "distill"
+
+
+_UNUSED_WHEN_QUANTIZING = ("student", "warm_start", "vsd", "lora", "kl", "clip")
+
+
+def refuse_unused(config: DistillConfig) -> None:
+    """Raise UsageError for settings that quantisation-aware distillation has no use for."""
+    for section in _UNUSED_WHEN_QUANTIZING:
+        value, default = getattr(config, section), DistillConfig.model_fields[section].default
+        for name, before in default:
+            if (found := getattr(value, name)) != before and (section, name) != ("student", "decoder"):
+                raise UsageError(
+                    f"{section}.{name} is {found!r}, and with --quantize the student learns from its own pass alone",
+                    hint=f"leave {section}.{name} out",
+                )
+    if config.compile:
+        raise UsageError("compile does not go with --quantize", hint="set compile=false")
 
 
 FREE_ON_RESUME = ("checkpoint.", "validation.", "tracking.", "cache", "max_bad_steps")

@@ -20,13 +20,16 @@ from transformers import CLIPConfig, CLIPModel
 
 from tiue_cli.distill.clip import recomputes
 from tiue_cli.distill.config import DistillConfig, LoraSettings
-from tiue_cli.distill.networks import lora_targets, teacher_source
+from tiue_cli.distill.fake_quantization import FakeQuantization, every_layer, recomputing
+from tiue_cli.distill.networks import StudentGenerator, lora_targets, teacher_source
 from tiue_cli.distill.peak_memory import StepMemory, autocast, peak_bytes, recomputed, step_memory
+from tiue_cli.distill.quantized_run import checked_student
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.model.autoencoder import ImageDecoder, latent_size
 from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.pretrained import load_pretrained
+from tiue_cli.model.schedule import RELEASED_SPACING, STEPS, decoder_timesteps
 from tiue_cli.model.student import choose_timesteps, refuse_student
 from tiue_cli.model.weights import read_json
 
@@ -55,6 +58,8 @@ class Estimate:
 
 def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate:
     """What ``config`` needs over ``prompts`` prompts; ``half``: mixed precision. Raises TiueError."""
+    if config.quantize.precision is not None:
+        return _estimate_quantized(config, prompts=prompts, half=half)
     info = check_model_folder(resolve_model(teacher_source(config)))
     refuse_student(info)
     timesteps = _timesteps(config, info)
@@ -107,6 +112,60 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
             "distillation": max(0, config.max_steps - config.warm_start.steps),
         },
     )
+
+
+def _estimate_quantized(config: DistillConfig, *, prompts: int, half: bool) -> Estimate:
+    """What quantisation-aware distillation needs: the student in training, and frozen in float32 what it was."""
+    info = checked_student(config)
+    kind = torch.bfloat16 if half else None
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        unet: Any = UNet2DConditionModel.from_config(read_json(info.path / "unet" / "config.json"))
+        timesteps = _trained_timesteps(info)
+        student = StudentGenerator(unet, timesteps, decoder=config.student.decoder)
+        mode: Any = FakeQuantization(unet, every_layer(unet))
+        if config.gradient_checkpointing:
+            unet.enable_gradient_checkpointing(recomputing(lambda: mode))
+        noise = torch.zeros(config.batch_size, *_latent_shape(config, info))
+        states = torch.zeros(config.batch_size, info.text_tokens, info.text_width)
+
+        def step() -> None:
+            with mode, autocast(kind):
+                predictions = student(noise, states).float()
+            predictions.square().sum().backward()
+
+        working = peak_bytes(step, half=kind)
+    parameters = _count(unet)
+    others = sum(info.component(name).parameters for name in ("text_encoder", "vae"))
+    moments = 1 if config.optimizer.name == "adamw8bit" else _FLOAT32
+    mean = 0 if config.ema is None else _FLOAT32 * parameters
+    memory = {
+        "student": _FLOAT32 * parameters,
+        "student, Adam": _ADAM_MOMENTS * moments * parameters,
+        "student, running mean": mean,
+        "student as it was": _FLOAT32 * parameters,
+        "text encoder and autoencoder": _FLOAT32 * others,
+        "gradients and activations, at their most": working,
+    }
+    checkpoint = (_FLOAT32 + _ADAM_MOMENTS * moments) * parameters + mean
+    text = info.text_tokens * info.text_width * prompts * (_HALF if half else _FLOAT32) if config.text_cache else 0
+    return Estimate(
+        timesteps=timesteps,
+        parameters={"student's UNet": parameters, "text encoder and autoencoder": others},
+        memory_bytes={name: size for name, size in memory.items() if size},
+        disk_bytes={
+            "checkpoints": checkpoint * (config.checkpoint.keep + 1),
+            "student": _FLOAT32 * (parameters + others),
+            "cached text states": text,
+        },
+        steps={"8-bit arithmetic": config.max_steps},
+    )
+
+
+def _trained_timesteps(info: ModelInfo) -> tuple[int, ...]:
+    if info.manifest is not None:
+        return info.manifest.decoder_timesteps
+    scheduler = read_json(info.folder("scheduler") / "scheduler_config.json")
+    return decoder_timesteps(scheduler, STEPS, spacing=RELEASED_SPACING)
 
 
 def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:

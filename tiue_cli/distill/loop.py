@@ -1,30 +1,22 @@
-"""A distillation from start to end: load, fill the caches, train, save; yields events and never prints.
+"""A distillation: a student that learns from a many-step teacher.
 
-prepare (cheap checks first) ─▶ text states ─▶ pairs ─▶ steps, checkpoints, grids ─▶ student folder
+text states ─▶ pairs of noise and solution, for the warm start ─▶ steps ─▶ student folder
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import os
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tiue_cli.base.events import Event, Finished, Note, Progress, Saved
-from tiue_cli.distill.acceleration import HALF, StopRequest, describe, log_image, make_accelerator, memory_bytes
+from tiue_cli.base.events import Event
 from tiue_cli.distill.adapter import adapt_student, save_adapter_student
-from tiue_cli.distill.checkpoint import latest_checkpoint, read_checkpoint, remove_leftovers, step_of, write_checkpoint
-from tiue_cli.distill.config import DistillConfig, flatten, recipe_sha256
+from tiue_cli.distill.checkpoint import step_of
 from tiue_cli.distill.data.pairs import CHUNK_PAIRS, PairData, fill_pairs, solve
-from tiue_cli.distill.data.prompts import TrainingPrompts, read_training_prompts
-from tiue_cli.distill.data.text_states import TextStates
 from tiue_cli.distill.losses import NoiseSchedule
 from tiue_cli.distill.networks import (
     ScoreModel,
@@ -33,138 +25,39 @@ from tiue_cli.distill.networks import (
     prefixes_of,
     teacher_source,
 )
-from tiue_cli.distill.run_folder import (
-    RunFolder,
-    RunRecord,
-    card_section,
-    check_places,
-    check_resumable,
-    run_lock,
-    write_record,
-)
+from tiue_cli.distill.student_run import OTHER_DISK, StudentRun
 from tiue_cli.distill.trainer import Networks, Trainer
-from tiue_cli.distill.validation import Validation, save_grid
-from tiue_cli.errors import DeviceError
-from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.rows import RowCache, cache_key
-from tiue_cli.files.students import BaseModelSource
-from tiue_cli.model.autoencoder import ImageDecoder
+from tiue_cli.files.students import BaseModelSource, StudentManifest
 from tiue_cli.model.components import quiet
-from tiue_cli.model.finite import refuse_bad_weights
 from tiue_cli.model.hub import EMBEDDED_NAMES, is_hub_id
-from tiue_cli.model.student import save_student
-from tiue_cli.model.text import encode_prompts
-
-_RATE_STEPS = 20
-"""Steps over which the speed is averaged."""
-_OTHER_DISK = "free some space, or give the caches another disk: --set cache=FOLDER"
-_ROOM_HINTS = {
-    "text states": f"{_OTHER_DISK}; or encode each batch anew: --set text_cache=false",
-    "pairs": f"{_OTHER_DISK}; or fewer: --set warm_start.pairs=N",
-}
+from tiue_cli.model.schedule import LinearCombine
+from tiue_cli.model.student import StudentModel
 
 
-class Distillation:
-    """A run in folder ``out``. ``events`` does the work; SIGINT and SIGTERM end it after the step, saved."""
+class Distillation(StudentRun[Trainer]):
+    """A distillation in folder ``out``; see ``StudentRun``."""
 
-    def __init__(
-        self, config: DistillConfig, out: Path, *, resume: bool = False, acknowledge: Callable[[], None] | None = None
-    ) -> None:
-        """Checks that need no model are made here; ``acknowledge``: see StopRequest. Raises TiueError."""
-        check_places(out, config, resume=resume)
-        self.config, self.out, self.resume = config, out, resume
-        self.prompts: TrainingPrompts = read_training_prompts(
-            config.prompts, column=config.prompt_column, limit=config.max_prompts
-        )
-        self.folder = RunFolder(out)
-        self._stop = StopRequest(acknowledge)
+    _room_hints: ClassVar[Mapping[str, str]] = {
+        **StudentRun._room_hints,
+        "pairs": f"{OTHER_DISK}; or fewer: --set warm_start.pairs=N",
+    }
+    _pairs: PairData | None = None
 
-    def events(self) -> Iterator[Event]:
-        """Run, and tell. Raises TiueError; what was saved before stays."""
-        # The first process of a launch answers for all of them.
-        is_first = os.environ.get("RANK", "0") == "0"
-        lock = run_lock(self.out, resume=self.resume) if is_first else contextlib.nullcontext()
-        with self._stop, lock:
-            try:
-                yield from self._run()
-            except torch.OutOfMemoryError as error:
-                raise DeviceError(
-                    "the GPU's memory is used up",
-                    hint="lower batch_size and raise accumulation, or set gradient_checkpointing=true; see --dry-run",
-                ) from error
-            except RuntimeError as error:
-                # Asked last: looking for torch._dynamo imports it, seconds which no other error should cost.
-                if not self.config.compile or not isinstance(error, torch._dynamo.exc.TorchDynamoException):
-                    raise
-                first, *others = str(error).strip().splitlines()
-                says = f"{first} {others[0]}" if first.endswith("raised:") and others else first
-                raise DeviceError(f"torch.compile does not work here: {says}", hint="set compile=false") from error
+    # --- networks --------------------------------------------------------------------------------------------------
 
-    def prepare(self) -> Trainer:
-        """Load everything and return the trainer before its first step; without pairs, and only caches are written."""
-        self._load()
-        for _ in self._texts.fill(process=self._process):
-            pass
-        return self._make_trainer(None)
+    def _load_student(self) -> StudentModel:
+        return load_untrained(self.config)
 
-    def _run(self) -> Iterator[Event]:
-        yield Note(self.prompts.describe())
-        self._load()
-        yield Note(describe(self._accelerator, self.config))
-        yield from (Note(note) for note in self._student.notes)
-        self._open_folder()
-        yield from self._fill(self._texts.cache, self._texts.fill(process=self._process), "text states")
-        pairs = None
-        found = latest_checkpoint(self.folder.checkpoints) if self.resume else None
-        warm_start = self.config.warm_start
-        wanted = step_of(found) < warm_start.steps or warm_start.keep_weight > 0
-        if wanted and not self._stopping:
-            cache = self._pair_cache()
-            with self._networks.score.adapters_off():
-                yield from self._fill(cache, self._solve_pairs(cache), "pairs")
-            pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
-        if self._stopping:
-            yield Finished(self.out, None, step=step_of(found), interrupted=True, signal=self._stop.signal)
-            return
-        trainer = self._make_trainer(pairs)
-        if found is not None:
-            trainer.restore(read_checkpoint(found))
-        if self._is_main:
-            self.folder.cut_log(trainer.state.step)
-        yield from self._train(trainer)
-        yield from self._finish(trainer)
-
-    # --- loading ---------------------------------------------------------------------------------------------------
-
-    def _load(self) -> None:
-        config = self.config
-        self._accelerator = make_accelerator(config, logs=self.folder.trackers)
-        self._is_main, device = self._accelerator.is_main_process, self._accelerator.device
-        self._student = load_untrained(config)
-        student, mixed = self._student, self._accelerator.mixed_precision
-        for part, module in (
-            ("text encoder", student.text_encoder),
-            ("UNet", student.unet),
-            ("autoencoder", student.vae),
-        ):
-            refuse_bad_weights(part, module)
-        half = HALF.get(mixed)
-        decoder = ImageDecoder(student.vae)
-        sample = student.unet.config["sample_size"]
-        latent_size = tuple(sample) if isinstance(sample, (list, tuple)) else (sample, sample)
-        if config.size is not None:
-            latent_size = decoder.latent_size(config.size)
+    def _load_networks(self) -> None:
+        config, student, device, half = self.config, self._student, self._accelerator.device, self._half
         frozen = copy.deepcopy(student.unet).to(device, memory_format=torch.channels_last)
         if half is not None:
             with quiet():
                 frozen.to(half)
         if config.student.init is not None:
             load_initial_weights(student, config.student.init)
-        student.unet.requires_grad_(True).to(device, memory_format=torch.channels_last)
-        if config.gradient_checkpointing:
-            student.unet.enable_gradient_checkpointing()
-        for module in (student.text_encoder, student.vae):
-            module.requires_grad_(False).to(device)
+        self._place_student()
         score = ScoreModel(frozen, config.lora, seed=config.seed)
         if config.gradient_checkpointing:
             score.recompute()
@@ -177,55 +70,47 @@ class Distillation:
             schedule=NoiseSchedule.from_config(student.scheduler_config, device),
             combine=combine,
             prefixes=prefixes_of(student.scheduler_config, combine.timesteps),
-            latent_shape=(int(student.unet.config["in_channels"]), *latent_size),
-        )
-        key = cache_key({"teacher": student.manifest.teacher_sha256, "prompts": self.prompts.sha256})
-        self._texts = TextStates(
-            self.prompts.prompts,
-            tokenizer=student.tokenizer,
-            text_encoder=student.text_encoder,
-            folder=config.cache_folder / f"text-{key}" if config.text_cache else None,
-            device=device,
-            exact=half is None,
+            latent_shape=self._latent_shape,
         )
 
-    def _open_folder(self) -> None:
-        """Write down what this run is, or check that it is the run in this folder."""
-        teacher_sha256 = self._student.manifest.teacher_sha256
-        assert teacher_sha256 is not None
-        record = RunRecord(
-            config=self.config,
-            prompts_sha256=self.prompts.sha256,
-            teacher_sha256=teacher_sha256,
-            processes=self._accelerator.num_processes,
-        )
-        if self.resume:
-            check_resumable(self.out, record)
-        self._accelerator.wait_for_everyone()  # nobody writes before everybody has checked
-        if self._is_main:
-            write_record(self.out, record)
-            settings = {key: str(value) for key, value in flatten(self.config.model_dump(mode="json"))}
-            self._accelerator.init_trackers(self.config.tracking.project, config=settings)
-            self.folder.remove_leftovers()
-            remove_leftovers(self.folder.checkpoints)
-        self._accelerator.wait_for_everyone()
-
-    def _make_trainer(self, pairs: PairData | None) -> Trainer:
+    def _make_trainer(self) -> Trainer:
         clip = None
         if self.config.clip.weight > 0:
             from tiue_cli.distill.clip import make_clip_loss, recomputes
 
-            half = HALF.get(self._accelerator.mixed_precision)
             clip = make_clip_loss(
                 self.config.clip,
                 teacher_vae=self._student.vae,
                 device=self._accelerator.device,
-                half=half,
-                recompute=recomputes(self.config, half=half is not None),
+                half=self._half,
+                recompute=recomputes(self.config, half=self._half is not None),
             )
-        return Trainer(self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=pairs, clip=clip)
+        return Trainer(
+            self.config, self._networks, self._texts, accelerator=self._accelerator, pairs=self._pairs, clip=clip
+        )
 
-    # --- caches ----------------------------------------------------------------------------------------------------
+    @property
+    def _teacher_sha256(self) -> str:
+        sha256 = self._student.manifest.teacher_sha256
+        assert sha256 is not None
+        return sha256
+
+    @property
+    def _combine(self) -> LinearCombine:
+        return self._networks.combine
+
+    # --- pairs -----------------------------------------------------------------------------------------------------
+
+    def _before_training(self, found: Path | None) -> Iterator[Event]:
+        warm_start = self.config.warm_start
+        if (step_of(found) < warm_start.steps or warm_start.keep_weight > 0) and not self._stopping:
+            cache = self._pair_cache()
+            with self._networks.score.adapters_off():
+                yield from self._fill(cache, self._solve_pairs(cache), "pairs")
+            self._pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
+
+    def _begin(self, trainer: Trainer) -> Iterator[Event]:
+        yield from ()
 
     def _pair_cache(self) -> RowCache:
         config, settings = self.config, self.config.warm_start
@@ -272,89 +157,7 @@ class Distillation:
                 solver=self.config.warm_start.solver if solver is None else solver,
             )
 
-    def _fill(self, cache: RowCache | None, batches: Iterator[int], stage: Any) -> Iterator[Event]:
-        """Drive a filling generator to its end, or to the stop; then all processes have all of it."""
-        if cache is None:
-            return
-        cache.check_room(f"the {stage}", hint=_ROOM_HINTS[stage])
-        missing = sum(len(cache.chunk_range(chunk)) for chunk in cache.missing())
-        done = cache.count - missing
-        if missing:
-            for rows in batches:
-                done += rows * self._accelerator.num_processes
-                yield Progress(stage, min(done, cache.count), cache.count)
-                if self._stop:
-                    break
-        self._stopping = self._agree(bool(self._stop))
-
-    # --- training --------------------------------------------------------------------------------------------------
-
-    def _train(self, trainer: Trainer) -> Iterator[Event]:
-        config, validation = self.config, self._make_validation()
-        if trainer.state.step == 0:
-            yield from self._draw(validation, trainer)
-            self._stopping = self._agree(bool(self._stop))
-        ends = deque([time.perf_counter()], maxlen=_RATE_STEPS + 1)
-        while trainer.state.step < config.max_steps and not self._stopping:
-            images = self._images_a_step(trainer)
-            figures = trainer.step()
-            step = trainer.state.step
-            ends.append(time.perf_counter())
-            spent = (ends[-1] - ends[0]) / (len(ends) - 1)
-            figures |= {"seconds_per_step": spent, "images_per_s": images / spent, "memory_bytes": memory_bytes()}
-            self._log(trainer, figures)
-            if step <= config.warm_start.steps:
-                yield Progress("warm start", step, min(config.warm_start.steps, config.max_steps), figures=figures)
-            else:
-                yield Progress("distillation", step, config.max_steps, figures=figures)
-            self._stopping = self._agree(bool(self._stop))
-            if step % config.checkpoint.every == 0 or step == config.max_steps or self._stopping:
-                yield from self._save(trainer)
-            if config.validation.every and (step % config.validation.every == 0 or step == config.max_steps):
-                yield from self._draw(validation, trainer)
-
-    def _images_a_step(self, trainer: Trainer) -> int:
-        config = self.config
-        batch = config.warm_start.batch_size if trainer.in_warm_start else None
-        result: int = (batch or config.batch_size) * config.accumulation * self._accelerator.num_processes
-        return result
-
-    def _log(self, trainer: Trainer, figures: Mapping[str, float]) -> None:
-        step = trainer.state.step
-        if step % self.config.tracking.every != 0 and step != self.config.max_steps:
-            return
-        values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self._accelerator.device)
-        if self._accelerator.num_processes > 1:
-            values = self._accelerator.reduce(values.float(), reduction="mean")
-        shown = {name: float(f"{value:.6g}") for name, value in zip(figures, values.tolist(), strict=True)}
-        state = trainer.state
-        shown |= {"skipped_steps": state.skipped_steps, "teacher_evaluations": state.teacher_evaluations}
-        if self._is_main:
-            self.folder.log({"step": step, **shown})
-        self._accelerator.log(shown, step=step)
-
-    def _save(self, trainer: Trainer) -> Iterator[Event]:
-        trainer.check_finite()
-        path = None
-        if self._is_main:
-            path = write_checkpoint(self.folder.checkpoints, trainer.checkpoint(), keep=self.config.checkpoint.keep)
-        self._accelerator.wait_for_everyone()
-        if path is not None:
-            yield Saved("checkpoint", path)
-
-    def _make_validation(self) -> Validation | None:
-        settings, student = self.config.validation, self._student
-        if settings.every == 0 or not self._is_main:
-            return None
-        prompts: Sequence[str] = settings.prompts or self.prompts.prompts[: settings.count]
-        return Validation(
-            prompts,
-            encode_prompts(student.tokenizer, student.text_encoder, prompts),
-            decoder=ImageDecoder(student.vae),
-            latent_shape=self._networks.latent_shape,
-            seed=settings.seed,
-            teacher=self._teacher_latents,
-        )
+    # --- teacher and result ----------------------------------------------------------------------------------------
 
     def _teacher_latents(self, noise: Tensor, states: Tensor) -> Tensor:
         settings = self.config.validation
@@ -363,74 +166,13 @@ class Distillation:
                 noise, states, steps=settings.teacher_steps, guidance=settings.teacher_guidance, solver="ddim"
             )
 
-    def _draw(self, validation: Validation | None, trainer: Trainer) -> Iterator[Event]:
-        if validation is not None:
-
-            def one_pass(noise: Tensor, states: Tensor) -> Tensor:
-                with self._accelerator.autocast():
-                    predictions = trainer.generator(noise, states)
-                result: Tensor = self._networks.combine(noise, predictions)
-                return result
-
-            with trainer.averaged_weights():
-                pixels = validation.grid(one_pass, stop=self._stop)
-            if pixels is not None:
-                step = trainer.state.step
-                yield Saved("grid", save_grid(self.folder.grids / f"step_{step:08d}.png", pixels))
-                log_image(self._accelerator, "teacher above student", pixels, step=step)
-        self._accelerator.wait_for_everyone()
-
-    def _finish(self, trainer: Trainer) -> Iterator[Event]:
-        path = None
-        if trainer.state.skipped_steps:
-            yield Note(f"{trainer.state.skipped_steps} steps had no finite gradient and were skipped")
-        if self._is_main:
-            path = self._save_student(trainer)
-            yield Saved("student", path)
-        self._accelerator.wait_for_everyone()
-        self._accelerator.end_training()
-        step = trainer.state.step
-        interrupted = step < self.config.max_steps
-        yield Finished(self.out, path, step, interrupted, signal=self._stop.signal if interrupted else None)
-
-    def _save_student(self, trainer: Trainer) -> Path:
-        student = self._student
-        student.manifest = student.manifest.model_copy(
-            update={
-                "recipe_sha256": recipe_sha256(self.config, self.prompts.sha256),
-                "training_steps": trainer.state.step,
-            }
-        )
-        with trainer.averaged_weights():
-            if self.config.student.adapter is not None:
-                base = BaseModelSource(source=self._base_source(), sha256=str(student.manifest.teacher_sha256))
-                manifest = student.manifest.model_copy(update={"base": base})
-                path = save_adapter_student(student.unet, manifest, self.folder.student)
-            else:
-                path = save_student(student, self.folder.student, overwrite=True)
-        card = path / "README.md"
-        text = card.read_text(encoding="utf-8") + card_section(self.config, self.prompts)
-        with atomic_file(card) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        return path
+    def _write_student(self, manifest: StudentManifest) -> Path:
+        if self.config.student.adapter is None:
+            return super()._write_student(manifest)
+        base = BaseModelSource(source=self._base_source(), sha256=self._teacher_sha256)
+        return save_adapter_student(self._student.unet, manifest.model_copy(update={"base": base}), self.folder.student)
 
     def _base_source(self) -> str:
         """The teacher as the adapter's folder names it: where a folder lies, whatever the working folder will be."""
         source = teacher_source(self.config)
         return source if is_hub_id(source) or source in EMBEDDED_NAMES else str(Path(source).expanduser().resolve())
-
-    # --- processes -------------------------------------------------------------------------------------------------
-
-    _stopping = False
-    """What all processes agreed on last."""
-
-    @property
-    def _process(self) -> tuple[int, int]:
-        return self._accelerator.process_index, self._accelerator.num_processes
-
-    def _agree(self, wish: bool) -> bool:
-        """True on all processes when any of them wishes it; a signal does not reach all in the same step."""
-        if self._accelerator.num_processes == 1:
-            return wish
-        wishes = torch.tensor([float(wish)], device=self._accelerator.device)
-        return bool(self._accelerator.reduce(wishes, reduction="sum").item() > 0)

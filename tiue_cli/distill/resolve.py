@@ -12,14 +12,14 @@ from typing import Any
 import pydantic
 
 from tiue_cli.base.text import excerpt
-from tiue_cli.distill.config import DistillConfig, _Section, flatten
+from tiue_cli.distill.config import DistillConfig, _Section, flatten, refuse_unused
 from tiue_cli.distill.data.prompts import PAPERCUT
 from tiue_cli.distill.run_folder import stored_config
 from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files import structured
 from tiue_cli.files.access import kind_of, read_bytes, user_path
 from tiue_cli.files.atomic import atomic_file
-from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_TEACHER
+from tiue_cli.model.hub import EMBEDDED, EMBEDDED_GUIDANCE, EMBEDDED_NAMES, EMBEDDED_TEACHER
 
 _CONFIG_BYTES = 2**20
 
@@ -201,6 +201,7 @@ class DistillRequest:
     overrides: Sequence[str] = ()
     max_steps: int | None = None
     warm_start: int | None = None
+    quantize: str | None = None
     resume: bool = False
     values: Mapping[str, Any] = field(default_factory=dict)
 
@@ -219,10 +220,16 @@ class DistillRequest:
         for option, values in self._options().items():
             layers.append(Layer(option, values))
         if not self.resume:
-            layers.insert(0, Layer("the teacher", _teachers_own(layers)))
+            if any(dict(flatten(layer.values)).get("quantize.precision") is not None for layer in layers):
+                layers.insert(0, Layer("--quantize", _quantizing(layers)))
+            else:
+                layers.insert(0, Layer("the teacher", _teachers_own(layers)))
             if not any("prompts" in layer.values for layer in layers):
                 raise UsageError("there are no prompts to train on", hint="give --prompts FILE")
-        return resolve_config(layers)
+        resolved = resolve_config(layers)
+        if resolved.config.quantize.precision is not None:
+            refuse_unused(resolved.config)
+        return resolved
 
     def arguments(self) -> list[str]:
         """The same request as words of a command line."""
@@ -235,6 +242,8 @@ class DistillRequest:
         for option, number in (("--max-steps", self.max_steps), ("--warm-start", self.warm_start)):
             if number is not None:
                 words += [option, str(number)]
+        if self.quantize is not None:
+            words += ["--quantize", self.quantize]
         return [*words, "--resume"] if self.resume else words
 
     def _options(self) -> dict[str, Mapping[str, Any]]:
@@ -247,13 +256,35 @@ class DistillRequest:
             options["--max-steps"] = {"max_steps": self.max_steps}
         if self.warm_start is not None:
             options["--warm-start"] = {"warm_start": {"steps": self.warm_start}}
+        if self.quantize is not None:
+            options["--quantize"] = {"quantize": {"precision": self.quantize}}
         return options
+
+
+QUANTIZING_STEPS = 300
+"""Optimiser steps of quantisation-aware distillation where none are asked for."""
+
+
+def _quantizing(layers: Sequence[Layer]) -> dict[str, Any]:
+    """Settings that quantisation-aware distillation wants otherwise than a distillation: it is short and gentle."""
+    own = {
+        "max_steps": QUANTIZING_STEPS,
+        "optimizer.learning_rate": 1e-5,
+        "optimizer.decay": "cosine",
+        "checkpoint.every": 100,
+        "validation.every": 100,
+    }
+    return own | ({"prompts": PAPERCUT} if _teacher_of(layers) in EMBEDDED_NAMES else {})
+
+
+def _teacher_of(layers: Sequence[Layer]) -> Any:
+    teachers = [layer.values["teacher"] for layer in layers if "teacher" in layer.values]
+    return teachers[-1] if teachers else None
 
 
 def _teachers_own(layers: Sequence[Layer]) -> dict[str, Any]:
     """Settings that a teacher wants otherwise than Stable Diffusion, whose are the defaults of the config."""
-    teachers = [layer.values["teacher"] for layer in layers if "teacher" in layer.values]
-    if not teachers or teachers[-1] not in (EMBEDDED, EMBEDDED_TEACHER):
+    if _teacher_of(layers) not in (EMBEDDED, EMBEDDED_TEACHER):
         return {}
     return {
         "warm_start.guidance": EMBEDDED_GUIDANCE,

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
+from tiue_cli.base.text import excerpt
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.trt.profiles import load_profiles
 from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import check_replaceable, check_writable
-from tiue_cli.files.exports import EXPORT_MANIFEST, GraphName, Precision, Range, Size, is_export_folder
+from tiue_cli.files.exports import (
+    EXPORT_MANIFEST,
+    GRAPHS,
+    QUANTIZED,
+    GraphName,
+    Precision,
+    Range,
+    Size,
+    is_export_folder,
+)
 from tiue_cli.files.students import STUDENT_MANIFEST
 from tiue_cli.model.folder import ModelInfo, check_model_folder, check_vae_folder
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_TEACHER, resolve_model, resolve_vae
@@ -19,6 +30,25 @@ from tiue_cli.model.lora.files import lora_uses
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)
+FIRST_FLOAT8_OPSET: Final = 19
+"""QuantizeLinear and DequantizeLinear have float8 from here on."""
+
+Part = Literal["text", "unet", "vae"]
+_GRAPHS_OF_PART: Final[Mapping[Part, tuple[GraphName, ...]]] = {
+    "text": ("text_encoder",),
+    "unet": ("unet_encoder", "unet_decoder"),
+    "vae": ("vae_decoder",),
+}
+QUANTIZED_PARTS: Final[Mapping[Precision, tuple[Part, ...]]] = {"int8": ("unet", "vae"), "fp8": ("unet",)}
+"""What 8 bits are for where nobody says: of an autoencoder, float8's three digits would be seen."""
+
+
+def parse_part(text: str) -> Part:
+    """``text``, ``unet`` or ``vae`` as ``--quantize`` is given it. Raises UsageError."""
+    for part in _GRAPHS_OF_PART:
+        if text == part:
+            return part
+    raise UsageError(f"--quantize {excerpt(text)} is no part of a model", hint=f"choose {', '.join(_GRAPHS_OF_PART)}")
 
 
 @dataclass(frozen=True)
@@ -28,8 +58,9 @@ class ExportConfig:
     ``out`` None is ``engines/NAME``. ``sizes`` in pixels (H, W) fix height and width, each with graphs of its own;
     empty leaves them free, or with ``fixed`` takes the student's own size. ``vae`` replaces the student's autoencoder,
     ``loras`` (``SOURCE[:WEIGHT]`` each) are added to its weights first.
-    In 8 bits ``calibration`` is a source of prompts as ``tiue distill --prompts`` takes it (None: papercut's own, for
-    its students), ``calibration_images`` are drawn of them, and ``quantized`` are the graphs it is for.
+    In 8 bits (``int8``, ``fp8``) ``calibration`` is a source of prompts as ``tiue distill --prompts`` takes it (None:
+    papercut's own, for its students), ``calibration_images`` are drawn of them, and ``quantized`` are the parts it is
+    for; empty: what the precision is usually for.
     """
 
     student: str
@@ -44,7 +75,14 @@ class ExportConfig:
     overwrite: bool = False
     calibration: str | None = None
     calibration_images: int = 128
-    quantized: tuple[GraphName, ...] = ("unet_encoder", "unet_decoder", "vae_decoder")
+    quantized: tuple[Part, ...] = ()
+
+    @property
+    def quantized_graphs(self) -> tuple[GraphName, ...]:
+        """The graphs that 8 bits are for, in their order."""
+        parts = self.quantized or QUANTIZED_PARTS.get(self.precision, ())
+        wanted = {graph for part in parts for graph in _GRAPHS_OF_PART[part]}
+        return tuple(name for name in GRAPHS if name in wanted)
 
     @property
     def folder(self) -> Path:
@@ -61,8 +99,14 @@ class ExportConfig:
             raise UsageError(
                 f"opset {self.opset} is outside {OPSETS[0]}–{OPSETS[-1]}", hint="leave --opset out for the usual one"
             )
-        if self.precision != "int8" and self.calibration is not None:
-            raise UsageError("--calibration is for 8-bit exports", hint="add --precision int8, or leave it out")
+        for option, given in (("--calibration", self.calibration is not None), ("--quantize", bool(self.quantized))):
+            if given and self.precision not in QUANTIZED:
+                raise UsageError(f"{option} is for 8-bit exports", hint="add --precision int8 or fp8, or leave it out")
+        if self.precision == "fp8" and self.opset < FIRST_FLOAT8_OPSET:
+            raise UsageError(
+                f"opset {self.opset} has no float8, and --precision says fp8",
+                hint=f"leave --opset out, or give {FIRST_FLOAT8_OPSET} or more",
+            )
         if self.calibration_images < 1:
             raise UsageError("calibration needs at least one image", hint=f"e.g. {ExportConfig.calibration_images}")
         if self.calibration == "-":
@@ -105,7 +149,7 @@ def checked_student(config: ExportConfig) -> ModelInfo:
     if config.vae is not None:
         check_vae_folder(resolve_vae(config.vae))
     lora_uses(config.loras)
-    if config.precision == "int8":
+    if config.precision in QUANTIZED:
         from tiue_cli.distill.data.prompts import read_training_prompts
 
         read_training_prompts(calibration_source(config, info), limit=config.calibration_images)

@@ -31,14 +31,17 @@ GRAPHS: Final = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
 """The graphs of an export, in the order in which an image passes them."""
 
 GraphName = Literal["text_encoder", "unet_encoder", "unet_decoder", "vae_decoder"]
-Precision = Literal["fp16", "fp32", "int8"]
+Precision = Literal["fp16", "fp32", "int8", "fp8"]
+QUANTIZED: Final = ("int8", "fp8")
+"""Precisions of 8 bits: some layers in those, calibrated, and the rest in floats."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
 Size = tuple[_Side, _Side]
 _Count = Annotated[int, Field(ge=1, le=2**20)]
 _Timestep = Annotated[int, Field(ge=0, le=2**20)]
-# No path may lead out of the folder that the manifest lies in.
+# No path may lead out of the folder that the manifest lies in; weights may lie in a folder below it.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")]
 
 _EXPORT_AGAIN = "export the student again: tiue export STUDENT --out FOLDER"
 
@@ -61,7 +64,7 @@ class TensorSpec(_Model):
 class FileSpec(_Model):
     """A file of the folder, with what proves that it is the one that was written."""
 
-    file: FileName
+    file: FilePath
     sha256: Sha256
     size_bytes: int = Field(ge=0, le=2**60)
 
@@ -72,7 +75,7 @@ class GraphSpec(_Model):
     name: GraphName
     size: Size | None = None
     precision: Precision
-    """That of the export, but where a graph was kept in fp32: it leaves float16's range, or 8 bits are not for it."""
+    """That of the export, but where a graph was kept in floats: it leaves float16's range, or 8 bits are not for it."""
     onnx: FileSpec
     data: tuple[FileSpec, ...] = ()
     inputs: tuple[TensorSpec, ...]
@@ -134,7 +137,7 @@ class CombineSpec(_Model):
 
 
 class KeptLayer(_Model):
-    """A layer of an 8-bit graph that computes in fp32, and why; ``relative_error`` is what it alone costs in 8 bits."""
+    """A layer of an 8-bit graph that stays in floats, and why; ``relative_error`` is what it alone costs in 8 bits."""
 
     graph: GraphName
     size: Size | None = None
@@ -148,12 +151,12 @@ class AttributeShare(_Model):
     """Of how many pictures the checker finds one attribute as the captions ask for it."""
 
     name: str
-    int8: float
-    fp32: float
+    quantized: float
+    full: float
 
 
 class Shares(_Model):
-    """Papercut's own proof, over pictures of ``captions``: in 8 bits, and in fp32 beside it.
+    """Papercut's own proof, over pictures of ``captions``: in 8 bits, and before it (``full``).
 
     ``frechet_distance`` is that of the checker's features, an eighth of them as in ``tiue bench``, to those of renders
     of the same captions.
@@ -162,7 +165,7 @@ class Shares(_Model):
     captions: int
     attributes: tuple[AttributeShare, ...]
     frechet_distance: float
-    frechet_distance_fp32: float
+    frechet_distance_full: float
 
 
 class QuantizationSpec(_Model):
@@ -180,7 +183,7 @@ class QuantizationSpec(_Model):
     """Layers with weights in those graphs, kept ones included."""
     kept: tuple[KeptLayer, ...]
     image_psnr_db: float
-    """The worst of the calibration-free pictures against the graphs in fp32."""
+    """The worst of the calibration-free pictures against the graphs before."""
     papercut: Shares | None = None
 
 

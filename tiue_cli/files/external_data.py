@@ -40,10 +40,10 @@ def check_external_data(folder: Path, graph: GraphSpec, *, hint: str) -> None:
     unknown = sorted(named - {file.file for file in graph.data})
     if unknown:
         raise ManifestError(f"{onnx} reads weights from {unknown[0]!r}, which manifest.json does not list", hint=hint)
-    homes = {folder.resolve(), onnx.resolve().parent}
+    homes = folder.resolve(), onnx.resolve().parent
     for name in sorted(named):
         place = folder / name
-        if place.resolve().parent not in homes:
+        if not any(place.resolve().is_relative_to(home) for home in homes):
             real, here = shlex.quote(str(place.resolve())), shlex.quote(str(place))
             raise ManifestError(
                 f"{place} is a link out of its folder, and ONNX Runtime refuses weights behind one",

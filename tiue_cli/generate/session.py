@@ -28,6 +28,7 @@ from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import Plan, PlannedImage, plan_images
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.generate.target import ExportInfo, ModelTarget, open_target
+from tiue_cli.model.folder import ModelInfo
 from tiue_cli.model.hub import EMBEDDED
 
 if TYPE_CHECKING:
@@ -209,6 +210,17 @@ def open_backend(config: GenerateConfig, target: ModelTarget) -> Backend:
     info = target.info
     if isinstance(info, ExportInfo):
         return _open_export(info, target, config)
+    if target.graphs is None:
+        return _open_torch(config, target, info)
+    graphs = _open_export(target.graphs, target, config)
+    if config.backend != "auto":
+        return graphs
+    from tiue_cli.generate.packaged import PackagedBackend
+
+    return PackagedBackend(graphs, lambda: _open_torch(config, target, info))
+
+
+def _open_torch(config: GenerateConfig, target: ModelTarget, info: ModelInfo) -> Backend:
     with full_installation(f"{target.source}, a model folder,"):
         from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
 

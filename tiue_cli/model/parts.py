@@ -9,11 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from tiue_cli.errors import ModelFolderError
-from tiue_cli.files.access import is_folder
+from tiue_cli.files.access import is_file, is_folder
 
 PACKAGED = Path(__file__).resolve().parent.parent / "papercut" / "model"
-"""The models in the package: ``teacher/``, ``student/``, and ``shared/`` with the parts of both."""
-SHARED = "shared"
+"""The models in the package: ``teacher/``, ``student/``, ``shared/`` with parts of both, and the student's graphs."""
+SHARED, STUDENT = "shared", "student"
+GRAPHS = "manifest.json"
+"""Says which graphs the packaged student has."""
 
 
 def part_folder(model: Path, name: str) -> Path:
@@ -22,3 +24,14 @@ def part_folder(model: Path, name: str) -> Path:
     if is_folder(own, error=ModelFolderError) or model.resolve().parent != PACKAGED.resolve():
         return own
     return PACKAGED / SHARED / name
+
+
+def packaged_graphs(model: Path) -> Path | None:
+    """The folder with the graphs of the packaged student, where ``model`` is that one; None for any other.
+
+    An export whose weights are those of ``student/`` and ``shared/``, so it lies above both. Where an installer has put
+    links in place of files there is none: runtimes refuse weights behind a link that leads out of the folder.
+    """
+    if model.resolve() != (PACKAGED / STUDENT).resolve() or not is_file(PACKAGED / GRAPHS, error=ModelFolderError):
+        return None
+    return None if (PACKAGED / GRAPHS).is_symlink() else PACKAGED

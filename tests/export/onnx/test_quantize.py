@@ -16,14 +16,22 @@ from tiny_export import write_tiny_export
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.cli.app import main
 from tiue_cli.errors import ParityError, PromptError
-from tiue_cli.export.onnx import quantized_export
-from tiue_cli.export.onnx.quantize import calibrate, quantize_graph, sensitive, structural_layers
+from tiue_cli.export.onnx import quantize, quantized_export
+from tiue_cli.export.onnx.quantize import (
+    Calibration,
+    calibrate,
+    products_of_activations,
+    quantize_graph,
+    structural_layers,
+)
 from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
-from tiue_cli.export.onnx.sensitivity import GATES, LayerError, gated_layers, layer_errors
+from tiue_cli.export.onnx.sensitivity import GATES, gated_layers, layer_errors
+from tiue_cli.export.onnx.trace import file_spec
 from tiue_cli.export.tolerance import psnr_db
-from tiue_cli.files.exports import AttributeShare, GraphName, Shares, read_export_manifest
+from tiue_cli.files.exports import AttributeShare, GraphName, GraphSpec, Shares, read_export_manifest
 from tiue_cli.model.hub import EMBEDDED, resolve_model
 from tiue_cli.model.noise import draw_noise
+from tiue_cli.model.quantization import LayerError, sensitive
 
 PROMPTS = ["a red heart", "a blue house", "a yellow star at night", "a heart above a star"]
 UNET: tuple[GraphName, ...] = ("unet_encoder", "unet_decoder")
@@ -142,6 +150,43 @@ def test_first_last_and_time_stay_in_fp32() -> None:
     }
 
 
+def test_products_of_two_activations_stay_in_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in attention: of the graph's two products the one with weights is rounded, on both sides of it."""
+    random = np.random.default_rng(0)
+    nodes = [
+        helper.make_node("MatMul", ["noise", "w"], ["keys"], name="projection"),
+        helper.make_node("Transpose", ["keys"], ["turned"], perm=[0, 2, 1]),
+        helper.make_node("Tanh", ["noise"], ["queries"]),
+        helper.make_node("MatMul", ["queries", "turned"], ["logits"], name="attention"),
+        helper.make_node("Softmax", ["logits"], ["mid"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("noise", TensorProto.FLOAT, ["batch", 8, 4])],
+        [helper.make_tensor_value_info("mid", TensorProto.FLOAT, ["batch", 8, 8])],
+        [numpy_helper.from_array(random.standard_normal((4, 4)).astype(np.float32), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    assert products_of_activations(model) == ["attention"]
+    export, records, scratch = (tmp_path / name for name in ("export", "records", "scratch"))
+    for folder in (export, records, scratch):
+        folder.mkdir()
+    onnx.save(model, export / "unet_encoder.onnx")
+    np.savez(records / "unet_encoder.onnx.000000.npz", noise=random.standard_normal((2, 8, 4)).astype(np.float32))
+    spec = GraphSpec(
+        name="unet_encoder", precision="fp32", onnx=file_spec(export / "unet_encoder.onnx"), inputs=(), outputs=()
+    )
+    monkeypatch.setattr(quantize, "sensitive", lambda errors, more: [])  # a single layer is all of the error
+    _, kept, layers = quantize_graph(export, spec, Calibration(records), scratch)
+    assert (layers, kept) == (1, ())
+    made = onnx.load(export / "unet_encoder.onnx").graph
+    producers = {name: node.op_type for node in made.node for name in node.output}
+    inputs = {node.name: [producers.get(name) for name in node.input] for node in made.node}
+    assert inputs["projection"] == ["DequantizeLinear", "DequantizeLinear"]
+    assert inputs["attention"] == ["Tanh", "Transpose"]
+
+
 # --- a folder ------------------------------------------------------------------------------------------------------
 
 
@@ -193,9 +238,9 @@ def test_a_folder_in_8_bits_draws_what_fp32_draws(tiny: Path, tmp_path: Path) ->
     # What a session keeps by: a manifest with all of its parts can be hashed.
     shares = Shares(
         captions=1,
-        attributes=(AttributeShare(name="objects", int8=1, fp32=1),),
+        attributes=(AttributeShare(name="objects", quantized=1, full=1),),
         frechet_distance=1,
-        frechet_distance_fp32=1,
+        frechet_distance_full=1,
     )
     full = manifest.model_copy(update={"quantization": record.model_copy(update={"papercut": shares})})
     assert isinstance(hash(full), int)
@@ -246,8 +291,8 @@ def test_papercut_in_8_bits() -> None:
     assert record.calibration_images == 128 and record.image_psnr_db >= 25 and parity.image_psnr_db >= 25
     shares = {share.name: share for share in record.papercut.attributes}
     for name in ("background", "objects", "colors", "relation"):
-        assert shares[name].int8 >= 0.99 * shares[name].fp32
-    assert record.papercut.frechet_distance <= 1.15 * record.papercut.frechet_distance_fp32
+        assert shares[name].quantized >= 0.99 * shares[name].full
+    assert record.papercut.frechet_distance <= 1.15 * record.papercut.frechet_distance_full
     full = read_export_manifest(exported(resolve_model(EMBEDDED)))
     small, large = (sum(graph.size_bytes for graph in one.graphs[1:]) for one in (manifest, full))
     assert small < large / 2

@@ -63,6 +63,18 @@ def test_papercuts_graphs_in_8_bits_compile() -> None:
 
 
 @pytest.mark.slow
+def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path: Path) -> None:
+    student = build_small_student(tiny_student_folder, tmp_path / "student")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red star\na blue house\n")
+    folder = exported(student, precision="fp8", calibration=str(prompts), calibration_images=8, sizes=((16, 12),))
+    built = compiled(folder)
+    assert [one["graph"] for one in built] == [graph.onnx.file for graph in read_export_manifest(folder).graphs]
+    for one in built:
+        assert one["profiles"] == 2 and one["layers"] > 0 and one["plan_bytes"] > 10_000
+
+
+@pytest.mark.slow
 def test_every_fp16_graph_with_attention_as_one_operator_compiles(tiny_student_folder: Path, tmp_path: Path) -> None:
     student = build_small_student(tiny_student_folder, tmp_path / "student")
     folder = exported(student, precision="fp16", sizes=((16, 12),), opset=23)

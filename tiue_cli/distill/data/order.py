@@ -24,6 +24,7 @@ class Stream(IntEnum):
     PAIR_NOISE = 6
     PAIR_ORDER = 7
     STUDENT_WEIGHTS = 8
+    CALIBRATION = 9
 
 
 def generator(seed: int, stream: Stream, *, step: int = 0, micro: int = 0, process: int = 0) -> np.random.Generator:

@@ -53,6 +53,7 @@ from tiue_cli.files.exports import (
     ENGINE_MANIFEST,
     EXPORT_MANIFEST,
     GRAPHS,
+    QUANTIZED,
     TOKENIZER,
     CombineSpec,
     ExportManifest,
@@ -183,7 +184,7 @@ class _Job:
             self.timings.append(GraphTiming(trace.name, trace.size, traced - begun, time.perf_counter() - traced))
             graphs.append(graph)
         manifest = self._manifest(name, tokenizer, graphs)
-        if self._config.precision == "int8":
+        if self._config.precision in QUANTIZED:
             manifest, outputs = self._in_8_bits(manifest, references)
         # The images run through the folder as a user would run it, so it needs a manifest first.
         write_json(self._folder / EXPORT_MANIFEST, manifest)
@@ -199,10 +200,14 @@ class _Job:
     ) -> tuple[ExportManifest, list[OutputParity]]:
         """The manifest with its graphs in 8 bits, and how far their outputs are from torch's."""
         config = self._config
+        assert config.precision in ("int8", "fp8")
         request = QuantizeRequest(
-            calibration_source(config, self._info), images=config.calibration_images, graphs=config.quantized
+            calibration_source(config, self._info),
+            images=config.calibration_images,
+            graphs=config.quantized_graphs,
+            kind=config.precision,
         )
-        full = manifest.model_copy(update={"precision": "fp32"})
+        full = manifest.model_copy(update={"precision": self._full_precision})
         graphs, record = quantize_export(self._folder, full, request, say=self._say)
         outputs: list[OutputParity] = []
         if config.check:
@@ -218,8 +223,9 @@ class _Job:
 
     @property
     def _full_precision(self) -> Precision:
-        """What graphs are traced in: 8 bits are made of fp32."""
-        return "fp32" if self._config.precision == "int8" else self._config.precision
+        """What graphs are traced in: int8 is made of fp32, and float8, which GPUs have, of fp16."""
+        made_of: dict[Precision, Precision] = {"int8": "fp32", "fp8": "fp16"}
+        return made_of.get(self._config.precision, self._config.precision)
 
     @property
     def _steps(self) -> int:
@@ -230,8 +236,9 @@ class _Job:
         if self._stage is not None:
             graphs = 1 + 3 * len(self._latents)
             total = 2 * graphs + 2 if self._config.check else graphs
-            if self._config.precision == "int8":
-                quantized = sum(1 if name == "text_encoder" else len(self._latents) for name in self._config.quantized)
+            if self._config.precision in QUANTIZED:
+                names = self._config.quantized_graphs
+                quantized = sum(1 if name == "text_encoder" else len(self._latents) for name in names)
                 total += quantized + 3 + self._config.check
             # Where 8 bits need several tries there are more stages than that.
             self._stage(what, self._number, max(total, self._number))
@@ -293,7 +300,7 @@ class _Job:
             prompts=tuple(check_prompts(max(case.batch for case, _ in images))),
             image_psnr_db=check_images(self._folder, images),
             required_psnr_db=REQUIRED_PSNR_DB[self._config.precision],
-            runtimes=check_openvino(self._folder, images),
+            runtimes=() if self._config.precision == "fp8" else check_openvino(self._folder, images),
         )
 
     def _manifest(self, name: str, tokenizer: FileSpec, graphs: Sequence[GraphSpec]) -> ExportManifest:

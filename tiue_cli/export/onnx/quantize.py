@@ -1,46 +1,45 @@
-"""8-bit graphs: ranges from the student's own features, standard Q/DQ ONNX, and what is sensitive left in fp32.
+"""8-bit graphs: ranges from the student's own features, standard Q/DQ ONNX, and what is sensitive left in floats.
 
-    graphs in fp32 ─ prompts, noise ─▶ inputs of each graph ─▶ ranges ─▶ Q/DQ graph ─ sweep ─▶ kept layers ─▶ Q/DQ graph
+    graphs in floats ─ prompts, noise ─▶ inputs of each graph ─▶ ranges ─▶ Q/DQ graph ─ sweep ─▶ layers kept ─▶ again
 
 The quantiser is ONNX Runtime's. Weights are int8 a channel, activations int8 a tensor, both symmetric, and biases stay
 in fp32: what ONNX Runtime, OpenVINO and TensorRT (explicit quantisation) all take. Products of two activations, as in
-attention, norms and the weighted sum are not quantised.
+attention, norms and the weighted sum are not quantised. In float8, for TensorRT on Hopper and Ada, the rest is in fp16.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
 
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.errors import MissingDependencyError
-from tiue_cli.export.onnx.sensitivity import LayerError, gated_layers, layer_errors
+from tiue_cli.export.onnx.float8 import as_float8
+from tiue_cli.export.onnx.sensitivity import gated_layers, layer_errors
 from tiue_cli.export.onnx.trace import INLINE_BYTES, file_spec
 from tiue_cli.files.exports import GraphName, GraphSpec, KeptLayer
 from tiue_cli.model.noise import draw_noise
+from tiue_cli.model.quantization import LayerError, sensitive
 
 LAYERS: Final = ("Conv", "Gemm", "MatMul")
 """Operators with weights: what is computed in 8 bits."""
 CALIBRATION_BATCH: Final = 4
 CALIBRATION_SEED: Final = 2**32
 """Noise of the first calibration image; far from the seeds that checks draw with."""
-SENSITIVE_SHARE: Final = 0.1
-"""A layer that alone makes this share of all layers' squared error stays in fp32, where there are many."""
-SENSITIVE_TIMES, LARGEST_SHARE = 5, 0.5
-"""Where there are few: so many times the mean layer's share, but half of the whole at most."""
 SWEEP_ROWS: Final = 1
 """Calibration batches that the sweep measures on."""
 
-StageFn = Callable[[str], None]
+Kind = Literal["int8", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Calibration:
 
 
 def calibrate(export: Path, prompts: Sequence[str], images: int, folder: Path) -> Calibration:
-    """Draw ``images`` of ``prompts`` with the graphs in fp32 and record in ``folder`` what each graph is fed.
+    """Draw ``images`` of ``prompts`` with the graphs in floats and record in ``folder`` what each graph is fed.
 
     Every fixed size and the largest K get their share; on disk, because a UNet's features do not fit in memory.
     """
@@ -94,23 +93,31 @@ class _Recorder(OnnxBackend):
 
 
 def quantize_graph(
-    export: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, more: int = 0
+    export: Path,
+    graph: GraphSpec,
+    calibration: Calibration,
+    scratch: Path,
+    *,
+    kind: Kind = "int8",
+    more: int = 0,
 ) -> tuple[GraphSpec, tuple[KeptLayer, ...], int]:
-    """Replace one graph in the folder ``export`` by its 8-bit form; returns it, what stayed in fp32, and of how many.
+    """Replace one graph in the folder ``export`` by its 8-bit form; returns it, what stayed in floats, and of how many.
 
-    ``more`` keeps so many of the next most sensitive layers as well. ``scratch`` holds the graph in fp32 and the ranges
-    between calls. Raises MissingDependencyError for an ONNX Runtime that cannot.
+    ``more`` keeps so many of the next most sensitive layers as well. ``scratch`` holds the graph in floats and the
+    ranges between calls. Raises MissingDependencyError for an ONNX Runtime that cannot.
     """
     source = _kept_source(export, graph, scratch)
     model = onnx.load(source)
     structural = structural_layers(model, graph.name)
-    whole = _quantized(source, graph, calibration, scratch, exclude=sorted(structural))
+    products = products_of_activations(model)
+    quantized = functools.partial(_quantized, source, graph, calibration, scratch, kind=kind)
+    whole = quantized(exclude=sorted({*structural, *products}))
     errors = _swept(model, whole, graph, calibration, scratch)
     kept = structural | {error.layer: "sensitive" for error in sensitive(errors, more=more)}
     if set(kept) != set(structural):
-        whole = _quantized(source, graph, calibration, scratch, exclude=sorted(kept))
+        whole = quantized(exclude=sorted({*kept, *products}))
     found = {error.layer: error.relative_error for error in errors}
-    spec = _write(whole, export, graph)
+    spec = _write(whole, export, graph, kind=kind)
     layers = tuple(
         KeptLayer.model_validate(
             {
@@ -135,6 +142,15 @@ def weighted_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     return [
         node for node in model.graph.node if node.op_type in LAYERS and len(node.input) > 1 and node.input[1] in weights
     ]
+
+
+def products_of_activations(model: onnx.ModelProto) -> list[str]:
+    """Names of the products of two activations, as attention has them: they stay in floats.
+
+    ONNX Runtime's quantiser leaves them out of its own operators only; its Q/DQ form takes every MatMul (1.31).
+    """
+    weighted = {node.name for node in weighted_layers(model)}
+    return [node.name for node in model.graph.node if node.op_type in LAYERS and node.name not in weighted]
 
 
 def structural_layers(model: onnx.ModelProto, graph: GraphName) -> dict[str, str]:
@@ -167,15 +183,6 @@ def structural_layers(model: onnx.ModelProto, graph: GraphName) -> dict[str, str
     return kept
 
 
-def sensitive(errors: Sequence[LayerError], *, more: int = 0) -> list[LayerError]:
-    """Those of ``errors`` that stand out, and the ``more`` next worst ones."""
-    total = sum(error.relative_error**2 for error in errors)
-    ranked = sorted(errors, key=lambda error: error.relative_error, reverse=True)
-    share = max(SENSITIVE_SHARE, min(LARGEST_SHARE, SENSITIVE_TIMES / max(len(errors), 1)))
-    outstanding = [error for error in ranked if error.relative_error**2 > share * total]
-    return ranked[: len(outstanding) + more]
-
-
 def _swept(
     model: onnx.ModelProto, whole: onnx.ModelProto, graph: GraphSpec, calibration: Calibration, scratch: Path
 ) -> list[LayerError]:
@@ -195,7 +202,7 @@ def _swept(
 
 
 def _quantized(
-    source: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, exclude: Sequence[str]
+    source: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, kind: Kind, exclude: Sequence[str]
 ) -> onnx.ModelProto:
     """The graph with Q/DQ around every layer but ``exclude``; ranges are measured once and kept in ``scratch``."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
@@ -225,12 +232,14 @@ def _quantized(
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
-                "MatMulConstBOnly": True,
                 "QuantizeBias": False,
                 "QDQOpTypePerChannelSupportToAxis": {"MatMul": 1},
+                # Three digits of a float8 would cost more on the way out than they save.
+                "OpTypesToExcludeOutputQuantization": list(LAYERS) if kind == "fp8" else [],
             },
         )
-    return onnx.load(out)
+    made = onnx.load(out)
+    return as_float8(made, onnx.load(source)) if kind == "fp8" else made
 
 
 class _Reader:
@@ -266,7 +275,7 @@ def _quiet_root() -> Iterator[None]:
 
 
 def _kept_source(export: Path, graph: GraphSpec, scratch: Path) -> Path:
-    """The graph in fp32, moved out of the folder at the first call: its 8-bit form takes the names."""
+    """The graph in floats, moved out of the folder at the first call: its 8-bit form takes the names."""
     path = scratch / graph.onnx.file
     if not path.exists():
         for spec in (graph.onnx, *graph.data):
@@ -276,8 +285,8 @@ def _kept_source(export: Path, graph: GraphSpec, scratch: Path) -> Path:
     return path
 
 
-def _write(model: onnx.ModelProto, export: Path, graph: GraphSpec) -> GraphSpec:
-    """Write an 8-bit graph under the name of its fp32 form; the same model gives the same bytes."""
+def _write(model: onnx.ModelProto, export: Path, graph: GraphSpec, *, kind: Kind) -> GraphSpec:
+    """Write an 8-bit graph under the name of its form in floats; the same model gives the same bytes."""
     path = export / graph.onnx.file
     data = path.with_name(f"{path.name}.data")
     for stale in (path, data):
@@ -287,7 +296,7 @@ def _write(model: onnx.ModelProto, export: Path, graph: GraphSpec) -> GraphSpec:
     onnx.save(model, path, save_as_external_data=True, location=data.name, size_threshold=INLINE_BYTES)
     return graph.model_copy(
         update={
-            "precision": "int8",
+            "precision": kind,
             "onnx": file_spec(path),
             "data": (file_spec(data),) if data.exists() else (),
         }

@@ -1,15 +1,15 @@
-"""An export in fp32 becomes one in 8 bits that proves itself: against its own pictures in fp32, and papercut's checker.
+"""An export in floats becomes one in 8 bits that proves itself: against its own pictures, and papercut's checker.
 
-pictures in fp32 ─ calibrate ─▶ quantise each graph ─▶ the same pictures in 8 bits ─ near enough? ─▶ record
+pictures in floats ─ calibrate ─▶ quantise each graph ─▶ the same pictures in 8 bits ─ near enough? ─▶ record
                                      ▲                                                │ no
-                                     └───────────── keep more layers in fp32 ◀────────┘
+                                     └───────────── keep more layers in floats ◀──────┘
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -22,7 +22,7 @@ from tiue_cli.base.moments import gaussian_distance
 from tiue_cli.distill.data.prompts import read_training_prompts
 from tiue_cli.errors import ParityError
 from tiue_cli.export.onnx.parity import PROVIDER
-from tiue_cli.export.onnx.quantize import calibrate, quantize_graph
+from tiue_cli.export.onnx.quantize import Kind, calibrate, quantize_graph
 from tiue_cli.export.tolerance import REQUIRED_PSNR_DB, psnr_db
 from tiue_cli.files.exports import (
     EXPORT_MANIFEST,
@@ -42,14 +42,25 @@ from tiue_cli.papercut.evaluation import balanced_specs, prompt_following, shipp
 from tiue_cli.papercut.scenes import render
 
 PICTURES: Final = 8
-"""Pictures that are compared with fp32's; of large models two."""
+"""Pictures that are compared with those before; of large models two."""
 CAPTIONS: Final = 512
 MORE_LAYERS: Final = (0, 4, 12, 28)
-"""How many layers beyond those that stand out stay in fp32, in turn, until the pictures hold."""
-SHARES_OF_FP32: Final = 0.99
-"""Each attribute that papercut's checker reads must be right in this share of fp32's cases at least."""
-DISTANCE_OF_FP32: Final = 1.15
-"""The Fréchet distance may be this much of fp32's at most."""
+"""How many layers beyond those that stand out stay in floats, in turn, until the pictures hold."""
+SHARES_OF_FULL: Final = 0.99
+"""Each attribute that papercut's checker reads must be right in this share of the cases before at least."""
+DISTANCE_OF_FULL: Final = 1.15
+"""The Fréchet distance may be this much of that before at most."""
+_SCHEMES: Final[Mapping[Kind, tuple[str, str]]] = {
+    "int8": (
+        "int8, symmetric, a scale a channel, 7 bits used",
+        "int8, symmetric, a scale a tensor, from minimum and maximum",
+    ),
+    "fp8": (
+        "float8 E4M3, a scale a tensor, from the largest magnitude",
+        "float8 E4M3, a scale a tensor, from minimum and maximum; inputs of layers only",
+    ),
+}
+"""Weights and activations, in words."""
 _RENDER_SEED: Final = 7_000_000
 _BATCH: Final = 16
 _FEATURE_SCALE: Final = 8.0  # the unit of the distances that tiue bench reports
@@ -63,6 +74,7 @@ class QuantizeRequest:
     calibration: str
     images: int
     graphs: tuple[GraphName, ...]
+    kind: Kind = "int8"
 
 
 def quantize_export(
@@ -70,13 +82,14 @@ def quantize_export(
 ) -> tuple[tuple[GraphSpec, ...], QuantizationSpec]:
     """Bring the graphs of ``request`` in ``folder`` to 8 bits; returns all graphs, and how it was done.
 
-    ``manifest`` is that of the folder in fp32. Raises PromptError for the prompts, ParityError where the pictures are
-    too far from fp32's, MissingDependencyError.
+    ``manifest`` is that of the folder in floats. Raises PromptError for the prompts, ParityError where the pictures are
+    too far from those, MissingDependencyError.
     """
+    kind, before = request.kind, manifest.precision
     prompts = read_training_prompts(request.calibration, limit=request.images).prompts
     papercut = manifest.student.teacher == EMBEDDED_TEACHER
     write_json(folder / EXPORT_MANIFEST, manifest)
-    say("pictures in fp32")
+    say(f"pictures in {before}")
     pictures = _pictures(folder, prompts, count=PICTURES if papercut else 2)
     drawn = _papercut_pictures(folder) if papercut else None
     # Inside the folder that is being written, so that a kill leaves one thing to remove.
@@ -88,26 +101,29 @@ def quantize_export(
                 folder,
                 manifest,
                 request.graphs,
-                functools.partial(quantize_graph, folder, calibration=calibration, scratch=Path(scratch), more=more),
+                functools.partial(
+                    quantize_graph, folder, calibration=calibration, scratch=Path(scratch), kind=kind, more=more
+                ),
                 say,
             )
-            changed = manifest.model_copy(update={"graphs": graphs, "precision": "int8"})
+            changed = manifest.model_copy(update={"graphs": graphs, "precision": kind})
             write_json(folder / EXPORT_MANIFEST, changed)
-            say("pictures in 8 bits")
+            say(f"pictures in {kind}")
             worst = min(map(psnr_db, _pictures(folder, prompts, count=len(pictures)), pictures))
-            if worst >= REQUIRED_PSNR_DB["int8"]:
+            if worst >= REQUIRED_PSNR_DB[kind]:
                 break
         else:
             raise ParityError(
-                f"a picture in 8 bits is {worst:.1f} dB from fp32's, and {REQUIRED_PSNR_DB['int8']:.0f} are needed,"
-                f" with {len(kept)} of {layers} layers in fp32",
+                f"a picture in {kind} is {worst:.1f} dB from {before}'s, and {REQUIRED_PSNR_DB[kind]:.0f} are needed,"
+                f" with {len(kept)} of {layers} layers in {before}",
                 hint=_HINT,
             )
-    shares = None if drawn is None else _shares(drawn, _papercut_pictures(folder))
+    shares = None if drawn is None else _shares(drawn, _papercut_pictures(folder), kind=kind)
+    weights, activations = _SCHEMES[kind]
     return graphs, QuantizationSpec(
         quantizer=f"ONNX Runtime {onnxruntime.__version__}, quantize_static",
-        weights="int8, symmetric, a scale a channel, 7 bits used",
-        activations="int8, symmetric, a scale a tensor, from minimum and maximum",
+        weights=weights,
+        activations=activations,
         calibration_images=request.images,
         calibration_prompts=len(prompts),
         calibration_source=request.calibration,
@@ -173,7 +189,7 @@ def _papercut_pictures(folder: Path) -> np.ndarray:
         )
 
 
-def _shares(fp32: np.ndarray, int8: np.ndarray) -> Shares:
+def _shares(before: np.ndarray, after: np.ndarray, *, kind: Kind) -> Shares:
     """The checker's shares and the Fréchet distances of both. Raises ParityError where 8 bits cost too much."""
     specs = balanced_specs(CAPTIONS)
     renders = embed(shipped_checker(), render(specs, _RENDER_SEED)).astype(np.float64) / _FEATURE_SCALE
@@ -184,24 +200,24 @@ def _shares(fp32: np.ndarray, int8: np.ndarray) -> Shares:
             features.mean(0), np.cov(features, rowvar=False), renders.mean(0), np.cov(renders, rowvar=False)
         )
 
-    found, full = prompt_following(int8, specs), prompt_following(fp32, specs)
+    found, full = prompt_following(after, specs), prompt_following(before, specs)
     shares = Shares(
         captions=CAPTIONS,
-        attributes=tuple(AttributeShare(name=name, int8=found[name], fp32=full[name]) for name in full),
-        frechet_distance=distance(int8),
-        frechet_distance_fp32=distance(fp32),
+        attributes=tuple(AttributeShare(name=name, quantized=found[name], full=full[name]) for name in full),
+        frechet_distance=distance(after),
+        frechet_distance_full=distance(before),
     )
     for name in ("background", "objects", "colors", "relation"):
-        if found[name] < (wanted := SHARES_OF_FP32 * full[name]):
+        if found[name] < (wanted := SHARES_OF_FULL * full[name]):
             raise ParityError(
-                f"in 8 bits papercut's checker finds {name} right in {found[name]:.3f} of {CAPTIONS} pictures, and"
+                f"in {kind} papercut's checker finds {name} right in {found[name]:.3f} of {CAPTIONS} pictures, and"
                 f" {wanted:.3f} are needed",
                 hint=_HINT,
             )
-    if shares.frechet_distance > DISTANCE_OF_FP32 * shares.frechet_distance_fp32:
+    if shares.frechet_distance > DISTANCE_OF_FULL * shares.frechet_distance_full:
         raise ParityError(
-            f"in 8 bits the Fréchet distance is {shares.frechet_distance:.2f}, and {DISTANCE_OF_FP32} times fp32's"
-            f" {shares.frechet_distance_fp32:.2f} are allowed",
+            f"in {kind} the Fréchet distance is {shares.frechet_distance:.2f}, and {DISTANCE_OF_FULL} times the"
+            f" {shares.frechet_distance_full:.2f} before it are allowed",
             hint=_HINT,
         )
     return shares

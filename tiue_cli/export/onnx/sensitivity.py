@@ -7,23 +7,16 @@ session and as many runs as there are layers, where a graph a layer would have t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tiue_cli.model.quantization import LayerError
+
 GATES = "tiue_gates"
 """Input of the gated graph: one bool a layer, whether it is in 8 bits."""
-
-
-@dataclass(frozen=True)
-class LayerError:
-    """Relative error (norm of the difference over the norm) of a graph's outputs with this layer alone in 8 bits."""
-
-    layer: str
-    relative_error: float
 
 
 def gated_layers(model: onnx.ModelProto, quantized: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[str, ...]]:

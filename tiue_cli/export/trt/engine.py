@@ -19,7 +19,7 @@ from typing import Any, Final
 from tiue_cli import __version__
 from tiue_cli.backends.cuda import memory_bytes
 from tiue_cli.backends.trt_device import current_device, device_difference, engine_name
-from tiue_cli.errors import ManifestError, OutputError, UsageError
+from tiue_cli.errors import DeviceError, ManifestError, OutputError, UsageError
 from tiue_cli.export.config import EngineConfig
 from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file, workspace_bytes
 from tiue_cli.export.trt.parity import Reference, check_engine_images, check_plans, engine_parity, plan_cases
@@ -83,6 +83,7 @@ def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> E
     started = time.perf_counter()
     device = current_device()
     manifest = read_export_manifest(config.export)
+    _check_float8(manifest, device)
     profiles = engine_profiles(config, manifest)
     folder = config.export / engine_name(device, manifest.precision)
     with terminated_as_interrupt(), build_lock(folder, waiting=_waiting(stage)):
@@ -95,6 +96,20 @@ def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> E
         with atomic_folder(folder, overwrite=True, marker=ENGINE_MANIFEST) as temporary:
             engine = _Job(config, manifest, profiles, device, temporary, stage).run()
     return EngineResult(folder, engine, time.perf_counter() - started, reused=False, notes=engine.notes)
+
+
+FLOAT8_CAPABILITY: Final = (8, 9)
+"""Ada; Hopper is 9.0."""
+
+
+def _check_float8(manifest: ExportManifest, device: EngineDevice) -> None:
+    """Raise DeviceError for float8 on a GPU that has none: the builder would say so minutes later, in its own words."""
+    found = tuple(int(number) for number in device.compute_capability.split("."))
+    if manifest.precision == "fp8" and found < FLOAT8_CAPABILITY:
+        raise DeviceError(
+            f"{device.gpu} has compute capability {device.compute_capability}, and fp8 needs 8.9 (Ada) or more",
+            hint=f"export in 8 bits that it has: tiue export {manifest.student.source} --precision int8 --trt",
+        )
 
 
 def engine_profiles(config: EngineConfig, manifest: ExportManifest) -> tuple[ProfileSpec, ...]:

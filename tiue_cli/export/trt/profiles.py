@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field
 from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.errors import ProfileError, UsageError
 from tiue_cli.files.access import read_bytes
-from tiue_cli.files.exports import ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
+from tiue_cli.files.exports import QUANTIZED, ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
 from tiue_cli.files.structured import parse_toml
 
 DEFAULT_BATCHES: Final = ((1, 1, 1), (1, 4, 16))
@@ -210,7 +210,8 @@ def _steps_range(manifest: ExportManifest) -> Range:
 
 
 def _check_model(profiles: ProfileSet, manifest: ExportManifest) -> None:
-    if profiles.precision is not None and profiles.precision != manifest.precision:
+    # A profile's precision is what its export is made in where nobody says; 8 bits are always said.
+    if profiles.precision not in (None, manifest.precision) and manifest.precision not in QUANTIZED:
         raise ProfileError(
             f"profile {profiles.name} is for {profiles.precision}, and the export is in {manifest.precision}",
             hint=f"export again with --precision {profiles.precision}, or use --batch instead of --profile",
