@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from exports import build_small_student, exported
 from PIL import Image
+from tiny_export import write_tiny_export
 
 from tiue_cli.cli.app import main
 
@@ -26,13 +27,15 @@ def code_block(page: str, name: str) -> str:
     return found[0]
 
 
-@pytest.fixture(scope="module")
-def workplace(tiny_student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``engines/papercut``: not papercut itself, which takes minutes to export, but as good an export."""
-    folder = tmp_path_factory.mktemp("deploy")
-    student = build_small_student(tiny_student_folder, folder / "student")
-    shutil.copytree(exported(student), folder / "engines" / "papercut")
-    return folder
+@pytest.fixture(params=["by hand", pytest.param("traced", marks=pytest.mark.slow)])
+def workplace(request: pytest.FixtureRequest, tiny_student_folder: Path, tmp_path: Path) -> Path:
+    """A folder with ``engines/papercut``: not papercut itself, but as good an export."""
+    engine = tmp_path / "engines" / "papercut"
+    if request.param == "by hand":
+        write_tiny_export(engine, precision="fp32")
+    else:
+        shutil.copytree(exported(build_small_student(tiny_student_folder, tmp_path / "student")), engine)
+    return tmp_path
 
 
 def test_the_four_graphs_by_hand_draw_what_tiue_draws(workplace: Path) -> None:
