@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,29 @@ if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
 
 MOST_WORKERS = 4
 """A worker takes one to two gigabytes of memory."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-group",
+        action="store_true",
+        help="run all marked groups in place of the unmarked tests; what skips itself or has no test fails",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.every_group:
+        from every_group import GROUPS, EveryGroup
+
+        config.option.markexpr = " or ".join(GROUPS)
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            config.pluginmanager.register(EveryGroup())
+
+
+def pytest_collection_finish() -> None:
+    """Libraries' objects live as long as the run: without this, each of the many collections would look at them all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

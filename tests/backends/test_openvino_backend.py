@@ -18,6 +18,7 @@ from tiue_cli.errors import DeviceError
 from tiue_cli.model.hub import EMBEDDED, resolve_model
 from tiue_cli.model.noise import draw_noise
 
+pytestmark = pytest.mark.openvino
 pytest.importorskip("openvino", reason="OpenVINO is not installed: pip install 'tiue[openvino]'")
 
 PROMPTS = ["a red star above a blue house", "a heart", "a blue house at night"]
@@ -118,7 +119,6 @@ def test_a_run_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
     assert "openvino on cpu in fp32" in done.stdout
 
 
-@pytest.mark.openvino
 def test_papercut_in_openvino_is_papercut_in_torch() -> None:
     """A real student: pictures of seeds within a level of torch's, and the export's own check says so."""
     from tiue_cli.model.student import load_student

@@ -314,7 +314,7 @@ def test_an_interrupted_run_stops_what_would_follow_it(
     )
     log = tmp_path / "run" / "log.jsonl"
     while process.poll() is None and not log.exists():
-        pass
+        time.sleep(0.01)
     process.send_signal(getattr(signal, number))
     _, err = process.communicate(timeout=60)
     assert process.returncode == status, err

@@ -213,13 +213,13 @@ def test_under_load_whoever_shares_a_batch_changes_nothing(tiny_export: Path, tm
     assert 'tiue_model_info{backend="onnx",k="4",model="tiny",precision="fp32"}' in figures
 
 
-@pytest.mark.load  # papercut is exported for it: half a minute on two quiet cores
+@pytest.mark.load  # papercut's export under load
 def test_papercut_in_onnx_runtime_has_the_very_pixels_of_generate_under_load(tmp_path: Path) -> None:
     from exports import exported
 
     from tiue_cli.model.hub import EMBEDDED, resolve_model
 
-    export = exported(resolve_model(EMBEDDED), check=False)
+    export = exported(resolve_model(EMBEDDED))
     asked = [(f"a {color} {thing}", seed, 4) for seed, (color, thing) in enumerate(THINGS * 4)]
     with running_server(export) as server:
         answers = asyncio.run(ask_all(server.url, asked))

@@ -21,10 +21,13 @@ from tiue_cli.model.hub import EMBEDDED, resolve_model
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("tensorrt_rtx_libs", "tensorrt_rtx_bindings")
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(package) is None for package in PACKAGES),
-    reason="TensorRT-RTX is not installed: python -m pip install -e '.[rtx-check]'",
-)
+pytestmark = [
+    pytest.mark.rtx,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(package) is None for package in PACKAGES),
+        reason="TensorRT-RTX is not installed: python -m pip install -e '.[rtx-check]'",
+    ),
+]
 
 
 def python(*arguments: str) -> str:
@@ -41,7 +44,6 @@ def compiled(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in out.splitlines()]
 
 
-@pytest.mark.slow
 def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
     student = resolve_model(EMBEDDED)
     folder = exported(student, precision="fp16", sizes=(check_model_folder(student).image_size,))
@@ -51,18 +53,15 @@ def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
         assert one["profiles"] == 2 and one["layers"] > 20 and one["plan_bytes"] > 1_000_000
 
 
-@pytest.mark.slow
 def test_papercuts_graphs_in_8_bits_compile() -> None:
-    student = resolve_model(EMBEDDED)
-    sizes = (check_model_folder(student).image_size,)
-    folder = exported(student, precision="int8", calibration="papercut", calibration_images=16, sizes=sizes)
+    # The very export of ``test_papercut_in_8_bits``: it is made once.
+    folder = exported(resolve_model(EMBEDDED), precision="int8", calibration="papercut")
     built = compiled(folder)
     assert [one["graph"] for one in built] == [f"{name}.onnx" for name in GRAPHS]
     for one in built:
         assert one["profiles"] == 2 and one["layers"] > 10 and one["plan_bytes"] > 100_000
 
 
-@pytest.mark.slow
 def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path: Path) -> None:
     student = build_small_student(tiny_student_folder, tmp_path / "student")
     prompts = tmp_path / "prompts.txt"
@@ -74,7 +73,6 @@ def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path
         assert one["profiles"] == 2 and one["layers"] > 0 and one["plan_bytes"] > 10_000
 
 
-@pytest.mark.slow
 def test_every_fp16_graph_with_attention_as_one_operator_compiles(tiny_student_folder: Path, tmp_path: Path) -> None:
     student = build_small_student(tiny_student_folder, tmp_path / "student")
     folder = exported(student, precision="fp16", sizes=((16, 12),), opset=23)
