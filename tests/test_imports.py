@@ -221,3 +221,27 @@ def test_planning_and_inspecting_load_no_torch(tmp_path: Path, tiny_student_fold
         "    assert session.plan([PromptRow('a star', 'it')]).todo == [0]\n"
     )
     assert not loaded_after(code) & HEAVY
+
+
+def test_what_cannot_be_distilled_or_exported_is_said_before_torch_is_loaded(
+    tmp_path: Path, tiny_student_folder: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    prompts = ("nope.txt", "/dev/zero", "file", "-", "")
+    calls = [
+        *(["distill", "--teacher", "papercut", "--prompts", one, "--out", "run", *dry] for one in prompts
+          for dry in ([], ["--dry-run"])),
+        ["distill", "--teacher", "papercut", "--out", "file"],
+        ["export", "nope"],
+        ["export", str(tiny_student_folder), "--out", "file"],
+        ["bench", str(tiny_student_folder), "--out", "file"],
+        ["bench", "nope"],
+    ]  # fmt: skip
+    code = (
+        "import os\n"
+        f"os.chdir({str(tmp_path)!r})\n"
+        "from tiue_cli.cli.app import main\n"
+        f"for words in {calls!r}:\n"
+        "    assert main(words) in (1, 2), words\n"
+    )
+    assert not loaded_after(code) & HEAVY

@@ -15,11 +15,12 @@ from tiue_cli.base.events import Event, Progress
 from tiue_cli.bench.config import BenchConfig, PeerSpec
 from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.measure.machine import report_name, slug
+from tiue_cli.bench.quality.measure import QualityMeasurement
 from tiue_cli.bench.ratios import quality_failures
 from tiue_cli.bench.report.files import read_report, write_report
 from tiue_cli.bench.report.schema import UNET_STAGES, BenchReport, LatencyRecord, QualityRecord, RatioRecord
 from tiue_cli.bench.run import bench_prompts, run_bench
-from tiue_cli.errors import DeviceError, MissingDependencyError, TiueError, UsageError
+from tiue_cli.errors import DeviceError, MissingDependencyError, QualityError, TiueError, UsageError
 from tiue_cli.files.exports import EXPORT_MANIFEST
 from tiue_cli.model import shared
 
@@ -221,6 +222,37 @@ def test_an_interruption_before_the_first_round_leaves_nothing(config: BenchConf
 
     with pytest.raises(KeyboardInterrupt):
         run_bench(config, emit=stop, keep=lambda report: pytest.fail("nothing was measured"))
+
+
+@pytest.mark.parametrize(("scenes", "says"), [(32, "cannot be read"), (64, "papercut's scenes are 64x64")])
+def test_what_quality_cannot_be_compared_with_is_said_before_anything_is_timed(
+    config: BenchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scenes: int, says: str
+) -> None:
+    (tmp_path / "zero.npz").write_bytes(b"")
+    monkeypatch.setattr("tiue_cli.bench.quality.measure.SIZE", scenes)
+
+    def no_timing(event: Event) -> None:
+        assert not (isinstance(event, Progress) and event.stage.startswith(("warm-up", "timing"))), event
+
+    asked = replace(config, quality=True, reference=tmp_path / "zero.npz", images=16)
+    with pytest.raises((QualityError, UsageError), match=says):
+        run_bench(asked, emit=no_timing, keep=lambda report: pytest.fail("nothing was measured"))
+
+
+def test_an_error_while_quality_is_measured_leaves_the_times(
+    config: BenchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise QualityError("no disk is left")
+
+    monkeypatch.setattr(QualityMeasurement, "prepare", lambda *_: None)
+    monkeypatch.setattr(QualityMeasurement, "measure", fail)
+    kept: list[BenchReport] = []
+    with pytest.raises(QualityError, match="no disk"):
+        run_bench(replace(config, quality=True, images=16, steps=(1,), teacher="none", peers=()), emit=lambda _: None,
+                  keep=kept.append)  # fmt: skip
+    (found,) = kept
+    assert found.interrupted and found.latency and not found.quality
 
 
 # --- what is kept out ----------------------------------------------------------------------------------------------

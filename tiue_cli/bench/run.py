@@ -15,8 +15,8 @@ from tiue_cli.base.allocator import keep_freed_memory
 from tiue_cli.base.events import Emit, Note, Progress
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.measure.machine import machine_record, measure_peak, report_name, source_commit
-from tiue_cli.bench.quality.drawing import Processes
-from tiue_cli.bench.quality.measure import QualityResult, measure_quality, quality_subjects
+from tiue_cli.bench.quality.drawing import Processes, QualitySubject
+from tiue_cli.bench.quality.measure import QualityMeasurement, QualityResult, quality_subjects
 from tiue_cli.bench.quality.plan import QualityConfig, plan_quality
 from tiue_cli.bench.ratios import all_ratios, quality_failures
 from tiue_cli.bench.records import (
@@ -33,7 +33,7 @@ from tiue_cli.bench.report.schema import BenchReport, PeakRecord
 from tiue_cli.bench.rounds import BatchTiming, measure_batch
 from tiue_cli.bench.subjects.opening import OpenedSubjects, open_subjects
 from tiue_cli.bench.subjects.subject import Subject
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.generate.prompts import read_prompts
 from tiue_cli.model.noise import draw_noise
 from tiue_cli.papercut.captions import random_specs
@@ -49,9 +49,9 @@ def run_bench(
 ) -> BenchReport | None:
     """Measure what ``config`` asks for; the report is not written. None in all but the first of several processes.
 
-    Where Ctrl-C (KeyboardInterrupt) or a signal (SystemExit) ends it early, ``keep`` gets a report of the rounds that
-    were measured, if there are any, before the interruption goes on. Raises what loading and running raise,
-    UsageError for what does not fit together.
+    Where Ctrl-C (KeyboardInterrupt), a signal (SystemExit) or an error (TiueError) ends it early, ``keep`` gets a
+    report of the rounds that were measured, if there are any, before that goes on. Raises what loading and running
+    raise, UsageError for what does not fit together.
     """
     config.validate()
     processes = Processes()
@@ -74,11 +74,17 @@ def run_bench(
             emit(Note(text))
         peak = measure_peak(opened.device, opened.precision) if config.latency else None
         timings: dict[int, BatchTiming] = {}
+        pictures = () if quality is None else _quality_subjects(opened)
+        measurement = None if quality is None else QualityMeasurement(quality, processes, emit)
+        if measurement is not None:
+            measurement.prepare(pictures)
+        result = None
         try:
             if config.latency:
                 _time(config, opened, prompts, emit, timings)
-            result = None if quality is None else _measure_quality(quality, config, opened, processes, emit)
-        except (KeyboardInterrupt, SystemExit):
+            if measurement is not None and quality is not None:
+                result = _measure_quality(measurement, pictures, quality, processes)
+        except (KeyboardInterrupt, SystemExit, TiueError):
             report = _report(config, opened, prompts, timings, peak=peak, result=None, interrupted=True)
             if keep is not None and report.latency and processes.is_main:
                 keep(report)
@@ -176,13 +182,18 @@ def _quality_config(config: BenchConfig) -> QualityConfig:
 
 
 def _measure_quality(
-    quality: QualityConfig, config: BenchConfig, opened: OpenedSubjects, processes: Processes, emit: Emit
+    measurement: QualityMeasurement, subjects: Sequence[QualitySubject], quality: QualityConfig, processes: Processes
 ) -> QualityResult | None:
-    subjects = quality_subjects(_with_pictures(opened), size=opened.size, latent_shape=opened.latent)
-    result = measure_quality(quality, subjects, emit=emit, processes=processes)
+    for subject in subjects:
+        measurement.measure(subject)
+    result = measurement.result()
     if processes.is_main:
         shutil.rmtree(quality.cache, ignore_errors=True)
     return result
+
+
+def _quality_subjects(opened: OpenedSubjects) -> Sequence[QualitySubject]:
+    return quality_subjects(_with_pictures(opened), size=opened.size, latent_shape=opened.latent)
 
 
 def _with_pictures(opened: OpenedSubjects) -> list[Subject]:

@@ -15,6 +15,7 @@ import typer
 from tiue_cli.base.text import parse_size
 from tiue_cli.bench.config import (
     BACKENDS,
+    NO_TEACHER,
     SHAPES,
     BenchConfig,
     DeviceName,
@@ -25,7 +26,7 @@ from tiue_cli.bench.config import (
 )
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import TiueError, UsageError
 
 if TYPE_CHECKING:
     from tiue_cli.base.events import BenchEvent
@@ -276,6 +277,7 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
     if before is not None:
         # What cannot be judged in the old report cannot be in any comparison with it.
         check_conditions(compare_reports(before, before), conditions)
+    _check_models(config)
     from tiue_cli.bench.run import run_bench as measure
 
     kept: list[ReportFiles] = []
@@ -286,7 +288,9 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
                 emit=lambda event: _show(event, console, stages),
                 keep=lambda report: kept.append(write_report(report, config.out)),
             )
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, TiueError) as ended:
+        if isinstance(ended, TiueError) and not kept:
+            raise
         again = "; the same command goes on with the pictures that were drawn" if config.quality else ""
         console.stopped(f"{'the report holds what was measured' if kept else 'no report was written'}{again}")
         for files in kept:
@@ -302,6 +306,20 @@ def run_bench(config: BenchConfig, console: Console, *, old: Path | None, fail_i
         console.document(report.model_dump(mode="json"))
         return True
     return _compare(before, report, conditions, console)
+
+
+def _check_models(config: BenchConfig) -> None:
+    """Look at the models' folders before anything heavy is loaded. Raises what loading them would raise."""
+    from tiue_cli.generate.target import find_export
+    from tiue_cli.model.folder import check_model_folder
+    from tiue_cli.model.hub import resolve_model
+
+    if config.random_weights:
+        return
+    teachers = [] if config.teacher in (None, NO_TEACHER) else [config.teacher]
+    for source in (*config.models, *teachers):
+        if find_export(source) is None:
+            check_model_folder(resolve_model(source))
 
 
 def show_files(files: ReportFiles, console: Console) -> None:

@@ -99,12 +99,14 @@ def run_distill(request: DistillRequest, console: Console) -> None:
     Raises typer.Exit with 130 or 143 for an interrupted one, so that ``tiue distill … && tiue export …`` stops.
     """
     from tiue_cli.base.events import Finished, Note, Progress, Saved
+    from tiue_cli.distill.data.prompts import check_prompt_source
     from tiue_cli.distill.run_folder import check_places
 
     resolved = request.resolve()
     for line in _settings_notes(resolved):
         console.note(line)
     check_places(request.out, resolved.config, resume=request.resume)
+    check_prompt_source(resolved.config.prompts)
     from tiue_cli.distill.start import open_run
 
     figures: Mapping[str, float] = {}
@@ -148,16 +150,17 @@ def _settings_notes(resolved: ResolvedConfig) -> Iterator[str]:
 
 def plan_distill(request: DistillRequest, console: Console) -> None:
     """Show the resolved config and what the run would need and write; nothing is written."""
-    resolved = request.resolve()
-    from tiue_cli.distill.acceleration import HALF, effective_precision
     from tiue_cli.distill.config import to_yaml
     from tiue_cli.distill.data.prompts import read_training_prompts
-    from tiue_cli.distill.estimate import estimate_run
     from tiue_cli.distill.run_folder import check_places
 
-    config = resolved.config
+    config = (resolved := request.resolve()).config
     check_places(request.out, config, resume=request.resume)
     prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
+    # What cannot be is said before this loads torch.
+    from tiue_cli.distill.acceleration import HALF, effective_precision
+    from tiue_cli.distill.estimate import estimate_run
+
     needs = estimate_run(config, prompts=len(prompts.prompts), half=effective_precision(config) in HALF)
     origins: dict[str, list[str]] = {}
     for key, origin in resolved.origins.items():

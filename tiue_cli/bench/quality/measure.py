@@ -58,16 +58,17 @@ def measure_quality(
     ``subjects`` are taken one by one, so that they can be loaded one by one; all processes must get the same. Raises
     UsageError for what does not fit together, QualityError for images, references and features that cannot be measured.
     """
-    measurement = _Measurement(config, Processes() if processes is None else processes, emit)
+    measurement = QualityMeasurement(config, Processes() if processes is None else processes, emit)
     for subject in subjects:
         measurement.measure(subject)
     return measurement.result()
 
 
-class _Measurement:
-    """One measurement in the making."""
+class QualityMeasurement:
+    """One measurement in the making. Raises as `measure_quality`."""
 
     def __init__(self, config: QualityConfig, processes: Processes, emit: Emit) -> None:
+        """Open what reads images."""
         self._config, self._processes, self._emit = config, processes, emit
         self._plan = plan_quality(config)
         self._resizing = Resizing(config.resize)
@@ -82,6 +83,15 @@ class _Measurement:
         self._texts: NDArray[np.float32] | None = None
         self._left_out: dict[str, str] = {}
         self._records: list[QualityRecord] = []
+
+    def prepare(self, subjects: Sequence[QualitySubject]) -> None:
+        """Look at what will be compared, and read the reference: what is wrong with them costs no hours so."""
+        if not subjects:
+            raise _nobody()
+        for subject in subjects:
+            self._check_size(subject)
+        if self._processes.is_main:
+            self._open_reference(subjects[0].size)
 
     def measure(self, subject: QualitySubject) -> None:
         """Draw a subject's images and, in the main process, add its record."""
@@ -110,7 +120,7 @@ class _Measurement:
         if not self._processes.is_main:
             return None
         if self._reference is None:
-            raise UsageError("there is no subject whose quality could be measured", hint="name a trained model")
+            raise _nobody()
         return QualityResult(self._protocol(self._reference), tuple(self._records))
 
     # --- before drawing ---
@@ -230,6 +240,10 @@ class _Measurement:
             comparable=not against,
             notes=(*against, *left_out, *plan.notes, *reference.notes),
         )
+
+
+def _nobody() -> UsageError:
+    return UsageError("there is no subject whose quality could be measured", hint="name a trained model")
 
 
 def quality_subjects(

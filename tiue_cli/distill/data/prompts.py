@@ -107,28 +107,39 @@ def _problem(value: Any) -> str | None:
 def _rows(source: str, column: str | None) -> Iterator[Row]:
     if source.startswith(DATASETS_PREFIX):
         return _dataset_rows(source.removeprefix(DATASETS_PREFIX), column)
-    if source == STDIN:
-        raise UsageError(
-            "a distillation reads its prompts again when it is resumed, and standard input can be read once",
-            hint="save them in a file first: cat > prompts.txt",
-        )
     if source == PAPERCUT:
         return ((f"{PAPERCUT}:{number}", caption) for number, caption in enumerate(training_captions(), 1))
-    path = user_path(source, error=PromptError)
+    path = _prompt_file(source)
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UsageError(
-            f"{source} is not a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file",
-            hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
-        )
-    if not has_file(path, error=PromptError):
-        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
     if suffix == ".parquet":
         return _parquet_rows(path, column)
     lines = read_lines(path)
     if suffix == ".txt":
         return ((where, line) for where, line in lines if not is_comment(line))
     return _json_rows(lines, column) if suffix == ".jsonl" else _csv_rows(path, lines, column)
+
+
+def check_prompt_source(source: str) -> None:
+    """Raise UsageError or PromptError for a source that cannot be read at all; quick, nothing is read."""
+    if source != PAPERCUT and not source.startswith(DATASETS_PREFIX):
+        _prompt_file(source)
+
+
+def _prompt_file(source: str) -> Path:
+    if source == STDIN:
+        raise UsageError(
+            "a distillation reads its prompts again when it is resumed, and standard input can be read once",
+            hint="save them in a file first: cat > prompts.txt",
+        )
+    path = user_path(source, error=PromptError)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UsageError(
+            f"{source} is not a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file",
+            hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
+        )
+    if not has_file(path, error=PromptError):
+        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
+    return path
 
 
 def _json_rows(lines: Iterable[tuple[str, str]], column: str | None) -> Iterator[Row]:
