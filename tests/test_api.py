@@ -24,7 +24,7 @@ from tiue_cli import api
 from tiue_cli.cli.app import main
 from tiue_cli.errors import ManifestError, PromptError, UsageError
 from tiue_cli.files.png import read_record
-from tiue_cli.generate import drawing
+from tiue_cli.generate import drawing, pictures
 from tiue_cli.model import diffusers_pipeline
 
 PROMPTS = ["a red star", "a blue tree", "a star above a house"]
@@ -67,7 +67,7 @@ def test_the_package_is_typed() -> None:
 
 EXAMPLES = {
     test.name: test
-    for module in (tiue, api, drawing, diffusers_pipeline)
+    for module in (tiue, api, drawing, pictures, diffusers_pipeline)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs={"tiue": tiue})
     if test.examples
 }

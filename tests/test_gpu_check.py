@@ -16,6 +16,7 @@ from typing import Any
 import fake_tensorrt
 import onnx
 import pytest
+from exports import build_small_student, export_copy
 from tiny_export import write_tiny_export
 
 from tiue_cli.backends import onnx_backend
@@ -91,6 +92,18 @@ def test_a_wrong_engine_fails_the_script_and_the_report_says_so(
     steps = {step["name"]: step for step in report["steps"]}
     assert status == 1 and steps["build"]["status"] == "failed" and "mid" in steps["build"]["detail"]
     assert "| build | failed |" in text
+
+
+@pytest.mark.slow  # an export of a small student
+def test_an_engine_for_adapters_is_built_refitted_and_timed(
+    script: ModuleType, cuda: fake_tensorrt.State, tiny_student_folder: Path, tmp_path: Path
+) -> None:
+    student = build_small_student(tiny_student_folder, tmp_path / "student")
+    folder = export_copy(student, tmp_path / "small", precision="fp32", sizes=((16, 12),), check=False)
+    figures = script.refit(str(student), folder, tmp_path, device="cpu")
+    assert figures["psnr_db"] >= 60.0
+    assert all(figures[name] >= 0 for name in ("build_s", "first_s", "off_s", "on_again_s"))
+    assert len(cuda.refits) >= 3
 
 
 def test_tests_that_run_out_of_time_leave_what_they_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

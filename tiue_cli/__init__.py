@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from tiue_cli.api import bench, build_engine, distill, export, load
     from tiue_cli.bench.config import BenchConfig
     from tiue_cli.errors import TiueError
-    from tiue_cli.generate.drawing import Picture, Pipeline, Request
+    from tiue_cli.generate.drawing import Pipeline
+    from tiue_cli.generate.pictures import Picture, Request
     from tiue_cli.model.diffusers_pipeline import TiuePipeline
 
 _WHERE = {
     "BenchConfig": "tiue_cli.bench.config",
-    "Picture": "tiue_cli.generate.drawing",
+    "Picture": "tiue_cli.generate.pictures",
     "Pipeline": "tiue_cli.generate.drawing",
-    "Request": "tiue_cli.generate.drawing",
+    "Request": "tiue_cli.generate.pictures",
     "TiueError": "tiue_cli.errors",
     "TiuePipeline": "tiue_cli.model.diffusers_pipeline",
     "build_engine": "tiue_cli.api",

@@ -137,24 +137,28 @@ def build_engine(
     batches: Sequence[int | tuple[int, int, int]] = (),
     check: bool = True,
     rebuild: bool = False,
+    refit: bool = False,
     on_stage: Callable[[str, float, str], None] | None = None,
 ) -> EngineResult:
     """Build TensorRT plans of an export folder for the GPU of this machine, and compare them unless ``check`` is False.
 
     ``profile`` names shipped profiles (``sd15-512``, ``sd21-512``, ``papercut``) or a TOML file; or ``batches`` says
-    how many images they take, numbers or (fewest, usual, most). ``on_stage`` is called with what is being done, the
-    share of it that is done (0 to 1), and a detail. Returns where it lies (``folder``), its ``manifest``, ``seconds``,
-    and whether a fitting engine was ``reused``.
+    how many images they take, numbers or (fewest, usual, most). ``refit`` builds an engine that takes LoRAs, which
+    needs the student that was exported. ``on_stage`` is called with what is being done, the share of it that is done
+    (0 to 1), and a detail. Returns where it lies (``folder``), its ``manifest``, ``seconds``, and whether a fitting
+    engine was ``reused``.
 
     Raises MissingDependencyError and DeviceError where TensorRT cannot run, ManifestError, ProfileError, UsageError,
-    OutputError, and ParityError where a plan computes something else.
+    OutputError, AdapterError for a student that has gone, and ParityError where a plan computes something else.
 
     >>> result = tiue.build_engine("engines/sd15", batches=[1, (1, 4, 16)])
     >>> [profile.batch for profile in result.manifest.profiles], result.folder.parent.name
     ([(1, 1, 1), (1, 4, 16)], 'sd15')
     """
     ranges = tuple((batch, batch, batch) if isinstance(batch, int) else batch for batch in batches)
-    config = EngineConfig(export=Path(export), profile=profile, batches=ranges, check=check, rebuild=rebuild)
+    config = EngineConfig(
+        export=Path(export), profile=profile, batches=ranges, check=check, rebuild=rebuild, refit=refit
+    )
     return run_engine(config, stage=on_stage)
 
 

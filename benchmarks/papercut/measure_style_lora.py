@@ -14,21 +14,20 @@ import json
 
 import numpy as np
 from blueprint import is_blueprint
+from worlds import world_of
 
 import tiue_cli as tiue
-from tiue_cli.papercut.world.evaluation import balanced_specs, prompt_following
-
-ATTRIBUTES = ("objects", "count", "relation", "sizes")
 
 
 def figures(pipe: tiue.Pipeline, count: int) -> dict[str, float]:
     """Shares over ``count`` held-out captions, drawn with seeds 0, 1, …"""
-    specs = balanced_specs(count)
+    world = world_of(pipe.default_size[0])
+    specs = world.balanced_specs(count)
     drawn = pipe.stream([spec.caption for spec in specs], seed=0, output="numpy")
     images = np.stack([picture.image for picture in drawn])
-    following = prompt_following(images, specs)
-    found = {"style": float(is_blueprint(images).mean())}
-    return found | {name: round(float(following[name]), 3) for name in ATTRIBUTES if name in following}
+    following = world.prompt_following(images, specs)
+    found = {"style": round(float(is_blueprint(images).mean()), 3)}
+    return found | {name: round(following[name], 3) for name in world.attributes if name in following}
 
 
 def main() -> None:

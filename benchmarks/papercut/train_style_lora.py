@@ -20,12 +20,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from worlds import world_of
 
 from tiue_cli.model.components import Components, load_components
 from tiue_cli.model.schedule import ddim_config
 from tiue_cli.model.text import encode_prompts
-from tiue_cli.papercut.world.captions import random_specs
-from tiue_cli.papercut.world.scenes import render
 
 NAME = "papercut-blueprint"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
@@ -35,12 +34,12 @@ BATCH, LEARNING_RATE, SCENES, RENDER_SEED = 32, 1e-3, 4000, 77
 @torch.no_grad()
 def inputs(parts: Components, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(latents, text states) of blueprints, in the UNet's scale."""
-    specs = random_specs(count, RENDER_SEED)
-    side = int(parts.info.image_size[0])
+    world = world_of(int(parts.info.image_size[0]))
+    specs = world.random_specs(count, RENDER_SEED)
     latents, states = [], []
     for start in range(0, count, 100):
         some = specs[start : start + 100]
-        images = blueprint(render(some, RENDER_SEED * 1_000_003 + start, size=side))
+        images = blueprint(world.render(some, RENDER_SEED * 1_000_003 + start))
         encoded = parts.vae.encode(to_tensor(images, parts.unet.device))
         found = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
         latents.append(found * parts.vae.config.scaling_factor)

@@ -23,7 +23,8 @@ from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.trt_backend import TrtBackend
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError, ProfileError, UsageError
 from tiue_cli.export.trt.engine import EngineConfig, build_engine
-from tiue_cli.files.exports import ENGINE_MANIFEST, EXPORT_MANIFEST
+from tiue_cli.files.engines import ENGINE_MANIFEST
+from tiue_cli.files.exports import EXPORT_MANIFEST
 from tiue_cli.model.noise import draw_noise
 
 PROMPTS = ["a red heart above a blue house", "a yellow star", "a blue heart at night"]

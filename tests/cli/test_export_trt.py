@@ -16,7 +16,7 @@ from tiue_cli.backends import trt_device
 from tiue_cli.cli.app import main
 from tiue_cli.errors import UsageError
 from tiue_cli.export.config import EngineRequest, ExportConfig
-from tiue_cli.files.exports import ENGINE_MANIFEST
+from tiue_cli.files.engines import ENGINE_MANIFEST
 
 ENGINE = "nvidia-fake-4090-trt10.8.0.43-fp16"
 

@@ -39,13 +39,13 @@ def change_source(folder: Path, **fields: str | None) -> None:
 
 def test_a_student_that_is_gone_or_changed_is_said(tiny_student_folder: Path, lora: Path, tmp_path: Path) -> None:
     changed = export_of(tiny_student_folder, tmp_path / "changed", sha256="0" * 64)
-    with pytest.raises(AdapterError, match="not the student any more"):
+    with pytest.raises(AdapterError, match="not the model any more"):
         tiue.load(changed, loras=[lora])
     gone = export_of(tiny_student_folder, tmp_path / "gone", sha256="0" * 64)
     change_source(gone, source="runs/nowhere")
     with pytest.raises(AdapterError, match="runs/nowhere cannot be used"):
         tiue.load(gone, loras=[lora])
-    with pytest.raises(UsageError, match="an engine takes no LoRA"):
+    with pytest.raises(UsageError, match="this engine takes no LoRA"):
         tiue.load(gone, loras=[lora], backend="trt")
 
 

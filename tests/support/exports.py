@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from diffusers import AutoencoderTiny, UNet2DConditionModel
 from helpers import TINY_TEXT_WIDTH
 
 from tiue_cli.export.config import ExportConfig
-from tiue_cli.files.exports import EXPORT_MANIFEST
+from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
+from tiue_cli.files.manifests import write_json
 from tiue_cli.model.identity import model_sha256
 from tiue_cli.model.student import StudentModel, load_student, save_student
 
@@ -81,6 +83,15 @@ def exported(student: Path, **options: Any) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / EXPORT_MANIFEST).is_file():
             export_student(ExportConfig(student=str(student), out=folder, overwrite=True, **options))
+    return folder
+
+
+def export_copy(student: Path, folder: Path, **options: Any) -> Path:
+    """A copy of that export in ``folder``, which names this very folder as its student."""
+    shutil.copytree(exported(student, **options), folder)
+    manifest = read_export_manifest(folder)
+    source = manifest.student.model_copy(update={"source": str(student)})
+    write_json(folder / EXPORT_MANIFEST, manifest.model_copy(update={"student": source}))
     return folder
 
 

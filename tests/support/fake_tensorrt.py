@@ -54,6 +54,10 @@ class State:
     flags: list[int] = field(default_factory=list)
     cancelled: int = 0
     executed: list[str] = field(default_factory=list)
+    refits: list[tuple[str, set[str]]] = field(default_factory=list)
+    """The engines that were refitted, each with the names of the weights that were set."""
+    fail_refit: int = 0
+    """Of the next refits, how many are refused."""
     cache_hits: int = 0
 
     @property
@@ -99,7 +103,7 @@ class ExecutionContextAllocationStrategy(enum.IntEnum):
 
 
 class BuilderFlag(enum.IntEnum):
-    DEBUG, TF32, REFIT, FP16, OBEY_PRECISION_CONSTRAINTS = range(5)
+    DEBUG, TF32, REFIT, FP16, OBEY_PRECISION_CONSTRAINTS, REFIT_INDIVIDUAL = range(6)
 
 
 class OnnxParserFlag(enum.IntEnum):
@@ -207,13 +211,20 @@ class ICudaEngine(_Real):
         self._name = model.graph.name
         self._inputs = _ports(model.graph.input, {tensor.name for tensor in model.graph.initializer})
         self._outputs = _ports(model.graph.output)
+        self._model = model
+        self._refittable: list[str] | None = plan["refittable"]
+        self._refits = 0
+        self._open()
+
+    def _open(self) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            self._model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self._onnx_types = {value.name: value.type for value in self._session.get_inputs()}
 
+    refittable = property(lambda self: self._refittable is not None)
     num_io_tensors = property(lambda self: len(self._inputs) + len(self._outputs))
     num_optimization_profiles = property(lambda self: len(self._profiles))
     device_memory_size = property(lambda self: 4096)
@@ -323,10 +334,13 @@ class IExecutionContext(_Real):
             stream.capture_is_valid = False
             return self._error("enqueueV3: shapes changed: run once before the capture")
         shapes, addresses, generation = dict(self._shapes), dict(self._addresses), self._generation
+        refits = engine._refits
 
         def run() -> None:
             if generation != self._generation:
                 raise fake_cuda.IllegalAddress("a graph that was captured for other shapes")
+            if refits != engine._refits:
+                raise fake_cuda.IllegalAddress("a graph that was captured before a refit")
             feeds = {}
             for name, (kind, _) in engine._inputs.items():
                 count = int(np.prod(shapes[name])) * np.dtype(_NUMPY[kind]).itemsize
@@ -353,6 +367,60 @@ class IExecutionContext(_Real):
 
     def _error(self, message: str) -> bool:
         self._engine._logger.log(ILogger.ERROR, f"IExecutionContext::{message}")
+        return False
+
+
+class Refitter(_Real):
+    """Weights by the names of the ONNX graph; matrices that the same input meets were joined, so it wants them all."""
+
+    def __init__(self, engine: ICudaEngine, logger: ILogger) -> None:
+        if engine._refittable is None:
+            logger.log(ILogger.ERROR, "createInferRefitter: Error Code 4: API Usage Error (engine is not refittable)")
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        self._engine = engine
+        self._logger = logger
+        self._tensors = {tensor.name: tensor for tensor in engine._model.graph.initializer}
+        self._new: dict[str, np.ndarray] = {}
+
+    def get_all_weights(self) -> list[str]:
+        return list(self._engine._refittable or ())
+
+    def set_named_weights(self, name: str, weights: np.ndarray) -> bool:
+        if name not in self.get_all_weights():
+            return self._error(f"setNamedWeights: {name} is no refittable weight")
+        own = onnx.numpy_helper.to_array(self._tensors[name])
+        if weights.size != own.size or weights.dtype != own.dtype:
+            return self._error(f"setNamedWeights: {name} has {own.size} values of {own.dtype}")
+        assert weights.flags.c_contiguous, "TensorRT reads the memory as it lies"
+        self._new[name] = weights
+        return True
+
+    def get_missing_weights(self) -> list[str]:
+        joined: dict[str, list[str]] = {}
+        for node in self._engine._model.graph.node:
+            if node.op_type == "MatMul" and node.input[1] in self.get_all_weights():
+                joined.setdefault(node.input[0], []).append(node.input[1])
+        groups = [group for group in joined.values() if any(name in self._new for name in group)]
+        return sorted({name for group in groups for name in group} - self._new.keys())
+
+    def refit_cuda_engine(self) -> bool:
+        if missing := self.get_missing_weights():
+            return self._error(f"refitCudaEngine: missing weights {missing}")
+        if any(stream.pending for stream in STATE.cudart.streams.values()):
+            raise fake_cuda.IllegalAddress("an engine that is refitted while it runs")
+        if STATE.fail_refit:
+            STATE.fail_refit -= 1
+            return self._error("refitCudaEngine: Error Code 1: Internal Error")
+        for name, value in self._new.items():
+            shape = tuple(self._tensors[name].dims)
+            self._tensors[name].CopyFrom(onnx.numpy_helper.from_array(value.reshape(shape), name))
+        self._engine._open()
+        self._engine._refits += 1
+        STATE.refits.append((self._engine._name, set(self._new)))
+        return True
+
+    def _error(self, message: str) -> bool:
+        self._logger.log(ILogger.ERROR, f"IRefitter::{message}")
         return False
 
 
@@ -419,6 +487,7 @@ class Builder(_Real):
         plan = {
             "version": STATE.version,
             "profiles": [profile._shapes for profile in config._profiles],
+            "refittable": sorted(network._marked) if BuilderFlag.REFIT_INDIVIDUAL in config._set else None,
             "onnx": base64.b64encode(network._model.SerializeToString()).decode(),
         }
         return _MAGIC + json.dumps(plan).encode()
@@ -469,6 +538,12 @@ class INetworkDefinition(_Real):
         self._flags = flags
         self._model = onnx.ModelProto()
         self._inputs: dict[str, tuple[DataType, tuple[Any, ...]]] = {}
+        self._marked: set[str] = set()
+
+    def mark_weights_refittable(self, name: str) -> bool:
+        known = any(tensor.name == name for tensor in self._model.graph.initializer)
+        self._marked |= {name} if known else set()
+        return known
 
     num_layers = property(lambda self: len(self._model.graph.node))
     num_inputs = property(lambda self: len(self._inputs))
@@ -542,6 +617,7 @@ class IBuilderConfig(_Real):
         self._cache: ITimingCache | None = None
         self._monitor: Any = None
         self._cleared: set[BuilderFlag] = set()
+        self._set: set[BuilderFlag] = set()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "progress_monitor":
@@ -565,6 +641,7 @@ class IBuilderConfig(_Real):
     def set_flag(self, flag: BuilderFlag) -> None:
         if flag.name in ("FP16", "OBEY_PRECISION_CONSTRAINTS") and STATE.version.startswith("11."):
             raise AttributeError(f"TensorRT {STATE.version} has no BuilderFlag.{flag.name}")
+        self._set.add(flag)
 
     def set_tactic_sources(self, sources: int) -> bool:
         return True

@@ -8,6 +8,7 @@ Tokens, noise and weights go in; latents (to be checked) and pixels come out; wh
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,20 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from tiue_cli.backends.tokenizer import PromptTokenizer
 from tiue_cli.backends.trt_device import check_device, current_device, find_engine, rebuild_command
+from tiue_cli.backends.trt_loras import EngineLoras
 from tiue_cli.errors import DeviceError, ManifestError, ProfileError
 from tiue_cli.files.access import has_file, read_bytes
-from tiue_cli.files.exports import (
-    ENGINE_MANIFEST,
-    GRAPHS,
-    EngineManifest,
-    ExportManifest,
-    GraphSpec,
-    PlanSpec,
-    Size,
-    check_files,
-    read_engine_manifest,
-    read_export_manifest,
-)
+from tiue_cli.files.engines import ENGINE_MANIFEST, EngineManifest, PlanSpec, read_engine_manifest
+from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphSpec, Size, check_files, read_export_manifest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,6 +30,7 @@ if TYPE_CHECKING:
     from tiue_cli.backends.base import ProgressFn
     from tiue_cli.backends.trt_plan import Plan
     from tiue_cli.backends.trt_runner import PlanChain
+    from tiue_cli.files.png import LoraUse
 
 
 SHAPES_HELD: Final = 6
@@ -75,6 +68,9 @@ class TrtBackend:
         self._tokenizer: PromptTokenizer | None = None
         self._plans: dict[tuple[str, Size | None], Plan] = {}
         self._chains: dict[int, OrderedDict[tuple[int, ...], PlanChain]] = {}
+        self._loras = EngineLoras(folder, self.manifest, self.engine)
+        self.refit_s: float | None = None
+        """Seconds that the last change of adapters took, the first with loading the student; None before one."""
 
     @property
     def dtype(self) -> str:
@@ -146,6 +142,18 @@ class TrtBackend:
         """Latents (B, C, h, w) float32; see ``Backend.latents``. The whole chain runs. Raises as ``generate``."""
         return self._run(prompts, noise, steps, ["latents"])["latents"]
 
+    def use_loras(self, loras: Sequence[LoraUse]) -> None:
+        """Refit the engine to exactly these adapters, () none; see ``TakesLoras``.
+
+        Raises UsageError for an engine that was not built for it (``--refit``), AdapterError, DeviceError.
+        """
+        started = time.perf_counter()
+        if self._loras.use(loras, {plan.name: plan for plan in self._plans.values()}):
+            for chains in self._chains.values():
+                for chain in chains.values():
+                    chain.weights_changed()
+            self.refit_s = time.perf_counter() - started
+
     def _run(
         self, prompts: Sequence[str], noise: np.ndarray, steps: int | None, outputs: list[str]
     ) -> dict[str, np.ndarray]:
@@ -193,6 +201,7 @@ class TrtBackend:
                 chain.close()
         self._chains.clear()
         self._plans.clear()
+        self._loras = EngineLoras(self.folder, self.manifest, self.engine)
         self._stack.close()
         self._stream = self._tokenizer = None
 
@@ -251,7 +260,9 @@ class TrtBackend:
 
             spec = _plan_spec(self.engine, graph, self.engine_folder)
             data = read_plan(self.engine_folder, spec, rebuild=rebuild_command(self.folder))
-            self._plans[key] = open_plan(spec.plan.file, data)
+            plan = open_plan(spec.plan.file, data)
+            self._loras.catch_up(plan, spec)
+            self._plans[key] = plan
         return self._plans[key]
 
 

@@ -18,7 +18,7 @@ from tiue_cli.backends.trt_messages import import_tensorrt
 from tiue_cli.base.machine import POLYGRAPHY, TENSORRT
 from tiue_cli.errors import DeviceError, ManifestError, MissingDependencyError
 from tiue_cli.files.access import is_file
-from tiue_cli.files.exports import ENGINE_MANIFEST, EngineDevice, EngineManifest, read_engine_manifest
+from tiue_cli.files.engines import ENGINE_MANIFEST, EngineDevice, EngineManifest, engine_manifests, read_engine_manifest
 
 OLDEST, NEWER_THAN_ALL = TENSORRT
 _NO_GPU: Final = "it runs on Linux and Windows with an NVIDIA driver; elsewhere use --backend onnx"
@@ -127,7 +127,7 @@ def find_engine(export: Path, device: EngineDevice, precision: str) -> tuple[Pat
         manifest = read_engine_manifest(folder)
         check_device(folder, manifest, device, rebuild=rebuild_command(export))
         return folder, manifest
-    others = sorted(path.parent for path in export.glob(f"*/{ENGINE_MANIFEST}") if not path.parent.name.startswith("."))
+    others = [path.parent for path in engine_manifests(export)]
     if not others:
         raise DeviceError(f"{export} has no TensorRT engine", hint=f"build one: {rebuild_command(export)}")
     # The name is a convenience: a folder that was renamed is still what its manifest says.

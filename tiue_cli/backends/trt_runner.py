@@ -138,6 +138,10 @@ class PlanChain:
             self._stream.synchronize()
         return {name: array.copy() for name, array in pinned.items()}
 
+    def weights_changed(self) -> None:
+        """Forget the CUDA graph: a plan was refitted. The next run of the shape is plain, the one after captured."""
+        self._forget_graph()
+
     # --- once ---
 
     def _prepare(self) -> None:

@@ -37,6 +37,7 @@ EXAMPLES = (
     "tiue export runs/sd15/student --precision int8 --calibration captions.txt",
     "tiue export runs/sd15/student --precision fp8 --calibration captions.txt --size 512 --trt",
     "tiue export runs/sd15/student --trt --profile sd15-512",
+    "tiue export engines/student --trt --refit",
     "tiue export engines/student --trt --batch 1 --batch 1:4:16",
     "tiue export engines/student --triton models --steps 4 --steps 2",
 )
@@ -105,6 +106,12 @@ def export(
             rich_help_panel=_TENSORRT,
         ),
     ] = None,
+    refit: Annotated[
+        bool,
+        typer.Option(
+            "--refit", help="An engine that takes LoRAs: tiue generate --backend trt --lora.", rich_help_panel=_TENSORRT
+        ),
+    ] = False,
     triton: Annotated[
         Path | None,
         typer.Option(
@@ -156,11 +163,12 @@ def export(
     )
     check_triton_options(triton, triton_backend, steps, trt=trt)
     if trt:
-        request = EngineRequest(profile=profile, batches=tuple(parse_range(text) for text in batch or ()))
+        batches = tuple(parse_range(text) for text in batch or ())
+        request = EngineRequest(profile=profile, batches=batches, refit=refit)
         run_engine(config, request, Console(format_), precision=precision)
         return
-    if profile is not None or batch:
-        option = "--batch" if profile is None else "--profile"
+    if profile is not None or batch or refit:
+        option = "--profile" if profile is not None else "--batch" if batch else "--refit"
         raise UsageError(f"{option} is for TensorRT engines", hint="add --trt to build them")
     console = Console(format_)
     if triton is None:
@@ -218,6 +226,7 @@ def run_engine(
         batches=request.batches,
         check=config.check,
         rebuild=config.overwrite,
+        refit=request.refit,
     )
     try:
         with interrupt_reported(console), console.stages() as show:

@@ -11,14 +11,8 @@ from typing import Any
 from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import UsageError
 from tiue_cli.files.access import kind_of, user_path
-from tiue_cli.files.exports import (
-    ENGINE_MANIFEST,
-    EngineManifest,
-    GraphSpec,
-    QuantizationSpec,
-    TensorSpec,
-    read_engine_manifest,
-)
+from tiue_cli.files.engines import EngineManifest, engine_manifests, read_engine_manifest
+from tiue_cli.files.exports import GraphSpec, QuantizationSpec, TensorSpec
 from tiue_cli.files.png import (
     CHUNK,
     PARAMETERS_CHUNK,
@@ -246,7 +240,7 @@ def export_rows(info: ExportInfo) -> dict[str, str]:
         f"largest relative error of an output {max(output.relative_error for output in parity.outputs):.1e}",
         "written by": f"tiue {manifest.versions.tiue}, torch {manifest.versions.torch}, onnx {manifest.versions.onnx}, "
         f"ONNX Runtime {manifest.versions.onnxruntime}",
-        "engines": ", ".join(path.parent.name for path in sorted(info.path.glob(f"*/{ENGINE_MANIFEST}"))) or "none",
+        "engines": ", ".join(path.parent.name for path in engine_manifests(info.path)) or "none",
         "id": info.model_id,
     }
 
@@ -291,6 +285,7 @@ def engine_rows(engine: EngineManifest) -> dict[str, str]:
         "written by": f"tiue {engine.tiue_version}",
         "precision": engine.precision,
         "profiles": profiles,
+        "LoRAs": "taken and changed (--refit)" if engine.takes_loras else "none: its weights are set",
         **plans,
         "checked": "no (--no-check)"
         if parity is None

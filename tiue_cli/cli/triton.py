@@ -9,7 +9,8 @@ from tiue_cli.cli.console import Console
 from tiue_cli.errors import ManifestError, UsageError
 from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.files.access import has_file
-from tiue_cli.files.exports import ENGINE_MANIFEST, is_export_folder
+from tiue_cli.files.engines import ENGINE_MANIFEST
+from tiue_cli.files.exports import is_export_folder
 
 TRITON = "Triton"
 

@@ -13,13 +13,13 @@ from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.export.trt.profiles import load_profiles
 from tiue_cli.files.access import exists, user_path
 from tiue_cli.files.atomic import check_replaceable, check_writable
+from tiue_cli.files.engines import Range
 from tiue_cli.files.exports import (
     EXPORT_MANIFEST,
     GRAPHS,
     QUANTIZED,
     GraphName,
     Precision,
-    Range,
     Size,
     is_export_folder,
 )
@@ -30,6 +30,7 @@ from tiue_cli.model.lora.files import lora_uses
 
 ENGINES: Final = Path("engines")
 OPSETS: Final = range(18, 24)
+NO_REFIT_IN_8_BITS: Final = "--refit is for fp16 and fp32: 8-bit weights have scales of their own"
 FIRST_FLOAT8_OPSET: Final = 19
 """QuantizeLinear and DequantizeLinear have float8 from here on."""
 
@@ -162,6 +163,7 @@ class EngineRequest:
 
     profile: str | None = None
     batches: tuple[Range, ...] = ()
+    refit: bool = False
 
     def fit(self, config: ExportConfig, *, precision: Precision | None) -> ExportConfig:
         """``config`` as an engine wants it where the user does not say otherwise: in fp16, with fixed sizes.
@@ -170,6 +172,12 @@ class EngineRequest:
         """
         if self.profile is not None and self.batches:
             raise UsageError("--profile and --batch were both given", hint="a profile names its batches: leave one out")
+        if self.refit and config.loras:
+            raise UsageError(
+                "--refit is for LoRAs that come and go, and --lora adds one for good", hint="leave one of them out"
+            )
+        if self.refit and precision in QUANTIZED:
+            raise UsageError(NO_REFIT_IN_8_BITS, hint="export in fp16, or add the LoRA first: --lora FILE")
         profiles = None if self.profile is None else load_profiles(self.profile)
         known = "fp16" if profiles is None or profiles.precision is None else profiles.precision
         sizes = config.sizes or (() if profiles is None else profiles.sizes)
@@ -184,7 +192,7 @@ class EngineConfig:
 
     ``profile`` names a file of profiles and ``batches`` are ranges of images; only one of them may be given, and
     neither means ``profiles.DEFAULT_BATCHES`` at the export's sizes. ``rebuild`` builds even where a fitting engine
-    lies.
+    lies. With ``refit`` the weights that a LoRA changes can be exchanged in the engine without building it again.
     """
 
     export: Path
@@ -192,3 +200,4 @@ class EngineConfig:
     batches: tuple[Range, ...] = ()
     check: bool = True
     rebuild: bool = False
+    refit: bool = False

@@ -1,4 +1,4 @@
-"""What an export folder and an engine folder hold: ``manifest.json`` and ``engine.json``.
+"""What an export folder holds: ``manifest.json``; that of an engine is in ``files.engines``.
 
 Standard library and pydantic only: whatever runs an exported student reads these first. Sizes are (height, width) in
 pixels; the symbolic ``height`` and ``width`` in tensor shapes are those of the latents.
@@ -24,7 +24,6 @@ from tiue_cli.files.manifests import read_manifest
 from tiue_cli.files.png import LoraUse
 
 EXPORT_MANIFEST: Final = "manifest.json"
-ENGINE_MANIFEST: Final = "engine.json"
 TOKENIZER: Final = "tokenizer.json"
 
 GRAPHS: Final = ("text_encoder", "unet_encoder", "unet_decoder", "vae_decoder")
@@ -363,119 +362,12 @@ class ExportManifest(_Model):
         return (self.latent_channels, size[0] // factor, size[1] // factor)
 
 
-# --- engine folder: engine.json ------------------------------------------------------------------------------------
-
-Range = tuple[_Count, _Count, _Count]
-"""Minimum, optimum and maximum."""
-
-
-class ProfileSpec(_Model):
-    """The range of one optimisation profile, in images: batch, decoder timesteps K, height and width in pixels."""
-
-    name: str
-    batch: Range
-    steps: Range
-    height: Range
-    width: Range
-
-    def refusal(self, *, batch: int, steps: int, size: Size) -> str | None:
-        """Why a request does not fit, in words; None where it fits."""
-        asked = (("batch", batch), ("steps", steps), ("height", size[0]), ("width", size[1]))
-        for what, value in asked:
-            low, _, high = getattr(self, what)
-            if not low <= value <= high:
-                return f"{what} {value} is outside {low} to {high}" if low < high else f"{what} {value} is not {low}"
-        return None
-
-
-class PlanSpec(_Model):
-    """One TensorRT plan: the graph that it was built from, and the build's figures.
-
-    ``shapes`` holds for each profile, in the order of ``EngineManifest.profiles``, each input's (min, opt, max) shape;
-    it is empty for a profile of another size. Profiles that give a graph the same shapes share one inside the plan.
-    """
-
-    graph: GraphName
-    size: Size | None = None
-    plan: FileSpec
-    onnx_sha256: Sha256
-    """``GraphSpec.digest`` of the source."""
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    shapes: tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]
-    build_s: float
-    layers: int | None = None
-    device_memory_bytes: int | None = None
-
-    @property
-    def distinct_shapes(self) -> tuple[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]], ...]:
-        """What TensorRT was given: the shapes that are not empty, each once, in order."""
-        distinct: list[dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = []
-        for shapes in self.shapes:
-            if shapes and shapes not in distinct:
-                distinct.append(shapes)
-        return tuple(distinct)
-
-    def plan_profile(self, index: int) -> int:
-        """The number inside the plan of profile ``index`` of the engine, which must be one that the plan serves."""
-        return self.distinct_shapes.index(self.shapes[index])
-
-
-class EngineParity(_Model):
-    """What was compared after the build."""
-
-    reference: str
-    """The ONNX Runtime provider."""
-    outputs: tuple[OutputParity, ...]
-    image_psnr_db: float
-    required_psnr_db: float
-
-
-class EngineDevice(_Model):
-    """Where the plans were built: what must match before one is opened."""
-
-    gpu: str
-    compute_capability: str
-    """Such as ``9.0``."""
-    tensorrt: str
-    cuda: str
-    driver: str
-    platform: str
-    """Such as ``Linux-x86_64``."""
-
-
-class EngineManifest(_Model):
-    """``engine.json``: the plans of one export for one GPU and one TensorRT version."""
-
-    format_version: int = 1
-    kind: Literal["engine"] = "engine"
-    name: str
-    tiue_version: str
-    device: EngineDevice
-    precision: Precision
-    export_sha256: Sha256
-    """SHA-256 of the ``manifest.json`` that the plans were built from."""
-    profiles: tuple[ProfileSpec, ...] = Field(min_length=1)
-    plans: tuple[PlanSpec, ...]
-    build_flags: tuple[str, ...] = ()
-    workspace_bytes: int | None = None
-    build_s: float
-    parity: EngineParity | None
-    """None only where the check was switched off."""
-    notes: tuple[str, ...] = ()
-
-
 # --- reading and checking ------------------------------------------------------------------------------------------
 
 
 def read_export_manifest(folder: Path | str) -> ExportManifest:
     """The manifest of an export folder. ManifestError names file, field and next step."""
     return read_manifest(Path(folder) / EXPORT_MANIFEST, ExportManifest)
-
-
-def read_engine_manifest(folder: Path | str) -> EngineManifest:
-    """The manifest of an engine folder. ManifestError names file, field and next step."""
-    return read_manifest(Path(folder) / ENGINE_MANIFEST, EngineManifest)
 
 
 def is_export_folder(path: Path | str) -> bool:

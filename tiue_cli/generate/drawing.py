@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 from tiue_cli.backends.base import TakesLoras
 from tiue_cli.base.text import MAX_SIDE_PX
-from tiue_cli.errors import OutputError, UsageError
-from tiue_cli.files.atomic import atomic_file
-from tiue_cli.files.png import ImageRecord, ImageSpec, LoraUse, save_png
+from tiue_cli.errors import UsageError
+from tiue_cli.files.png import ImageSpec, LoraUse
 from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.generate.pictures import Output, Picture, Request, checked_output, pil_image
 from tiue_cli.generate.pipeline import OnePassPipeline
 from tiue_cli.generate.plan import RANDOM_SEEDS, row_specs
 from tiue_cli.generate.prompts import PromptRow, check_prompt
@@ -33,80 +33,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from tiue_cli.backends.base import Backend
-
-Output = Literal["pil", "numpy", "latents"]
-"""What a picture comes as: a PIL image, (H, W, 3) uint8, or latents (C, h, w) float32 in the scale of the UNet."""
-
-_Image = TypeVar("_Image", covariant=True)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to draw, for `Pipeline.draw`.
-
-    ``seed`` is 0 to 2**63 - 1 and decides the noise alone. ``size`` is (height, width) in pixels and ``steps`` the
-    decoder timesteps K of a student, or the sampler steps of a teacher; None takes the model's own. ``loras`` are the
-    adapters of this picture, ``SOURCE[:WEIGHT]`` each; None takes those on the pipeline, () none.
-
-    >>> tiue.Request("a red heart", seed=3, size=(48, 64))
-    Request(prompt='a red heart', seed=3, size=(48, 64), steps=None, loras=None)
-    """
-
-    prompt: str
-    seed: int
-    size: tuple[int, int] | None = None
-    steps: int | None = None
-    loras: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class Picture(Generic[_Image]):
-    """A picture and what it is of.
-
-    ``image`` is what ``output`` asked for (see `Output`). ``cut_text`` is the end of the prompt that was too long for
-    the text encoder, "" where it read the whole. ``record`` is what a PNG of it says about itself.
-    """
-
-    image: _Image
-    record: ImageRecord
-    cut_text: str = ""
-
-    @property
-    def prompt(self) -> str:
-        """The prompt, without the blanks around it."""
-        return self.record.prompt
-
-    @property
-    def seed(self) -> int:
-        """The seed of its noise."""
-        return self.record.seed
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return self.record.size
-
-    def save(self, path: Path | str, *, metadata: bool = True) -> Path:
-        """Write the PNG that ``tiue generate`` writes, record included unless ``metadata`` is False; returns its path.
-
-        A file that is there is replaced. Raises UsageError for latents, OutputError.
-
-        >>> with tiue.load("papercut") as pipe:
-        ...     picture = next(pipe.stream(["a blue house"], seed=7))
-        >>> picture.save("house.png").name
-        'house.png'
-        """
-        import numpy as np
-
-        path = Path(path)
-        pixels = np.asarray(self.image)
-        if pixels.dtype != np.uint8:
-            raise UsageError("latents are not a picture", hint='draw it with output="pil"')
-        if path.suffix.lower() != ".png":
-            raise OutputError(f"{path}: images are written as PNG", hint=f"give {path.with_suffix('.png')}")
-        with atomic_file(path) as temporary:
-            save_png(temporary, pixels, self.record if metadata else None)
-        return path
 
 
 class Pipeline:
@@ -305,7 +231,7 @@ class Pipeline:
         pipeline = self._pipeline(pair, batch)
         first = secrets.randbelow(RANDOM_SEEDS) if seed is None else check_seed(seed)
         specs = self._specs(prompts, config, first)
-        return self._stream(specs, pipeline, batch, pair, _checked_output(output))
+        return self._stream(specs, pipeline, batch, pair, checked_output(output))
 
     @overload
     def draw(self, requests: Sequence[Request], *, output: Literal["pil"] = ...) -> list[Picture[Image]]: ...
@@ -330,7 +256,7 @@ class Pipeline:
         >>> [picture.seed for picture in pictures]
         [5, 1]
         """
-        return list(self._pictures(self.check(requests), OnePassPipeline(self._entered), _checked_output(output)))
+        return list(self._pictures(self.check(requests), OnePassPipeline(self._entered), checked_output(output)))
 
     def check(self, requests: Sequence[Request]) -> list[ImageSpec]:
         """What the requests ask of this model, checked and with the model's own size and steps filled in; cheap.
@@ -506,18 +432,4 @@ class Pipeline:
         found = dict(pipeline.latents(specs) if output == "latents" else pipeline.images(specs))
         for position, spec in enumerate(specs):
             array = found.pop(position)
-            yield Picture(_pil(array) if output == "pil" else array, image_record(spec, backend), cuts[position])
-
-
-def _checked_output(output: str) -> Output:
-    known: tuple[Output, ...] = get_args(Output)
-    for name in known:
-        if output == name:
-            return name
-    raise UsageError(f"unknown output {output!r}", hint=f"choose among {', '.join(known)}")
-
-
-def _pil(pixels: np.ndarray) -> Image:
-    from PIL import Image
-
-    return Image.fromarray(pixels)
+            yield Picture(pil_image(array) if output == "pil" else array, image_record(spec, backend), cuts[position])

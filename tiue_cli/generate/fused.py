@@ -6,12 +6,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tiue_cli.errors import AdapterError, ModelFolderError, UsageError
 from tiue_cli.files.caches import user_cache
 from tiue_cli.files.exports import ExportManifest, is_export_folder
 from tiue_cli.files.png import LoraUse, same_effect
-from tiue_cli.model.hub import resolve_model
-from tiue_cli.model.identity import model_sha256
+from tiue_cli.model.lora.source import exported_student
 
 
 def fused_export(
@@ -29,15 +27,10 @@ def fused_export(
     """
     if same_effect(uses, manifest.student.loras):
         return folder
-    if manifest.student.loras:
-        raise UsageError(
-            f"{folder} has LoRAs in its weights already",
-            hint=f"export its student, {manifest.student.source}, with these",
-        )
     found = user_cache() / "exports" / f"{folder.resolve().name}-{_key(model_id, uses)}"
     if is_export_folder(found):
         return found
-    _check_student(folder, manifest)
+    exported_student(folder, manifest)
     if note is not None:
         note(f"exporting {manifest.student.source} with {', '.join(use.name for use in uses)}, once: {found}")
     from tiue_cli.export.config import ExportConfig
@@ -61,22 +54,3 @@ def fused_export(
 def _key(model_id: str, uses: Sequence[LoraUse]) -> str:
     lines = [model_id, *(f"{use.sha256} {use.weight!r}" for use in uses)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def _check_student(folder: Path, manifest: ExportManifest) -> None:
-    """Raise AdapterError where the student that was exported is not there, or is another one by now."""
-    source = manifest.student.source
-    again = f"tiue export STUDENT --lora … --out {folder}-with-lora"
-    try:
-        student = resolve_model(source)
-        unchanged = model_sha256(student) == manifest.student.sha256
-    except ModelFolderError as error:
-        raise AdapterError(
-            f"a LoRA on {folder} needs the student that it was exported from, and {source} cannot be used:"
-            f" {error.message}",
-            hint=f"where it is now: {again}",
-        ) from error
-    if not unchanged:
-        raise AdapterError(
-            f"{source} is not the student any more that {folder} was exported from", hint=f"export it again: {again}"
-        )

@@ -12,7 +12,8 @@ from typing import Literal
 
 from tiue_cli.errors import ManifestError, ModelFolderError, UsageError
 from tiue_cli.files.access import has_file, user_path
-from tiue_cli.files.exports import ENGINE_MANIFEST, ExportManifest, is_export_folder, read_export_manifest
+from tiue_cli.files.engines import ENGINE_MANIFEST, engine_manifests, read_engine_manifest
+from tiue_cli.files.exports import ExportManifest, is_export_folder, read_export_manifest
 from tiue_cli.files.png import LoraUse, same_effect
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.fused import fused_export
@@ -185,6 +186,8 @@ class ModelTarget:
     """The packaged student's, where they draw in place of torch."""
     loras: tuple[LoraUse, ...] = ()
     """Adapters on the model, where a row does not name its own."""
+    takes_loras: bool = True
+    """Whether adapters can be put on it and taken off: model folders, and engines that were built for it."""
 
     @property
     def origin(self) -> str:
@@ -197,7 +200,7 @@ class ModelTarget:
         Raises UsageError, AdapterError.
         """
         texts = tuple(texts)
-        if not isinstance(self.info, ExportInfo):
+        if self.takes_loras or not isinstance(self.info, ExportInfo):
             return lora_uses(texts)
         student = self.info.manifest.student
         if texts and not same_effect(lora_uses(texts), student.loras):
@@ -237,11 +240,11 @@ class ModelTarget:
 def open_target(config: GenerateConfig, *, note: Callable[[str], None] | None = None) -> ModelTarget:
     """Find and check model, autoencoder and adapters of ``config``; ``note`` is told of what takes long.
 
-    An export with other adapters than it has is exported again with them, once. Raises what ``model.folder`` raises,
-    UsageError and AdapterError.
+    An export with other adapters than it has is exported again with them, once, unless its engine takes them. Raises
+    what ``model.folder`` raises, UsageError and AdapterError.
     """
     target = _bare_target(config)
-    if config.loras and isinstance(target.info, ExportInfo):
+    if config.loras and isinstance(target.info, ExportInfo) and not target.takes_loras:
         target = _fused_target(target, target.info, lora_uses(config.loras), note=note)
     return replace(target, loras=target.find_loras(config.loras))
 
@@ -251,8 +254,9 @@ def _fused_target(
 ) -> ModelTarget:
     if target.backend == "trt":
         raise UsageError(
-            "an engine takes no LoRA: its weights were set when it was built",
-            hint=f"build one with it: tiue export {info.manifest.student.source} --lora {uses[0].option} --trt",
+            "this engine takes no LoRA: its weights were set when it was built",
+            hint=f"build one that does: tiue export {info.path} --trt --refit;"
+            f" or with this one: tiue export {info.manifest.student.source} --lora {uses[0].option} --trt",
         )
     folder = fused_export(info.path, info.manifest, info.model_id, uses, note=note)
     fused = ExportInfo(folder, read_export_manifest(folder))
@@ -363,7 +367,19 @@ def _export_target(config: GenerateConfig, info: ExportInfo, *, backend: str) ->
         vae_folder=None,
         vae_id=None,
         provider=provider,
+        takes_loras=backend == "trt" and _has_engine_for_loras(info),
     )
+
+
+def _has_engine_for_loras(info: ExportInfo) -> bool:
+    """Whether the engine that was named, or any of the export, can be refitted; which one fits is known with the GPU.
+
+    Raises ManifestError.
+    """
+    if info.manifest.student.loras:
+        return False
+    folders = [info.engine] if info.engine is not None else [file.parent for file in engine_manifests(info.path)]
+    return any(read_engine_manifest(folder).takes_loras for folder in folders)
 
 
 @functools.lru_cache(maxsize=64)

@@ -28,6 +28,16 @@ def model_fingerprint(folder: Path) -> str:
     return fingerprint_of(model_files(folder), error=ModelFolderError)
 
 
+def unchanged_model(source: str, sha256: str) -> Path:
+    """The folder of ``source``, if it still is the model that had this hash. Raises ModelFolderError."""
+    from tiue_cli.model.hub import resolve_model  # above this module: an adapter student is put together there
+
+    folder = resolve_model(source)
+    if model_sha256(folder) != sha256:
+        raise ModelFolderError(f"{folder} is not the model any more that it was", hint="find the one that it was")
+    return folder
+
+
 def model_files(folder: Path) -> dict[str, Path]:
     """What makes up a model folder, or the folder of an autoencoder alone. Raises ModelFolderError.
 

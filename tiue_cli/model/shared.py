@@ -31,7 +31,14 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from tiue_cli.model.sd_configs import check_unet_config
-from tiue_cli.model.unet import UNetFeatures, decoder_levels, has_cross_attention, output_layers, time_embedding
+from tiue_cli.model.unet import (
+    UNetFeatures,
+    decoder_levels,
+    has_cross_attention,
+    output_layers,
+    time_embedding,
+    time_projection,
+)
 
 _Module = TypeVar("_Module", bound=nn.Module)
 _ResnetKind = Callable[[Any, Tensor, Tensor, Tensor], Tensor]
@@ -176,9 +183,7 @@ def _norm_act_conv(resnet: Any, inputs: Tensor, channels: slice, *, bias: Tensor
 
 def _time_bias(resnet: Any, embedding: Tensor) -> Tensor:
     """What the resnet adds at each timestep, (K, T) → (1, K, C, 1, 1)."""
-    activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-    result: Tensor = resnet.time_emb_proj(activated)[None, :, :, None, None]
-    return result
+    return time_projection(resnet, embedding)[None, :, :, None, None]
 
 
 def _after_time(resnet: Any, hidden: Tensor) -> Tensor:

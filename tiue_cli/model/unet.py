@@ -94,6 +94,13 @@ def time_embedding(unet: UNet2DConditionModel, timesteps: Tensor, dtype: torch.d
     return result
 
 
+def time_projection(resnet: Any, embedding: Tensor) -> Tensor:
+    """What a residual block adds at each timestep, (K, T) → (K, C)."""
+    activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
+    result: Tensor = resnet.time_emb_proj(activated)
+    return result
+
+
 def decoder_levels(
     unet: UNet2DConditionModel, skips: tuple[Tensor, ...]
 ) -> Iterator[tuple[Any, tuple[Tensor, ...], torch.Size | None]]:

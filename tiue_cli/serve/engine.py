@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.files.png import ImageRecord, ImageSpec, LoraUse
 from tiue_cli.generate.config import GenerateConfig
-from tiue_cli.generate.drawing import Pipeline, Request
+from tiue_cli.generate.drawing import Pipeline
+from tiue_cli.generate.pictures import Request
 from tiue_cli.generate.session import Session
 from tiue_cli.generate.target import OPENVINO_DEVICES, ExportInfo
 from tiue_cli.model.hub import EMBEDDED, EMBEDDED_NAMES, EMBEDDED_TEACHER

@@ -17,7 +17,7 @@ from tiue_cli.backends.stages import listening
 from tiue_cli.base.machine import usable_cores
 from tiue_cli.errors import TiueError
 from tiue_cli.files.png import ImageRecord
-from tiue_cli.generate.drawing import Request
+from tiue_cli.generate.pictures import Request
 from tiue_cli.generate.plan import RANDOM_SEEDS
 from tiue_cli.model.noise import MAX_SEED
 from tiue_cli.serve.batcher import MicroBatcher, Timed

@@ -34,17 +34,13 @@ from tiue_cli.export.onnx.graphs import folded_time
 from tiue_cli.export.onnx.parity import Case, largest_magnitude, run_chain
 from tiue_cli.export.onnx.trace import Trace, _save, file_spec
 from tiue_cli.export.tolerance import check_image
+from tiue_cli.files.engines import ENGINE_MANIFEST, EngineDevice, EngineManifest, PlanSpec, ProfileSpec
 from tiue_cli.files.exports import (
-    ENGINE_MANIFEST,
     EXPORT_MANIFEST,
     GRAPHS,
-    EngineDevice,
-    EngineManifest,
     ExportManifest,
     FileSpec,
     GraphSpec,
-    PlanSpec,
-    ProfileSpec,
     TensorSpec,
     read_export_manifest,
 )

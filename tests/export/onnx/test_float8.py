@@ -21,7 +21,8 @@ from tiue_cli.export.onnx.float8 import LARGEST, as_float8
 from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.export.trt.engine import _check_float8
-from tiue_cli.files.exports import EXPORT_MANIFEST, EngineDevice, read_export_manifest
+from tiue_cli.files.engines import EngineDevice
+from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
 from tiue_cli.files.manifests import write_json
 from tiue_cli.model.noise import draw_noise
 

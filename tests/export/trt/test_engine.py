@@ -25,7 +25,8 @@ from tiue_cli.export.trt.builder import BuildWatch, build_plan, workspace_bytes,
 from tiue_cli.export.trt.engine import EngineConfig, build_engine, build_lock
 from tiue_cli.export.trt.parity import Reference, plan_cases
 from tiue_cli.export.trt.profiles import batch_profiles
-from tiue_cli.files.exports import ENGINE_MANIFEST, GRAPHS, read_engine_manifest, read_export_manifest
+from tiue_cli.files.engines import ENGINE_MANIFEST, read_engine_manifest
+from tiue_cli.files.exports import GRAPHS, read_export_manifest
 from tiue_cli.files.hashes import sha256_file
 
 ENGINE = "nvidia-fake-4090-trt10.8.0.43-fp16"

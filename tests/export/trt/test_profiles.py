@@ -18,7 +18,8 @@ from tiue_cli.export.trt.profiles import (
     parse_sizes,
     shipped_profiles,
 )
-from tiue_cli.files.exports import ExportManifest, GraphSpec, PlanSpec, ProfileSpec
+from tiue_cli.files.engines import PlanSpec, ProfileSpec
+from tiue_cli.files.exports import ExportManifest, GraphSpec
 
 FACTOR = 4
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exports import build_small_student, exported
+from exports import build_small_student, export_copy, exported
 from tiny_export import write_tiny_export
 
 from tiue_cli.files.exports import GRAPHS, read_export_manifest
@@ -39,8 +39,8 @@ def python(*arguments: str) -> str:
     return done.stdout
 
 
-def compiled(folder: Path) -> list[dict[str, Any]]:
-    out = python(str(ROOT / "tests" / "support" / "compile_rtx.py"), str(folder))
+def compiled(folder: Path, *options: str) -> list[dict[str, Any]]:
+    out = python(str(ROOT / "tests" / "support" / "compile_rtx.py"), str(folder), *options)
     return [json.loads(line) for line in out.splitlines()]
 
 
@@ -73,6 +73,19 @@ def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path
         assert one["profiles"] == 2 and one["layers"] > 0 and one["plan_bytes"] > 10_000
 
 
+@pytest.mark.slow
+def test_the_weights_that_adapters_change_are_known_by_their_names_and_stay_changeable(tmp_path: Path) -> None:
+    student = resolve_model(EMBEDDED)
+    sizes = (check_model_folder(student).image_size,)
+    folder = export_copy(student, tmp_path / "papercut", precision="fp16", sizes=sizes)
+    built = {one["graph"]: one for one in compiled(folder, "--refit")}
+    # Layers of papercut's three parts, those of the decoder that are read in two parts twice; the image decoder's none.
+    refittable = {name.removesuffix(".onnx"): one["refittable"] for name, one in built.items()}
+    assert refittable["vae_decoder"] == 0 and min(refittable[name] for name in GRAPHS[:3]) > 15
+    assert all(one["plan_bytes"] > 1_000_000 for one in built.values())
+
+
+@pytest.mark.slow
 def test_every_fp16_graph_with_attention_as_one_operator_compiles(tiny_student_folder: Path, tmp_path: Path) -> None:
     student = build_small_student(tiny_student_folder, tmp_path / "student")
     folder = exported(student, precision="fp16", sizes=((16, 12),), opset=23)

@@ -211,6 +211,30 @@ def test_rows_keep_their_adapters(tmp_path: Path) -> None:
         assert _request(found, config, 0, 0).loras == ("a.safetensors:0.5",), name
 
 
+@pytest.mark.parametrize(
+    ("cell", "loras"),
+    [
+        ("", None),
+        ("[]", ()),
+        ("7", ("7",)),
+        ('"[""a.safetensors:0.5"", ""OWNER/NAME""]"', ("a.safetensors:0.5", "OWNER/NAME")),
+        ("[half", ("[half",)),
+    ],
+)
+def test_a_cell_holds_one_adapter_or_a_list_of_them(cell: str, loras: tuple[str, ...] | None, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"prompt,lora\na star,{cell}\n", encoding="utf-8")
+    (found,) = read_rows(str(tmp_path / "a.csv"))
+    assert isinstance(found, PromptRow) and found.loras == loras
+
+
+def test_a_row_whose_adapter_cannot_be_used_is_a_failed_row(tiny_export: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,lora\na star,\na star,nowhere.safetensors\n", encoding="utf-8")
+    totals = run(job(tiny_export, tmp_path / "a.csv", tmp_path / "out", shard=2))
+    assert (totals["images"], totals["failed_rows"]) == (1, 1)
+    failed = json.loads((tmp_path / "out" / "failed.jsonl").read_text(encoding="utf-8"))
+    assert failed["id"] == 1 and "nowhere.safetensors" in failed["reason"]
+
+
 def test_a_random_seed_is_kept_for_the_next_run(tiny_export: Path, tmp_path: Path) -> None:
     config = job(tiny_export, prompts_file(tmp_path / "p.txt", 4), tmp_path / "out", shard=2, seed=None)
     first = run(config)

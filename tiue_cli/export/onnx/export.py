@@ -49,8 +49,8 @@ from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_expo
 from tiue_cli.export.onnx.trace import Trace, export_graph, file_spec
 from tiue_cli.export.tolerance import REQUIRED_PSNR_DB
 from tiue_cli.files.atomic import atomic_folder, terminated_as_interrupt
+from tiue_cli.files.engines import engine_manifests, read_engine_manifest
 from tiue_cli.files.exports import (
-    ENGINE_MANIFEST,
     EXPORT_MANIFEST,
     GRAPHS,
     QUANTIZED,
@@ -66,7 +66,6 @@ from tiue_cli.files.exports import (
     Size,
     StudentSource,
     Versions,
-    read_engine_manifest,
 )
 from tiue_cli.files.manifests import write_json
 from tiue_cli.files.png import LoraUse
@@ -403,7 +402,7 @@ def _carry_engines(old: Path, new: Path, manifest: ExportManifest) -> list[str]:
     """Keep the engines of the folder that is replaced where their graphs are still these; say which are not kept."""
     digests = {(graph.name, graph.size): graph.digest for graph in manifest.graphs}
     notes = []
-    for path in sorted(old.glob(f"*/{ENGINE_MANIFEST}")) if old.is_dir() else ():
+    for path in engine_manifests(old):
         plans = read_engine_manifest(path.parent).plans
         if all(digests.get((plan.graph, plan.size)) == plan.onnx_sha256 for plan in plans):
             shutil.copytree(path.parent, new / path.parent.name, copy_function=os.link)

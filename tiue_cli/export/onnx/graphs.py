@@ -29,7 +29,7 @@ from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.shared import SharedUNetDecoder
 from tiue_cli.model.student import StudentModel
 from tiue_cli.model.text import tokenize
-from tiue_cli.model.unet import UNetEncoder, UNetFeatures, time_embedding
+from tiue_cli.model.unet import UNetEncoder, UNetFeatures, time_embedding, time_projection
 
 
 class TextEncoderGraph(nn.Module):
@@ -115,9 +115,8 @@ def folded_time(unet: UNet2DConditionModel, timestep: int) -> Iterator[None]:
     embedding = time_embedding(unet, torch.tensor([timestep], device=device), unet.dtype)
     projections = {resnet: resnet.time_emb_proj for resnet in encoder_resnets(unet)}
     try:
-        for resnet, projection in projections.items():
-            activated = embedding if resnet.skip_time_act else resnet.nonlinearity(embedding)
-            resnet.time_emb_proj = _Constant(projection(activated))
+        for resnet in projections:
+            resnet.time_emb_proj = _Constant(time_projection(resnet, embedding))
         yield
     finally:
         for resnet, projection in projections.items():

@@ -21,7 +21,7 @@ from tiue_cli.base.text import bytes_text
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.trt.profiles import Shapes
 from tiue_cli.files.caches import user_cache
-from tiue_cli.files.exports import EngineDevice
+from tiue_cli.files.engines import EngineDevice
 
 BuildProgressFn = Callable[[float, str], None]
 """Called about twice a second with the share of a build that is done, 0 to 1, and what it is at."""
@@ -56,10 +56,12 @@ def build_plan(
     *,
     workspace_bytes: int,
     timing_cache: Path | None = None,
+    refit: Sequence[str] = (),
     progress: BuildProgressFn | None = None,
 ) -> BuiltPlan:
     """Build ``onnx`` for the profiles ``shapes`` and write ``plan``; with less workspace when memory runs out.
 
+    The weights named in ``refit`` can be changed in the plan, and only they: what is fixed, TensorRT can fold and fuse.
     Raises DeviceError with TensorRT's own reason; an interrupt ends the build and leaves no file.
     """
     started = time.perf_counter()
@@ -68,7 +70,7 @@ def build_plan(
     for retries, limit in enumerate(limits):
         try:
             layers = _build_once(
-                onnx, plan, shapes, workspace_bytes=limit, timing_cache=timing_cache, progress=progress
+                onnx, plan, shapes, workspace_bytes=limit, timing_cache=timing_cache, refit=refit, progress=progress
             )
         except _OutOfMemory as error:
             if error.in_main_memory or (error.requested is not None and error.requested == requested):
@@ -139,6 +141,7 @@ def _build_once(
     *,
     workspace_bytes: int,
     timing_cache: Path | None,
+    refit: Sequence[str],
     progress: BuildProgressFn | None,
 ) -> int:
     """Number of layers of the network that was built into ``plan``."""
@@ -152,6 +155,8 @@ def _build_once(
         trt = builder_module()
         parsed = NetworkFromOnnxPath(str(onnx), strongly_typed=True)()
         config = _config(trt, shapes, workspace_bytes, timing_cache, build_monitor(trt, watch))
+        if refit:
+            config = _refittable(trt, onnx, parsed[1], refit, config)
         layers = int(parsed[1].num_layers)
         if timing_cache is not None:
             timing_cache.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +217,25 @@ def _config(
         progress_monitor=monitor,
     )
     return result
+
+
+def _refittable(
+    trt: Any, onnx: Path, network: Any, names: Sequence[str], config: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``config`` for a plan whose weights ``names`` may change; marks them. Raises DeviceError for an unknown one."""
+    unknown = [name for name in names if not network.mark_weights_refittable(name)]
+    if unknown:
+        raise DeviceError(
+            f"{onnx.name}: TensorRT knows no weights called {unknown[0]} (in all {len(unknown)} of {len(names)} names)",
+            hint="build the engine without --refit, and please report this",
+        )
+
+    def with_flag(builder: Any, network: Any) -> Any:
+        made = config(builder, network)
+        made.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        return made
+
+    return with_flag
 
 
 def builder_module() -> Any:

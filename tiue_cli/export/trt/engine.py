@@ -20,30 +20,44 @@ from tiue_cli import __version__
 from tiue_cli.backends.cuda import memory_bytes
 from tiue_cli.backends.trt_device import current_device, device_difference, engine_name
 from tiue_cli.errors import DeviceError, ManifestError, OutputError, UsageError
-from tiue_cli.export.config import EngineConfig
+from tiue_cli.export.config import NO_REFIT_IN_8_BITS, EngineConfig
 from tiue_cli.export.trt.builder import BuiltPlan, build_plan, timing_cache_file, workspace_bytes
-from tiue_cli.export.trt.parity import Reference, check_engine_images, check_plans, engine_parity, plan_cases
+from tiue_cli.export.trt.parity import (
+    Reference,
+    check_engine_images,
+    check_plans,
+    engine_parity,
+    plan_cases,
+)
 from tiue_cli.export.trt.profiles import DEFAULT_BATCHES, batch_profiles, fit_profiles, input_shapes, load_profiles
+from tiue_cli.export.trt.refit import graph_weights, refit_weights
+from tiue_cli.export.trt.refit_parity import check_refits
 from tiue_cli.files.access import is_file
 from tiue_cli.files.atomic import atomic_folder, terminated_as_interrupt
-from tiue_cli.files.exports import (
+from tiue_cli.files.engines import (
     ENGINE_MANIFEST,
-    EXPORT_MANIFEST,
     EngineDevice,
     EngineManifest,
+    PlanSpec,
+    ProfileSpec,
+    RefitWeight,
+    read_engine_manifest,
+)
+from tiue_cli.files.exports import (
+    EXPORT_MANIFEST,
+    QUANTIZED,
     ExportManifest,
     FileSpec,
     GraphSpec,
-    PlanSpec,
-    ProfileSpec,
     check_files,
-    read_engine_manifest,
     read_export_manifest,
 )
 from tiue_cli.files.external_data import check_external_data
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.files.lock import release_lock, try_lock
 from tiue_cli.files.manifests import write_json
+from tiue_cli.model.lora.exported import ExportedWeights
+from tiue_cli.model.weights import some_of
 
 PlanStageFn = Callable[[str, float, str], None]
 """Called with a stage ("build unet_decoder"), the share of it that is done (0 to 1), and what it is at."""
@@ -84,10 +98,12 @@ def build_engine(config: EngineConfig, *, stage: PlanStageFn | None = None) -> E
     device = current_device()
     manifest = read_export_manifest(config.export)
     _check_float8(manifest, device)
+    if config.refit and manifest.precision in QUANTIZED:
+        raise UsageError(NO_REFIT_IN_8_BITS, hint="export the student in fp16 or fp32")
     profiles = engine_profiles(config, manifest)
     folder = config.export / engine_name(device, manifest.precision)
     with terminated_as_interrupt(), build_lock(folder, waiting=_waiting(stage)):
-        if not config.rebuild and (found := _fitting_engine(folder, manifest, profiles, device, check=config.check)):
+        if not config.rebuild and (found := _fitting_engine(folder, config, manifest, profiles, device)):
             return EngineResult(folder, found, time.perf_counter() - started, reused=True, notes=found.notes)
         remove_leftovers(folder)
         check_files(config.export, [file for graph in manifest.graphs for file in (graph.onnx, *graph.data)])
@@ -147,11 +163,13 @@ class _Job:
         self._stage = stage or (lambda what, share, detail: None)
         self._notes: list[str] = []
         self._workspace = 0
+        self._student = ExportedWeights(config.export, manifest) if config.refit else None
 
     def run(self) -> EngineManifest:
         """Write everything into the folder; returns the manifest."""
         started = time.perf_counter()
         plans = tuple(self._build(graph) for graph in self._manifest.graphs if self._serves(graph))
+        self._student = None  # the check takes memory of its own
         engine = EngineManifest(
             name=self._manifest.name,
             tiue_version=__version__,
@@ -160,7 +178,7 @@ class _Job:
             export_sha256=sha256_file(self._config.export / EXPORT_MANIFEST),
             profiles=self._profiles,
             plans=plans,
-            build_flags=BUILD_FLAGS,
+            build_flags=(*BUILD_FLAGS, *(("refit-individual",) if self._config.refit else ())),
             workspace_bytes=self._workspace,
             build_s=round(time.perf_counter() - started, 3),
             parity=None,
@@ -193,6 +211,7 @@ class _Job:
             outputs=graph.outputs,
             shapes=self._shapes(graph),
             build_s=0.0,
+            refit=self._refit_weights(graph),
         )
         free_bytes, _ = memory_bytes()
         built = build_plan(
@@ -201,6 +220,7 @@ class _Job:
             spec.distinct_shapes,
             workspace_bytes=workspace_bytes(free_bytes, graph.size_bytes),
             timing_cache=timing_cache_file(self._device),
+            refit=[weight.name for weight in spec.refit],
             progress=lambda share, detail: self._stage(title, share, detail),
         )
         self._note_retries(graph, built)
@@ -208,6 +228,15 @@ class _Job:
         self._stage(title, 1.0, f"{built.layers} layers, {built.seconds:.0f} s")
         file = FileSpec(file=path.name, sha256=sha256_file(path), size_bytes=path.stat().st_size)
         return spec.model_copy(update={"plan": file, "build_s": round(built.seconds, 3), "layers": built.layers})
+
+    def _refit_weights(self, graph: GraphSpec) -> tuple[RefitWeight, ...]:
+        """The weights of a graph that a LoRA may change; those of layers that cannot be told apart stay fixed."""
+        if self._student is None or graph.name == "vae_decoder":
+            return ()
+        weights, fixed = refit_weights(graph, graph_weights(self._config.export / graph.onnx.file), self._student)
+        if fixed:
+            self._notes.append(f"a LoRA cannot change these layers of {graph.name} in this engine: {some_of(fixed)}")
+        return weights
 
     def _note_retries(self, graph: GraphSpec, built: BuiltPlan) -> None:
         if built.retries:
@@ -222,6 +251,16 @@ class _Job:
         reference.compute(cases, say=self._say("compare: reference"))
         say = self._say("compare: plans")
         outputs, memory_bytes = check_plans(self._folder, engine, self._manifest, reference, cases, say=say)
+        if self._config.refit:
+            check_refits(
+                self._folder,
+                self._config.export,
+                engine,
+                self._manifest,
+                reference,
+                cases,
+                say=self._say("compare: refitted"),
+            )
         worst, notes = check_engine_images(
             self._folder, self._config.export, reference, cases, say=self._say("compare: images")
         )
@@ -236,7 +275,11 @@ class _Job:
 
 
 def _fitting_engine(
-    folder: Path, manifest: ExportManifest, profiles: tuple[ProfileSpec, ...], device: EngineDevice, *, check: bool
+    folder: Path,
+    config: EngineConfig,
+    manifest: ExportManifest,
+    profiles: tuple[ProfileSpec, ...],
+    device: EngineDevice,
 ) -> EngineManifest | None:
     """The engine in the folder, if it is what would be built; None where anything differs."""
     if not is_file(folder / ENGINE_MANIFEST, error=OutputError):
@@ -251,7 +294,8 @@ def _fitting_engine(
         engine.profiles == profiles
         and device_difference(engine.device, device) is None
         and all(digests.get((plan.graph, plan.size)) == plan.onnx_sha256 for plan in engine.plans)
-        and (engine.parity is not None or not check)
+        and (engine.parity is not None or not config.check)
+        and engine.takes_loras == config.refit
     )
     return engine if fits else None
 

@@ -28,17 +28,8 @@ from tiue_cli.export.tolerance import (
     check_relative_error,
     output_errors,
 )
-from tiue_cli.files.exports import (
-    GRAPHS,
-    EngineManifest,
-    EngineParity,
-    ExportManifest,
-    GraphSpec,
-    OutputParity,
-    PlanSpec,
-    ProfileSpec,
-    Size,
-)
+from tiue_cli.files.engines import EngineManifest, EngineParity, PlanSpec, ProfileSpec
+from tiue_cli.files.exports import GRAPHS, ExportManifest, GraphSpec, OutputParity, Size
 from tiue_cli.model.noise import draw_noise
 
 LARGE_BYTES: Final = 500 * 1000**2
@@ -125,13 +116,17 @@ class Reference:
         }
         for name in GRAPHS:
             graph = self._manifest.graph(name, size=size)
-            # Opened anew each time: four large sessions at once would double the memory.
-            session = open_session(self._export / graph.onnx.file, self.provider)
-            inputs = {port.name: np.ascontiguousarray(tensors[port.name], dtype=port.dtype) for port in graph.inputs}
-            with session_errors(graph.onnx.file):
-                outputs = run_session(session, inputs, self.provider)
-            tensors |= {output: value.numpy() for output, value in outputs.items()}
+            tensors |= self.run(self._export / graph.onnx.file, graph, tensors)
         return tensors
+
+    def run(self, onnx_file: Path, graph: GraphSpec, tensors: Tensors) -> dict[str, np.ndarray]:
+        """The outputs of a file that holds ``graph``, for its inputs among ``tensors``."""
+        # Opened anew each time: four large sessions at once would double the memory.
+        session = open_session(onnx_file, self.provider)
+        inputs = {port.name: np.ascontiguousarray(tensors[port.name], dtype=port.dtype) for port in graph.inputs}
+        with session_errors(graph.onnx.file):
+            outputs = run_session(session, inputs, self.provider)
+        return {output: value.numpy() for output, value in outputs.items()}
 
 
 def check_plans(

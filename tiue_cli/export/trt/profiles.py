@@ -20,7 +20,8 @@ from pydantic import ConfigDict, Field
 from tiue_cli.base.text import excerpt, parse_size
 from tiue_cli.errors import ProfileError, UsageError
 from tiue_cli.files.access import read_bytes
-from tiue_cli.files.exports import QUANTIZED, ExportManifest, GraphSpec, Precision, ProfileSpec, Range, Size
+from tiue_cli.files.engines import ProfileSpec, Range
+from tiue_cli.files.exports import QUANTIZED, ExportManifest, GraphSpec, Precision, Size
 from tiue_cli.files.structured import parse_toml
 
 DEFAULT_BATCHES: Final = ((1, 1, 1), (1, 4, 16))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from tiue_cli.errors import MissingDependencyError, PromptError, UsageError
 from tiue_cli.files.access import has_file, kind_of, list_folder, open_file, user_path
+from tiue_cli.files.structured import parse_json
 from tiue_cli.files.texts import STDIN, is_comment, read_lines
 from tiue_cli.generate.prompts import PromptRow, check_prompt, row_from_fields, row_from_json
 
@@ -147,14 +148,25 @@ def _csv_rows(file: Path) -> Iterator[Row]:
 
 
 def _typed(cells: Mapping[str, str]) -> dict[str, object]:
-    """CSV knows text only: empty is absent, and whole numbers are numbers."""
+    """CSV knows text only: empty is absent, whole numbers are numbers, and ``["a", "b"]`` or ``[]`` are adapters."""
     found: dict[str, object] = {}
     for name, text in cells.items():
         if name == "prompt":
             found[name] = text
+        elif name == "lora" and text.strip():
+            found[name] = _adapters(text.strip())
         elif text.strip():
             found[name] = int(text) if _WHOLE.fullmatch(text.strip()) else text.strip()
     return found
+
+
+def _adapters(text: str) -> object:
+    """One adapter, which may be called 7, or a list as JSON lines have it."""
+    try:
+        listed = parse_json(text) if text.startswith("[") else text
+    except ValueError:
+        return text
+    return listed
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:

@@ -25,14 +25,15 @@ from tiue_cli.files.png import encode_picture
 from tiue_cli.files.structured import parse_json
 from tiue_cli.generate.bulk.config import BulkConfig, digest
 from tiue_cli.generate.bulk.rows import BadRow, Row, import_pyarrow
-from tiue_cli.generate.drawing import Pipeline, Request
+from tiue_cli.generate.drawing import Pipeline
+from tiue_cli.generate.pictures import Request
 from tiue_cli.generate.prompts import PromptRow
 from tiue_cli.model.noise import MAX_SEED
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from tiue_cli.generate.drawing import Picture
+    from tiue_cli.generate.pictures import Picture
 
 WINDOW_BATCHES = 4
 """Batches that are drawn before the images before them are written: what bounds the memory, however large a shard."""
@@ -174,7 +175,8 @@ def _encode(picture: Picture[np.ndarray], config: BulkConfig) -> bytes:
 
 def _facts(one: _Asked, picture: Picture[np.ndarray], data: bytes) -> dict[str, Any]:
     record = picture.record
-    return {
+    loras = {"loras": [use.model_dump() for use in record.loras]} if record.loras else {}
+    return loras | {
         "id": one.id,
         "key": f"{one.id:09d}",
         "prompt": record.prompt,

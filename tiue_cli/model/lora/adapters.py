@@ -35,6 +35,11 @@ class Adapters:
         """What is on the model now."""
         return self._uses
 
+    @property
+    def touched(self) -> frozenset[tuple[Part, str]]:
+        """The layers whose weights are not their own now."""
+        return frozenset(self._originals)
+
     @torch.no_grad()
     def use(self, uses: Sequence[LoraUse]) -> bool:
         """Put exactly these on the model, () none; returns whether its weights changed. Raises AdapterError.

@@ -22,12 +22,15 @@ from tiue_cli.errors import AdapterError, UsageError
 from tiue_cli.files.access import exists, is_file, is_folder, list_folder, open_file, user_path
 from tiue_cli.files.png import LoraUse
 from tiue_cli.model.hub import download_files, is_hub_id, list_hub_files
+from tiue_cli.model.parts import PACKAGED
 from tiue_cli.model.weights import some_of, tensor_names
 
 LORA_FILE: Final = "pytorch_lora_weights.safetensors"
 """diffusers' name of the file in an adapter's folder."""
 PEFT_FILE: Final = "adapter_model.safetensors"
 PEFT_CONFIG: Final = "adapter_config.json"
+EMBEDDED_LORAS: Final = ("papercut-blueprint",)
+"""Adapters in the package, for the embedded model; like its names they go before a file that lies here."""
 MAX_WEIGHT: Final = 100.0
 """Beyond this a weight is a slip: useful ones lie between -2 and 2."""
 
@@ -118,8 +121,18 @@ def find_lora(source: str) -> LoraFile:
     A folder holds ``pytorch_lora_weights.safetensors``, ``adapter_model.safetensors`` or a single ``.safetensors``; a
     repository of the hub likewise, or its file is named: ``OWNER/NAME/FILE.safetensors``.
     """
-    path = _local(source) or _from_hub(source)
+    path = _embedded(source) if source in EMBEDDED_LORAS else _local(source) or _from_hub(source)
     return _checked(path, _stamp(path))
+
+
+def _embedded(name: str) -> Path:
+    path = PACKAGED / "loras" / f"{name}.safetensors"
+    if not is_file(path, error=AdapterError):
+        raise AdapterError(
+            f"the LoRA {name} is missing from this installation ({path})",
+            hint="install the package again: python -m pip install --force-reinstall --no-deps tiue",
+        )
+    return path
 
 
 def _local(source: str) -> Path | None:

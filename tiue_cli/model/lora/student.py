@@ -46,22 +46,16 @@ def write_full_student(path: Path, out: Path, *, base: str | None = None, overwr
         raise ModelFolderError(
             f"{path / STUDENT_MANIFEST} names no base for the adapter", hint="restore the file that was changed"
         )
-    from tiue_cli.model.hub import resolve_model
-    from tiue_cli.model.identity import model_sha256
+    from tiue_cli.model.identity import unchanged_model
 
     source = base or manifest.base.source
-    again = f"tiue merge {path} FOLDER --base MODEL"
     try:
-        folder = resolve_model(source)
-        is_same = model_sha256(folder) == manifest.base.sha256
+        folder = unchanged_model(source, manifest.base.sha256)
     except ModelFolderError as error:
         raise ModelFolderError(
-            f"{path} is an adapter of {source}, which cannot be used: {error.message}", hint=f"say where it is: {again}"
+            f"{path} is an adapter of {source}, which cannot be used: {error.message}",
+            hint=f"say where it is: tiue merge {path} FOLDER --base MODEL",
         ) from error
-    if not is_same:
-        raise ModelFolderError(
-            f"{path} is an adapter of another model than what lies at {source}", hint=f"say where its base is: {again}"
-        )
     with full_installation("a student that is an adapter"):
         from tiue_cli.model.lora.merge import merged_components
         from tiue_cli.model.student import StudentModel, save_student
