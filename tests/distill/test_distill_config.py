@@ -50,6 +50,7 @@ def test_exponents_without_a_point_are_numbers() -> None:
     ("words", "says"),
     [
         (["kl.weigth=1"], "did you mean kl.weight"),
+        (["optimizer.betas=[0.9]"], "--set: optimizer.betas.1 is missing"),
         (["kl=3"], "kl"),
         (["kl.weight.x=3"], "kl.weight"),
         (["kl.weight=-1"], "--set: kl.weight"),

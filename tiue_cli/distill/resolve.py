@@ -119,6 +119,10 @@ def _usage_error(error: pydantic.ValidationError, origins: Mapping[str, str]) ->
         hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(known_keys())}"
         return UsageError(f"{where}there is no setting {excerpt(key)!r}{more}", hint=hint)
     if first["type"] == "missing":
+        if "." in key:  # an item of a list; only whole settings are options
+            return UsageError(
+                f"{where}{excerpt(key)} is missing{more}", hint="tiue recipes show NAME shows a whole config"
+            )
         return UsageError(f"{key} is not set{more}", hint=f"give --{key.replace('_', '-')}, or set it in the config")
     message = first["msg"].removeprefix("Value error, ")
     return UsageError(f"{where}{excerpt(key)}: {message}{more}", hint=f"it is {excerpt(repr(first['input']))} now")

@@ -64,7 +64,10 @@ def read_prompts(path: Path) -> list[PromptRow]:
     """
     kind = ".txt" if str(path) == STDIN else path.suffix.lower()
     if kind not in {".txt", ".jsonl"}:
-        raise UsageError(f"{path} is neither .txt nor .jsonl", hint="one prompt a line in .txt, one object in .jsonl")
+        bulk = "; with --shards .csv, .parquet and folders are read too"
+        raise UsageError(
+            f"{path} is neither .txt nor .jsonl", hint=f"one prompt a line in .txt, one object in .jsonl{bulk}"
+        )
     lines = [(text.strip(), where) for where, text in read_lines(path) if text.strip()]
     if kind == ".txt":
         lines = [(text, where) for text, where in lines if not is_comment(text)]

@@ -101,11 +101,13 @@ def test_pickles_and_what_is_not_there_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(b"x")
     (tmp_path / "empty").mkdir()
     (tmp_path / "b.safetensors").write_bytes(b"short")
+    (tmp_path / "p.txt").write_bytes(b"a star")
     for source, words in (
         ("a.pt", "is a pickle"),
         ("empty", "holds no LoRA"),
         ("none.safetensors", "does not exist"),
         ("b.safetensors", "truncated"),
+        ("p.txt", "not a .safetensors file"),
     ):
         with pytest.raises(AdapterError, match=words):
             find_lora(str(tmp_path / source))

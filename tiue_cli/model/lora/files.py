@@ -146,6 +146,10 @@ def _local(source: str) -> Path | None:
                 f"{path} is a pickle, which can run code when it is opened",
                 hint="look for a .safetensors version of the LoRA",
             )
+        if path.suffix.lower() != ".safetensors":
+            raise AdapterError(
+                f"{path} is no LoRA: not a .safetensors file", hint="give a .safetensors file or a folder"
+            )
         return path
     match = _HUB_FILE.fullmatch(source)
     if is_hub_id(source) or (match is not None and is_hub_id(match["hub_id"])):
