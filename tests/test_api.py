@@ -17,6 +17,7 @@ import pytest
 from diffusers import UNet2DConditionModel
 from lora_files import draw_factors, write_lora
 from PIL import Image
+from quick_bench import measure_small_peak
 from tiny_export import write_tiny_export
 
 import tiue_cli as tiue
@@ -94,6 +95,7 @@ SLOW = {"tiue_cli.api.export"}
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in EXAMPLES]
 )
 def test_the_example_runs_as_written(name: str, shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure_small_peak(monkeypatch)
     if name.endswith("build_engine"):
         write_tiny_export(shop / "engines/sd15")
         fake_tensorrt.install(monkeypatch)

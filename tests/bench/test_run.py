@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from quick_bench import measure_small_peak
 from tiny_export import write_tiny_export
 
 from tiue_cli.base.events import Event, Progress
 from tiue_cli.bench.config import BenchConfig, PeerSpec
-from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.measure.machine import report_name, slug
 from tiue_cli.bench.quality.measure import QualityMeasurement
 from tiue_cli.bench.ratios import quality_failures
@@ -33,10 +32,8 @@ def run(config: BenchConfig, events: list[Event] | None = None) -> BenchReport:
 
 @pytest.fixture(scope="module", autouse=True)
 def small_peak() -> Iterator[None]:
-    """A rate measured on small products: nobody divides by it here."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peak, "SIDES", {"cpu": (128,), "cuda": (128,)})
-        patch.setattr(gc, "collect", lambda: 0)  # a third of a second each on a test run's heap
+        measure_small_peak(patch)
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 from exports import build_small_student, exported
 from helpers import edit_json
+from quick_bench import measure_small_peak
 
 from tiue_cli.base.events import Event, Note
 from tiue_cli.bench.config import BenchConfig
-from tiue_cli.bench.measure import machine as peak
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.run import run_bench
 from tiue_cli.bench.subjects import opening
@@ -28,8 +27,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module", autouse=True)
 def small_peak() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peak, "SIDES", {"cpu": (128,), "cuda": (128,)})
-        patch.setattr(gc, "collect", lambda: 0)  # a third of a second each on a test run's heap
+        measure_small_peak(patch)
         yield
 
 

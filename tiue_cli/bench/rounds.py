@@ -185,12 +185,14 @@ def _timed_run(subject: Subject, prompts: Sequence[str], noise: np.ndarray, *, d
 @contextlib.contextmanager
 def _small_heap() -> Iterator[None]:
     """Set aside what is alive already: the collections before each first call would go through all of the libraries."""
+    whole = gc.get_freeze_count() == 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if whole:  # else it is for whoever set something aside before to take it back
+            gc.unfreeze()
 
 
 @contextlib.contextmanager
