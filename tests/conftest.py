@@ -97,10 +97,11 @@ PROMPTS = "a red star\na blue house\na tree\na star above a tree\na red tree\n"
 
 @pytest.fixture(scope="session")
 def v_teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny teacher like papercut's: v prediction and a tiny autoencoder."""
+    """A tiny teacher like papercut's: v prediction and a tiny autoencoder; of two levels, as it is trained with."""
     from helpers import build_sd_folder
 
-    return build_sd_folder(tmp_path_factory.mktemp("models") / "v_teacher", prediction_type="v_prediction", vae="tiny")
+    folder = tmp_path_factory.mktemp("models") / "v_teacher"
+    return build_sd_folder(folder, prediction_type="v_prediction", vae="tiny", levels=2)
 
 
 @pytest.fixture(scope="session")

@@ -80,8 +80,10 @@ def test_hours_are_said_from_a_rate_that_has_a_name(make_config: Callable[..., A
 
 
 def test_dry_run_says_what_it_needs_and_writes_nothing(
-    words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from tiue_cli.distill.estimate import Estimate
+
     assert main(words(tmp_path / "run", "--dry-run", "--warm-start", "1", "--format", "json")) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["steps"] == {"warm start": 1, "distillation": 1}
@@ -91,6 +93,10 @@ def test_dry_run_says_what_it_needs_and_writes_nothing(
         and plan["disk_bytes"]["cached pairs"] > 0
     )
     assert not (tmp_path / "run").exists()
+    # A step is played once here: what is shown of it in two ways is the same.
+    sizes = {name: plan[name] for name in ("parameters", "memory_bytes", "disk_bytes", "steps")}
+    again = Estimate(timesteps=tuple(plan["decoder_timesteps"]), **sizes)
+    monkeypatch.setattr("tiue_cli.distill.estimate.estimate_run", lambda config, **_: again)
     assert main(words(tmp_path / "run", "--dry-run")) == 0
     assert "memory: together" in capsys.readouterr().out
 

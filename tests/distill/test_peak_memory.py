@@ -86,18 +86,11 @@ def test_recomputing_in_half_precision_computes_norms_as_before(make_config: Cal
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("bf16-batch-8", {"batch_size": 8}),
-        ("bf16-batch-4-recomputing", {"batch_size": 4, "gradient_checkpointing": True}),
-    ],
-)
-def test_the_dry_run_says_what_an_h100_held(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+def test_the_dry_run_says_what_an_h100_held(tmp_path: Path) -> None:
     """Stable Diffusion 1.5's shapes; over ten seconds, as thousands of operations are played.
 
-    43.1 and 19.0 GiB, where 43.25 and 20.4 were measured. The second was measured before the LoRA teacher recomputed
-    its activations as well: those were its fullest moment then.
+    43.1 GiB, where 43.25 were measured. Recomputing is not held against an H100: what was measured of it, 20.4 GiB at
+    batch 4, was before the LoRA teacher recomputed its activations as well.
     """
     folder = build_full_size_folder(tmp_path / "sd15", hollow=True)
     (tmp_path / "prompts.txt").write_text("a\nb\n", encoding="utf-8")
@@ -106,11 +99,11 @@ def test_the_dry_run_says_what_an_h100_held(name: str, settings: dict[str, Any],
         "prompts": str(tmp_path / "prompts.txt"),
         "cache": str(tmp_path / "cache"),
         "precision": "bf16",
+        "batch_size": 8,
         "warm_start": {"steps": 0},
         "student": {"steps": 4, "spacing": "leading"},
         "ema": 0.9999,
-        **settings,
     }
     config = resolve_config([Layer("test", values)]).config
-    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["settings"][name]["peak_gib"]
+    measured = json.loads(MEASURED.read_text(encoding="utf-8"))["settings"]["bf16-batch-8"]["peak_gib"]
     assert estimate_run(config, prompts=2, half=True).peak_memory_bytes / 2**30 == pytest.approx(measured, rel=0.12)

@@ -123,15 +123,17 @@ def _write_old_tokenizer(path: Path, *, max_length: int, pad_token: str) -> None
 # --- tiny models ---------------------------------------------------------------------------------------------------
 
 
-def tiny_unet_config(kind: Kind = "sd15", *, head_dim: int = 16, sample_size: int = TINY_SAMPLE_SIZE) -> dict[str, Any]:
-    """UNet2DConditionModel arguments with SD 1.5's or SD 2.1's structure at three levels."""
-    widths = (2 * head_dim, 4 * head_dim, 4 * head_dim)
+def tiny_unet_config(
+    kind: Kind = "sd15", *, head_dim: int = 16, sample_size: int = TINY_SAMPLE_SIZE, levels: int = 3
+) -> dict[str, Any]:
+    """UNet2DConditionModel arguments with SD 1.5's or SD 2.1's structure at three levels, or two."""
+    widths = (2 * head_dim, 4 * head_dim, 4 * head_dim)[:levels]
     common: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": 4,
         "out_channels": 4,
-        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "down_block_types": (*("CrossAttnDownBlock2D",) * (levels - 1), "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * (levels - 1)),
         "block_out_channels": widths,
         "layers_per_block": 1,
         "cross_attention_dim": TINY_TEXT_WIDTH,
@@ -147,10 +149,10 @@ def tiny_unet_config(kind: Kind = "sd15", *, head_dim: int = 16, sample_size: in
     }
 
 
-def tiny_unet(kind: Kind = "sd15", *, seed: int = 0, head_dim: int = 16) -> UNet2DConditionModel:
+def tiny_unet(kind: Kind = "sd15", *, seed: int = 0, head_dim: int = 16, levels: int = 3) -> UNet2DConditionModel:
     """A random UNet2DConditionModel in float32, in evaluation mode."""
     with _seeded(seed):
-        return UNet2DConditionModel(**tiny_unet_config(kind, head_dim=head_dim)).eval()
+        return UNet2DConditionModel(**tiny_unet_config(kind, head_dim=head_dim, levels=levels)).eval()
 
 
 def tiny_vae(vae: Vae = "kl", *, seed: int = 0) -> AutoencoderKL | AutoencoderTiny:
@@ -202,6 +204,7 @@ def build_sd_folder(
     prediction_type: str = "epsilon",
     seed: int = 0,
     head_dim: int = 16,
+    levels: int = 3,
     scheduler: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a tiny teacher folder as the current diffusers writes it; ``scheduler`` replaces the config's fields."""
@@ -210,7 +213,7 @@ def build_sd_folder(
     StableDiffusionPipeline(
         tokenizer=tokenizer,
         text_encoder=tiny_text_encoder(kind, tokenizer=tokenizer, seed=seed),
-        unet=tiny_unet(kind, seed=seed + 1, head_dim=head_dim),
+        unet=tiny_unet(kind, seed=seed + 1, head_dim=head_dim, levels=levels),
         vae=tiny_vae(vae, seed=seed + 2),
         scheduler=PNDMScheduler.from_config({**SD_SCHEDULER, "prediction_type": prediction_type}),
         safety_checker=None,

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from tiue_cli.distill.config import DistillConfig, LoraSettings
@@ -35,11 +34,13 @@ class LiveMemory(TorchDispatchMode):
         self.live = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(storage) for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for storage in _storages(result):
-            if id(storage) not in before and not hasattr(storage, "_counted"):
-                self._count(storage)
+        # By their number: two results may be views of one storage.
+        new = {id(storage): storage for storage in _storages(result) if not hasattr(storage, "_counted")}
+        if new:  # asked first, because most calls are views, or ask for a device
+            before = {id(storage) for storage in _storages((args, kwargs))}
+            for number in new.keys() - before:
+                self._count(new[number])
         return result
 
     def _count(self, storage: Any) -> None:
@@ -65,7 +66,12 @@ class LiveMemory(TorchDispatchMode):
 
 
 def _storages(values: Any) -> list[Any]:
-    return [leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    """Of every tensor in an operation's arguments or results."""
+    if isinstance(values, Tensor):
+        return [values.untyped_storage()]
+    if isinstance(values, dict):
+        return _storages(list(values.values()))
+    return [found for one in values for found in _storages(one)] if isinstance(values, list | tuple) else []
 
 
 class NormsInFloat32(TorchFunctionMode):
@@ -128,9 +134,9 @@ def step_memory(
             forward = memory.live
             rows = config.batch_size
             with torch.no_grad(), autocast(half):
-                for guidance in (config.vsd.guidance, config.vsd.lora_guidance):
-                    times = 1 if guidance == 1.0 else 2
-                    teacher(noise[:rows].repeat(times, 1, 1, 1), states[:rows].repeat(times, 1, 1))
+                # One after the other, and neither leaves anything: the larger of the two is the fullest.
+                times = 1 if config.vsd.guidance == config.vsd.lora_guidance == 1.0 else 2
+                teacher(noise[:rows].repeat(times, 1, 1, 1), states[:rows].repeat(times, 1, 1))
             x_0.sum().backward()
             del x_0
         for parameter in unet.parameters():
