@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exports import build_small_student
 from lora_files import draw_factors, write_lora
 from tiny_export import write_tiny_export
 
@@ -17,10 +18,15 @@ from tiue_cli.model.components import load_components
 from tiue_cli.model.identity import model_sha256
 
 
+@pytest.fixture(scope="module")
+def student(tiny_student_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_small_student(tiny_student_folder, tmp_path_factory.mktemp("small") / "student")
+
+
 @pytest.fixture
-def lora(tiny_student_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def lora(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    parts = load_components(tiny_student_folder)
+    parts = load_components(student)
     return write_lora(tmp_path / "ink.safetensors", draw_factors(parts.unet, parts.text_encoder))
 
 
@@ -37,11 +43,11 @@ def change_source(folder: Path, **fields: str | None) -> None:
     write_json(folder / "manifest.json", manifest.model_copy(update={"student": student}))
 
 
-def test_a_student_that_is_gone_or_changed_is_said(tiny_student_folder: Path, lora: Path, tmp_path: Path) -> None:
-    changed = export_of(tiny_student_folder, tmp_path / "changed", sha256="0" * 64)
+def test_a_student_that_is_gone_or_changed_is_said(student: Path, lora: Path, tmp_path: Path) -> None:
+    changed = export_of(student, tmp_path / "changed", sha256="0" * 64)
     with pytest.raises(AdapterError, match="not the model any more"):
         tiue.load(changed, loras=[lora])
-    gone = export_of(tiny_student_folder, tmp_path / "gone", sha256="0" * 64)
+    gone = export_of(student, tmp_path / "gone", sha256="0" * 64)
     change_source(gone, source="runs/nowhere")
     with pytest.raises(AdapterError, match="runs/nowhere cannot be used"):
         tiue.load(gone, loras=[lora])
@@ -50,12 +56,10 @@ def test_a_student_that_is_gone_or_changed_is_said(tiny_student_folder: Path, lo
 
 
 @pytest.mark.slow  # an export
-def test_the_copy_draws_what_torch_draws_and_is_made_once(
-    tiny_student_folder: Path, lora: Path, tmp_path: Path
-) -> None:
-    export = export_of(tiny_student_folder, tmp_path / "export")
+def test_the_copy_draws_what_torch_draws_and_is_made_once(student: Path, lora: Path, tmp_path: Path) -> None:
+    export = export_of(student, tmp_path / "export")
     said: list[str] = []
-    with tiue.load(tiny_student_folder, device="cpu", loras=[f"{lora}:0.6"]) as pipe:
+    with tiue.load(student, device="cpu", loras=[f"{lora}:0.6"]) as pipe:
         expected = pipe("a red star", seed=2, output="latents")[0]
     for _ in range(2):
         with tiue.load(export, loras=[f"{lora}:0.6"], device="cpu", on_note=said.append) as pipe:

@@ -37,7 +37,8 @@ CASES = [
 @torch.no_grad()
 def test_fast_unet_equals_the_split_unet(name: str, shared: bool, variant: str) -> None:
     unet = tiny_unet(name, dtype=torch.float64, **VARIANTS[variant])
-    for size, merged in (((16, 16), True), ((9, 7), False)):
+    # A variant is another layer, at whatever size.
+    for size, merged in (((9, 7), False),) if variant else (((16, 16), True), ((9, 7), False)):
         fast = FastUNet(unet, TorchOps(), shared=shared, merged=merged)
         for batch, steps in ((1, 1), (2, 3)):
             noise, text_states = draw_inputs(unet, batch, size)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from serving import wait_for
 
+from tiue_cli.cli.app import main
 from tiue_cli.errors import UsageError
 from tiue_cli.serve.config import ServeConfig
 from tiue_cli.serve.run import _listen
@@ -77,19 +78,24 @@ def test_a_signal_drains_and_the_status_is_zero(tiny_export: Path, stop: signal.
         assert "stopping" in err and "Traceback" not in err
 
 
-def test_a_taken_port_and_a_missing_model_take_two_lines(tiny_export: Path) -> None:
+def test_a_taken_port_takes_two_lines(tiny_export: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with command(str(tiny_export), "--port", str(taken.getsockname()[1])) as process:
             _, err = process.communicate(timeout=60)
         assert process.returncode == 1 and "is in use" in err and "--port" in err
-    with command("nowhere/at/all") as process:
-        _, err = process.communicate(timeout=60)
-    assert process.returncode in (1, 2) and err.startswith("error:") and "Traceback" not in err
-    with command("--host", "0.0.0.0") as process:
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2 and "--api-key-file" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"), [(["nowhere/at/all"], 1, "error:"), (["--host", "0.0.0.0"], 2, "--api-key-file")]
+)
+def test_what_cannot_be_served_is_refused_at_once(
+    words: list[str], status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", *words]) == status
+    shown = capsys.readouterr().err
+    assert shown.startswith("error:") and said in shown and len(shown.splitlines()) == 2
 
 
 def test_times_and_hosts_that_cannot_be_are_usage_errors() -> None:

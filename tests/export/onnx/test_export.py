@@ -21,6 +21,7 @@ import pytest
 import torch
 from exports import build_small_student, exported
 from helpers import copy_folder, edit_json
+from lora_files import draw_factors, write_lora
 from small_disk import small_disk
 from tiny_export import write_tiny_export
 from torch import nn
@@ -484,25 +485,29 @@ def test_a_full_disk_is_one_clear_error_and_the_old_export_stays(
         assert sha256_folder(out) == before and [path.name for path in disk.iterdir()] == ["engine"]
 
 
-@pytest.mark.slow  # an export
-def test_an_export_with_a_lora_draws_what_torch_draws_with_it(tiny_student_folder: Path, tmp_path: Path) -> None:
-    import numpy as np
-    from lora_files import draw_factors, write_lora
+def test_an_export_with_a_lora_traces_the_weights_with_it(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """W + weight · up · down of each layer. That the graphs then draw it: ``tests/generate/test_fused.py``."""
+    parts = load_student(student)
+    before = {**parts.unet.state_dict(), **parts.text_encoder.state_dict()}
+    factors = draw_factors(parts.unet, parts.text_encoder)
+    lora = write_lora(tmp_path / "ink.safetensors", factors)
+    traced: dict[str, torch.Tensor] = {}
 
-    import tiue_cli as tiue
-    from tiue_cli.model.student import load_student
+    def keep(trace: Trace, path: Path, *, opset: int) -> GraphSpec:
+        traced.update({name: value.clone() for name, value in trace.module.state_dict().items()})
+        return fake_export(trace, path, opset=opset)
 
-    student = load_student(tiny_student_folder)
-    path = write_lora(tmp_path / "ink.safetensors", draw_factors(student.unet, student.text_encoder))
-    fused = tiue.export(tiny_student_folder, out=tmp_path / "fused", loras=[f"{path}:0.7"], check=False)
-    assert [(use.name, use.weight) for use in fused.manifest.student.loras] == [("ink", 0.7)]
-    with tiue.load(tiny_student_folder, device="cpu") as pipe:
-        bare = pipe("a red star", seed=2, output="latents")[0]
-        pipe.load_lora(path, weight=0.7)
-        expected = pipe("a red star", seed=2, output="latents")[0]
-    with tiue.load(fused.folder, device="cpu") as pipe:
-        picture = pipe.draw([tiue.Request("a red star", seed=2)], output="latents")[0]
-    assert picture.record.loras == fused.manifest.student.loras
-    scale = float(np.abs(expected).max())
-    assert float(np.abs(picture.image - expected).max()) / scale <= 1e-4
-    assert float(np.abs(bare - expected).max()) / scale > 1e-2
+    monkeypatch.setattr(to_onnx, "export_graph", keep)
+    config = ExportConfig(str(student), tmp_path / "e", check=False, loras=(f"{lora}:0.7",))
+    manifest = export_student(config).manifest
+    assert [(use.name, use.weight) for use in manifest.student.loras] == [("ink", 0.7)]
+    held = 0
+    for name, (down, up) in factors.items():
+        layer = f"{name.partition('.')[2]}.weight"
+        expected = before[layer] + 0.7 * (up.flatten(1) @ down.flatten(1)).reshape(before[layer].shape)
+        for found in (value for key, value in traced.items() if key.endswith(layer)):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            held += 1
+    assert held >= len(factors)
