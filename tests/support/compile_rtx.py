@@ -28,23 +28,42 @@ def provide_tensorrt_rtx() -> None:
     sys.modules["tensorrt_rtx"] = module
 
 
-def compile_export(folder: Path, *, refit: bool = False) -> None:
-    """Build every graph for the default profiles and print what came of it; raises what ``build_plan`` raises.
+def mark_weights(folder: Path) -> None:
+    """Parse every graph and mark what ``--refit`` keeps changeable; print how many weights TensorRT knows by name.
 
-    With ``refit`` the weights of layers stay changeable: the student of the export must be at hand.
+    That is as far as a CPU goes: TensorRT-RTX 1.7 asks for a driver to build what can be refitted (its Myelin fails in
+    graph_jit.cpp, whichever of REFIT, REFIT_IDENTICAL and REFIT_INDIVIDUAL is set), and to open any plan (CUDA error
+    35), so that its Refitter is out of reach. The student of the export must be at hand.
     """
+    from polygraphy.backend.trt import NetworkFromOnnxPath
+
+    from tiue_cli.backends.trt_messages import collect_messages
+    from tiue_cli.export.trt.refit import graph_weights, refit_weights
+    from tiue_cli.files.exports import read_export_manifest
+    from tiue_cli.model.lora.exported import ExportedWeights
+
+    collect_messages()  # stdout is for the lines below
+    manifest = read_export_manifest(folder)
+    student = ExportedWeights(folder, manifest)
+    for graph in manifest.graphs:
+        if graph.name == "vae_decoder":
+            continue
+        found, fixed = refit_weights(graph, graph_weights(folder / graph.onnx.file), student)
+        network = NetworkFromOnnxPath(str(folder / graph.onnx.file), strongly_typed=True)()[1]
+        unknown = [weight.name for weight in found if not network.mark_weights_refittable(weight.name)]
+        line = {"graph": graph.onnx.file, "weights": len(found), "fixed": fixed, "unknown": unknown}
+        sys.stdout.write(json.dumps(line) + "\n")
+        sys.stdout.flush()
+
+
+def compile_export(folder: Path) -> None:
+    """Build every graph for the default profiles and print what came of it; raises what ``build_plan`` raises."""
     from tiue_cli.export.trt.builder import build_plan
     from tiue_cli.export.trt.profiles import Shapes, batch_profiles, input_shapes
     from tiue_cli.files.exports import read_export_manifest
 
     manifest = read_export_manifest(folder)
     profiles = batch_profiles(manifest)
-    student = None
-    if refit:
-        from tiue_cli.export.trt.refit import graph_weights, refit_weights
-        from tiue_cli.model.lora.exported import ExportedWeights
-
-        student = ExportedWeights(folder, manifest)
     with tempfile.TemporaryDirectory() as scratch:
         for graph in manifest.graphs:
             shapes: list[Shapes] = []
@@ -52,25 +71,18 @@ def compile_export(folder: Path, *, refit: bool = False) -> None:
                 inputs = input_shapes(graph, profile, factor=manifest.latent_factor)
                 shapes += [inputs] if inputs and inputs not in shapes else []
             plan = Path(scratch) / "plan"
-            names: list[str] = []
-            if student is not None and graph.name != "vae_decoder":
-                found, fixed = refit_weights(graph, graph_weights(folder / graph.onnx.file), student)
-                assert not fixed, f"not found in {graph.name}: {fixed}"
-                names = [weight.name for weight in found]
             beats: list[float] = []
             built = build_plan(
                 folder / graph.onnx.file,
                 plan,
                 shapes,
                 workspace_bytes=2**30,
-                refit=names,
                 progress=lambda share, detail, beats=beats: beats.append(share),
             )
             line = {
                 "graph": graph.onnx.file,
                 "profiles": len(shapes),
                 "layers": built.layers,
-                "refittable": len(names),
                 "seconds": round(built.seconds, 1),
                 "plan_bytes": plan.stat().st_size,
                 "progress": beats[-1] if beats else None,
@@ -81,4 +93,4 @@ def compile_export(folder: Path, *, refit: bool = False) -> None:
 
 if __name__ == "__main__":
     provide_tensorrt_rtx()
-    compile_export(Path(sys.argv[1]), refit="--refit" in sys.argv[2:])
+    (mark_weights if "--refit" in sys.argv[2:] else compile_export)(Path(sys.argv[1]))

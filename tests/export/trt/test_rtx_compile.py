@@ -32,7 +32,9 @@ pytestmark = [
 
 def python(*arguments: str) -> str:
     """A Python of its own: Polygraphy decides once a process which TensorRT it uses."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])}
+    # The packages may lie where only PYTHONPATH finds them.
+    paths = [str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -74,15 +76,15 @@ def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_the_weights_that_adapters_change_are_known_by_their_names_and_stay_changeable(tmp_path: Path) -> None:
-    student = resolve_model(EMBEDDED)
-    sizes = (check_model_folder(student).image_size,)
-    folder = export_copy(student, tmp_path / "papercut", precision="fp16", sizes=sizes)
-    built = {one["graph"]: one for one in compiled(folder, "--refit")}
-    # Layers of papercut's three parts, those of the decoder that are read in two parts twice; the image decoder's none.
-    refittable = {name.removesuffix(".onnx"): one["refittable"] for name, one in built.items()}
-    assert refittable["vae_decoder"] == 0 and min(refittable[name] for name in GRAPHS[:3]) > 15
-    assert all(one["plan_bytes"] > 1_000_000 for one in built.values())
+def test_the_weights_that_adapters_change_have_the_names_that_the_parser_gives_them(
+    tiny_student_folder: Path, tmp_path: Path
+) -> None:
+    student = build_small_student(tiny_student_folder, tmp_path / "student")
+    folder = export_copy(student, tmp_path / "small", precision="fp16", sizes=((16, 12),), check=False)
+    marked = compiled(folder, "--refit")
+    assert [one["graph"] for one in marked] == [f"{name}.onnx" for name in GRAPHS[:3]]
+    for one in marked:
+        assert one["weights"] > 10 and one["unknown"] == [] and one["fixed"] == []
 
 
 @pytest.mark.slow
