@@ -102,7 +102,7 @@ def table(args: argparse.Namespace) -> None:
         )
     )
     names = {subject.key: Path(subject.model).name for subject in report.subjects}
-    quality = {names[record.subject]: record for record in report.quality}
+    quality = {names[record.subject]: record for record in report.quality if record.subject in names}
     found = [costs(row, args) | {"metrics": quality[row.name].metrics} for row in trained]
     spread = {row.name: quality[row.name].repetitions for row in trained}
     document = {"scale": args.scale, "faster": args.faster, "images": args.images, "rows": found, "repetitions": spread}
