@@ -56,8 +56,9 @@ def test_papercuts_four_graphs_compile_in_fp16_with_two_profiles() -> None:
 
 
 def test_papercuts_graphs_in_8_bits_compile() -> None:
-    # The very export of ``test_papercut_in_8_bits``: it is made once.
-    folder = exported(resolve_model(EMBEDDED), precision="int8", calibration="papercut")
+    student = resolve_model(EMBEDDED)
+    sizes = (check_model_folder(student).image_size,)
+    folder = exported(student, precision="int8", calibration="papercut", calibration_images=16, sizes=sizes)
     built = compiled(folder)
     assert [one["graph"] for one in built] == [f"{name}.onnx" for name in GRAPHS]
     for one in built:
