@@ -118,7 +118,9 @@ def test_an_empty_environment_draws_from_an_export_without_torch(
     # Another build of ONNX Runtime may round otherwise.
     assert np.abs(drawn[0].astype(int) - wanted).max() <= 1
 
-    refused = run(tiue, "generate", "a red heart", "--model", "papercut", ok=False).stderr
+    # Papercut draws by its packaged graphs; its teacher is a model folder like any other.
+    run(tiue, "generate", "a red heart", "--seed", "3", "--out", "papercut.png")
+    refused = run(tiue, "generate", "a red heart", "--model", "papercut-teacher", ok=False).stderr
     assert "needs torch" in refused and "python -m pip install tiue" in refused and "Traceback" not in refused
     refused = run(python, "-c", "import tiue_cli; tiue_cli.TiuePipeline", ok=False).stderr
     assert "MissingDependencyError: TiuePipeline needs" in refused and "python -m pip install tiue" in refused

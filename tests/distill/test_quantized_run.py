@@ -54,8 +54,8 @@ def make(student: Path, prompts_file: Path, session_cache: Path, tmp_path: Path)
             "batch_size": 2,
             "cache": str(session_cache),
             "quantize.calibration_images": 6,
-            "optimizer.learning_rate": 2e-3,
-            "optimizer.warmup_steps": 2,
+            "optimizer.learning_rate": 3e-5,
+            "optimizer.warmup_steps": 5,
             "validation.every": 0,
             "tracking.every": 1,
         }
@@ -80,18 +80,33 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "unet" / "diffusion_pytorch_model.safetensors")
 
 
-def test_the_loss_falls_and_the_result_is_a_student(make: Make, student: Path, tmp_path: Path) -> None:
-    config = make(max_steps=30, validation__every=30, validation__count=1, checkpoint__every=30)
-    events = run(config, tmp_path / "run")
+def test_the_rounded_student_comes_nearer_to_its_own_float_pass(make: Make, tmp_path: Path) -> None:
+    """On noise and prompts that it was not trained with, against what it drew before the first step."""
+    trainer = open_run(make(max_steps=40), tmp_path / "run").prepare()
+    assert isinstance(trainer, QuantizedTrainer)
+    trainer.calibrate()
+    noise, states = torch.from_numpy(draw_noise(range(900, 908), (4, 8, 8))), trainer.texts.rows([0, 1, 2, 3] * 2)
+    wanted = trainer.original_latents(noise, states)
+
+    def error() -> float:
+        return float((trainer._combine(noise, trainer.predictions(noise, states)) - wanted).square().mean())
+
+    before = error()
+    for _ in range(40):
+        trainer.step()
+    assert 0 < error() < 0.85 * before
+
+
+def test_the_result_is_a_student(make: Make, student: Path, tmp_path: Path) -> None:
+    events = run(make(max_steps=2, validation__every=2, validation__count=1), tmp_path / "run")
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    first, last = (np.mean([line["latents"] for line in part]) for part in (log[:5], log[-5:]))
-    assert last < 0.6 * first
+    assert all({"latents", "predictions", "grad_norm"} <= line.keys() for line in log)
     notes = [event.text for event in events if isinstance(event, Note)]
     assert any("layers learn in 8 bits" in note for note in notes)
     assert [event.kind for event in events if isinstance(event, Saved)] == ["grid", "checkpoint", "grid", "student"]
     before = read_manifest(student / STUDENT_MANIFEST, StudentManifest)
     manifest = read_manifest(tmp_path / "run" / "student" / STUDENT_MANIFEST, StudentManifest)
-    assert manifest.training_steps == 7 + 30
+    assert manifest.training_steps == 7 + 2
     assert (manifest.teacher, manifest.decoder_timesteps) == (before.teacher, before.decoder_timesteps)
     assert "precision: int8" in (tmp_path / "run" / "student" / "README.md").read_text()
     with tiue.load(tmp_path / "run" / "student", device="cpu") as pipe:
@@ -175,7 +190,7 @@ def test_the_8_bit_graphs_come_nearer_to_what_the_student_drew(make: Make, stude
         with OnnxBackend(folder, provider="cpu") as backend:
             return backend.latents(prompts, noise)
 
-    run(make(max_steps=60), tmp_path / "run")
+    run(make(max_steps=100), tmp_path / "run")
     found = {}
     for name, source in (("original", student), ("trained", tmp_path / "run" / "student")):
         export = tmp_path / name
@@ -192,5 +207,5 @@ def test_the_8_bit_graphs_come_nearer_to_what_the_student_drew(make: Make, stude
         )
         write_json(export / EXPORT_MANIFEST, manifest.model_copy(update={"graphs": graphs, "precision": "int8"}))
         found[name] = float(np.linalg.norm(drawn(export) - expected) / np.linalg.norm(expected))
-    assert found["original"] > 0.02, "hard to round, or this shows nothing"
-    assert found["trained"] < 0.7 * found["original"], found
+    assert found["original"] > 0.02, found  # hard to round, or this shows nothing
+    assert found["trained"] < 0.9 * found["original"], found

@@ -37,7 +37,8 @@ LoraOption = Annotated[
 BackendOption = Annotated[
     BackendName,
     typer.Option(
-        help="What computes: torch for a model folder; onnx, openvino or trt for an export.", rich_help_panel=MACHINE
+        help="What computes: torch for a model folder; onnx, openvino or trt for an export; papercut has all but trt.",
+        rich_help_panel=MACHINE,
     ),
 ]
 ProviderOption = Annotated[ProviderName, typer.Option(help="What ONNX Runtime computes with.", rich_help_panel=MACHINE)]

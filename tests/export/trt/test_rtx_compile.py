@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_export
 from exports import build_small_student, export_copy, exported
 from tiny_export import write_tiny_export
 
-from tiue_cli.files.exports import GRAPHS, read_export_manifest
+from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
+from tiue_cli.files.exports import EXPORT_MANIFEST, GRAPHS, read_export_manifest
+from tiue_cli.files.manifests import write_json
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.hub import EMBEDDED, resolve_model
 
@@ -65,17 +68,6 @@ def test_papercuts_graphs_in_8_bits_compile() -> None:
         assert one["profiles"] == 2 and one["layers"] > 10 and one["plan_bytes"] > 100_000
 
 
-def test_a_students_graphs_in_float8_compile(tiny_student_folder: Path, tmp_path: Path) -> None:
-    student = build_small_student(tiny_student_folder, tmp_path / "student")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a red star\na blue house\n")
-    folder = exported(student, precision="fp8", calibration=str(prompts), calibration_images=8, sizes=((16, 12),))
-    built = compiled(folder)
-    assert [one["graph"] for one in built] == [graph.onnx.file for graph in read_export_manifest(folder).graphs]
-    for one in built:
-        assert one["profiles"] == 2 and one["layers"] > 0 and one["plan_bytes"] > 10_000
-
-
 @pytest.mark.slow
 def test_the_weights_that_adapters_change_have_the_names_that_the_parser_gives_them(
     tiny_student_folder: Path, tmp_path: Path
@@ -104,6 +96,17 @@ def test_free_and_fixed_graphs_compile_for_the_default_profiles(sizes: tuple[Any
     built = compiled(tmp_path)
     assert len(built) == (4 if not sizes else 7)
     assert {one["profiles"] for one in built} == {2}
+
+
+def test_graphs_in_float8_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_export, "OPSET", 19)
+    folder, prompts = tmp_path / "tiny", tmp_path / "prompts.txt"
+    manifest = write_tiny_export(folder, sizes=((32, 32),))
+    prompts.write_text("a red heart\na blue house\n")
+    request = QuantizeRequest(str(prompts), images=4, graphs=("unet_encoder", "unet_decoder"), kind="fp8")
+    graphs, _ = quantize_export(folder, manifest, request, say=str)
+    write_json(folder / EXPORT_MANIFEST, manifest.model_copy(update={"graphs": graphs, "precision": "fp8"}))
+    assert {one["graph"]: one["profiles"] for one in compiled(folder)} == {graph.onnx.file: 2 for graph in graphs}
 
 
 INTERRUPTED = """

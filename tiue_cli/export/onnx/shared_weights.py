@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx
@@ -109,7 +109,7 @@ def _made_of(
     tensor: StoredTensor, name: str, shape: tuple[int, ...], origin: _Origin, constants: list[onnx.TensorProto]
 ) -> Iterator[onnx.NodeProto]:
     """Nodes that make the weight ``name`` of the stored tensor; their constants are added to ``constants``."""
-    steps: list[tuple[str, list[str], dict[str, object]]] = []
+    steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if origin == "transposed":
         steps.append(("Transpose", [], {"perm": [1, 0]}))
     elif isinstance(origin, int):
