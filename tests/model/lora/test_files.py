@@ -10,6 +10,7 @@ import torch
 from lora_files import write_tensors
 
 from tiue_cli.errors import AdapterError, TiueError, UsageError
+from tiue_cli.model.lora import files
 from tiue_cli.model.lora.files import find_lora, lora_use, lora_uses, parse_lora
 
 LAYER = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -117,3 +118,14 @@ def test_a_hub_id_without_the_hub_says_so() -> None:
     with pytest.raises(TiueError, match="OWNER/NAME") as caught:
         find_lora("OWNER/NAME")
     assert "HF_HUB_OFFLINE" in str(caught.value)
+
+
+def test_an_adapter_of_the_package_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(AdapterError, match="papercut-ink does not exist"):
+        lora_use("papercut-ink:0.5")
+    monkeypatch.setattr(files, "PACKAGED", tmp_path)
+    path = small_lora(tmp_path / "loras" / "papercut-ink.safetensors")
+    use = lora_use("papercut-ink:0.5")
+    assert (use.source, use.weight, use.sha256) == ("papercut-ink", 0.5, find_lora(str(path)).sha256)
+    with pytest.raises(AdapterError, match="does not exist"):
+        lora_use("papercut-other")

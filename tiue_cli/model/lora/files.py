@@ -29,12 +29,11 @@ LORA_FILE: Final = "pytorch_lora_weights.safetensors"
 """diffusers' name of the file in an adapter's folder."""
 PEFT_FILE: Final = "adapter_model.safetensors"
 PEFT_CONFIG: Final = "adapter_config.json"
-EMBEDDED_LORAS: Final = ("papercut-blueprint",)
-"""Adapters in the package, for the embedded model; like its names they go before a file that lies here."""
 MAX_WEIGHT: Final = 100.0
 """Beyond this a weight is a slip: useful ones lie between -2 and 2."""
 
 _HUB_FILE = re.compile(r"(?P<hub_id>[^/]+/[^/]+)/(?P<file>.+\.safetensors)")
+_EMBEDDED_NAME = re.compile(r"papercut-[a-z]+")
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _REFUSED: Final = (
     (r"dora_scale|lora_magnitude_vector", "DoRA", "a weight-decomposed LoRA"),
@@ -121,18 +120,14 @@ def find_lora(source: str) -> LoraFile:
     A folder holds ``pytorch_lora_weights.safetensors``, ``adapter_model.safetensors`` or a single ``.safetensors``; a
     repository of the hub likewise, or its file is named: ``OWNER/NAME/FILE.safetensors``.
     """
-    path = _embedded(source) if source in EMBEDDED_LORAS else _local(source) or _from_hub(source)
+    path = _embedded(source) or _local(source) or _from_hub(source)
     return _checked(path, _stamp(path))
 
 
-def _embedded(name: str) -> Path:
-    path = PACKAGED / "loras" / f"{name}.safetensors"
-    if not is_file(path, error=AdapterError):
-        raise AdapterError(
-            f"the LoRA {name} is missing from this installation ({path})",
-            hint="install the package again: python -m pip install --force-reinstall --no-deps tiue",
-        )
-    return path
+def _embedded(source: str) -> Path | None:
+    """The adapter of that name in the package, for the embedded model; it goes before a file that lies here."""
+    path = PACKAGED / "loras" / f"{source}.safetensors"
+    return path if _EMBEDDED_NAME.fullmatch(source) is not None and is_file(path, error=AdapterError) else None
 
 
 def _local(source: str) -> Path | None:
