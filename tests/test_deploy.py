@@ -34,9 +34,9 @@ def test_the_dockerfile_has_no_finding_of_hadolint() -> None:
     found = shutil.which("hadolint") or shutil.which("hadolint", path=str(Path(sys.executable).parent))
     if found is None:
         pytest.skip("hadolint is not installed: its wheel is for Linux x86-64")
-    done = subprocess.run([found, "--no-color", DEPLOY / "Dockerfile"], capture_output=True, text=True)
+    done = subprocess.run([found, "--no-color", DEPLOY / "Dockerfile"], capture_output=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout
-    bad = subprocess.run([found, "-"], input="FROM python\nRUN cd /src\n", capture_output=True, text=True)
+    bad = subprocess.run([found, "-"], input="FROM python\nRUN cd /src\n", capture_output=True, encoding="utf-8")
     assert bad.returncode != 0, "the linter finds nothing in a bad file"
 
 

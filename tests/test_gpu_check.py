@@ -168,7 +168,7 @@ def test_without_tiue_the_shell_script_says_what_to_do(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "benchmarks" / "gpu_check.sh")],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
         check=False,
     )
@@ -220,7 +220,7 @@ def test_wheels_for_another_python_are_left_out_with_a_note(tmp_path: Path) -> N
     done = subprocess.run(
         ["bash", str(tmp_path / "benchmarks" / "gpu_check.sh")],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={"PATH": "/usr/bin:/bin", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
         check=False,
     )

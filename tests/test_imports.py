@@ -188,7 +188,7 @@ def loaded_after(code: str) -> set[str]:
     )
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True, timeout=120
+        [sys.executable, "-c", script], capture_output=True, encoding="utf-8", env=environment, check=True, timeout=120
     )
     return set(json.loads(done.stdout.strip().splitlines()[-1]))
 

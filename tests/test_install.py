@@ -94,7 +94,7 @@ def test_an_empty_environment_draws_from_an_export_without_torch(
 
     def run(*words: str | Path, ok: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
+            [*map(str, words)], cwd=tmp_path, env=environment, capture_output=True, encoding="utf-8", timeout=900
         )
         assert (done.returncode == 0) is ok, done.stderr
         return done
@@ -138,7 +138,7 @@ def test_an_empty_environment_draws_from_an_export_without_torch(
 
     run(python, "-m", "pip", "install", "-r", REQUIREMENTS / "serve.txt")
     words = [tiue, "serve", "export", "--port", "0"]
-    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, encoding="utf-8") as server:
         try:
             assert server.stdout is not None
             url = server.stdout.readline().strip()

@@ -145,7 +145,9 @@ def test_a_whole_run_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
         f"code += main(['inspect', {str(tiny)!r}])\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "o" / "a-red-heart-0.png").is_file()
     assert "onnx on cpu in fp32" in done.stdout and "an exported student" in done.stdout

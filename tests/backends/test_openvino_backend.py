@@ -114,7 +114,9 @@ def test_a_run_needs_no_torch(tiny: Path, tmp_path: Path) -> None:
         "code += main(['inspect', 'o/a-red-heart-0.png'])\n"
         "sys.exit(code)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, encoding="utf-8", timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "openvino on cpu in fp32" in done.stdout
 

@@ -336,7 +336,7 @@ def test_the_backend_loads_no_torch(export: Path) -> None:
         "assert not heavy, heavy\n"
     )
     root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", cwd=root, check=False)
     assert done.returncode == 0, done.stderr
 
 

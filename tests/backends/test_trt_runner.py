@@ -361,7 +361,7 @@ def _python39() -> str | None:
     """A Python 3.9 of this machine, if there is one."""
     places = [shutil.which("python3.9"), *map(str, Path.home().glob(".pyenv/versions/3.9.*/bin/python"))]
     for place in filter(None, places):
-        done = subprocess.run([place, "--version"], capture_output=True, text=True, check=False)
+        done = subprocess.run([place, "--version"], capture_output=True, encoding="utf-8", check=False)
         if re.search(r"3\.9\.", done.stdout):
             return place
     return None
@@ -380,7 +380,7 @@ def test_the_runner_can_be_imported_by_python_3_9() -> None:
         "print(Plan._fields, TensorInfo._fields)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(CARRIED[0].parents[2]), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([python, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([python, "-c", script], capture_output=True, encoding="utf-8", env=environment, check=False)
     assert done.returncode == 0, done.stderr
 
 

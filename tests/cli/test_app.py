@@ -60,7 +60,7 @@ def test_python_m_runs_the_same_command_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tiue_cli", "--version"],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "PYTHONPATH": str(root)},
         timeout=60,
         check=False,

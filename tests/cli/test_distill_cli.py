@@ -182,7 +182,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.slow
 def test_sigterm_finishes_the_step_saves_and_exits_with_143(words: Callable[..., list[str]], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tiue_cli", *words(tmp_path / "run"), "--max-steps", "100000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", env=environment()) as process:
         log, deadline_s = tmp_path / "run" / "log.jsonl", time.monotonic() + 120
         while not log.exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)
@@ -203,7 +203,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(
     pairs = ["--warm-start", "2", *(word for key in settings for word in ("--set", key))]
     done = subprocess.run(
         [sys.executable, "-m", "tiue_cli", *words(tmp_path / "two", *pairs), *LAUNCH, "--num_processes", "2"],
-        capture_output=True, text=True, env=environment(), check=False,
+        capture_output=True, encoding="utf-8", env=environment(), check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 processes on cpu" in done.stderr
@@ -247,7 +247,7 @@ def test_accelerate_that_lost_processes_is_refused(
 def test_sigterm_to_a_launched_run_reaches_its_workers(words: Callable[..., list[str]], tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "tiue_cli", *words(out, "--max-steps", "100000"), *LAUNCH, "--num_processes", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8", env=environment()) as process:
         deadline_s = time.monotonic() + 120
         while not (out / "log.jsonl").exists() and time.monotonic() < deadline_s:
             time.sleep(0.05)

@@ -323,7 +323,7 @@ faults()
 fresh = faults()
 print(fresh, keep_freed_memory(), faults() and faults())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     fresh, kept, again = done.stdout.split()
     if kept == "False":
         pytest.skip("this C library has no mallopt")

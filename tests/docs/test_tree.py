@@ -27,7 +27,7 @@ def shown_paths() -> dict[str, str]:
 
 
 def test_the_tree_shows_every_python_file_of_the_package_that_git_keeps() -> None:
-    listed = subprocess.run(["git", "ls-files", "tiue_cli/*.py"], cwd=ROOT, capture_output=True, text=True)
+    listed = subprocess.run(["git", "ls-files", "tiue_cli/*.py"], cwd=ROOT, capture_output=True, encoding="utf-8")
     if listed.returncode or not listed.stdout:
         pytest.skip("not a git checkout")
     kept = [path for path in listed.stdout.split() if (ROOT / path).exists() and not path.endswith("__init__.py")]

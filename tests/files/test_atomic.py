@@ -374,7 +374,7 @@ def test_what_a_living_run_writes_stays(tmp_path: Path, writer: str) -> None:
         [sys.executable, "-c", program, str(tmp_path / "out.png")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
     ) as other:
         assert other.stdout is not None
         temporary = Path(other.stdout.readline().strip())

@@ -31,7 +31,7 @@ def command(*words: str) -> Iterator[subprocess.Popen[str]]:
         [sys.executable, "-m", "tiue_cli", "serve", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         env=environment,
     )
     try:

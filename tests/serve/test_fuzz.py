@@ -17,7 +17,7 @@ def test_every_answer_is_documented_and_none_is_a_crash(server: Running) -> None
     pytest.importorskip("schemathesis")
     words = ["run", f"{server.url}/openapi.json", "--checks", CHECKS, "--max-examples", "60", "--seed", "1"]
     program = Path(sys.executable).with_name("schemathesis")
-    done = subprocess.run([str(program), *words], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([str(program), *words], capture_output=True, encoding="utf-8", timeout=300)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert "test cases" in done.stdout or "cases" in done.stdout
     assert not [line for line in server.lines if "error" in line], server.lines

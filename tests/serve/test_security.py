@@ -109,5 +109,5 @@ def test_a_prompt_stays_out_of_logs_headers_and_failures(server: Running) -> Non
 
 def test_importing_the_command_line_loads_no_web_framework() -> None:
     code = "import sys, tiue_cli.cli.app; print(sorted({'fastapi', 'uvicorn', 'starlette'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "[]"

@@ -319,7 +319,7 @@ def test_accelerate_launch_with_two_processes_equals_one(tmp_path: Path) -> None
     command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command += [str(script), str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "two" / "result.json").read_text())
     whole, _ = run(small(tmp_path / "one"), subject())

@@ -56,7 +56,7 @@ def server(export: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[t
     repository = tmp_path_factory.mktemp("triton") / "models"
     write_repository(export, repository, backend="python", steps=(4, 2))
     asked = "import pytriton, sys; print(pytriton.__path__[0], '%d.%d' % sys.version_info[:2])"
-    told = subprocess.run([PYTHON, "-c", asked], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run([PYTHON, "-c", asked], capture_output=True, encoding="utf-8", check=True).stdout
     home, version = told.split()
     triton = Path(home) / "tritonserver"
     stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
