@@ -157,7 +157,7 @@ def test_the_student_must_be_the_one_that_was_exported_and_bare(manifest: Export
     def with_source(**fields: object) -> ExportManifest:
         return manifest.model_copy(update={"student": manifest.student.model_copy(update=fields)})
 
-    with pytest.raises(AdapterError, match="not the model any more"):
+    with pytest.raises(AdapterError, match="another model than the one recorded"):
         ExportedWeights(tmp_path, with_source(sha256="0" * 64))
     with pytest.raises(AdapterError, match="runs/gone cannot be used"):
         ExportedWeights(tmp_path, with_source(source="runs/gone"))
