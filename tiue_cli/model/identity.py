@@ -34,7 +34,9 @@ def unchanged_model(source: str, sha256: str) -> Path:
 
     folder = resolve_model(source)
     if model_sha256(folder) != sha256:
-        raise ModelFolderError(f"{folder} is another model than the one recorded: its hash differs", hint="find the original")
+        raise ModelFolderError(
+            f"{folder} is another model than the one recorded: its hash differs", hint="find the original"
+        )
     return folder
 
 
