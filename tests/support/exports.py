@@ -35,7 +35,6 @@ from tiue_cli.model.student import StudentModel, load_student, save_student
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "tiue_cli"
 _SOURCES = ("export", "model", "backends", "files")
-_OF_EIGHT_BITS = ("precision", "calibration", "calibration_images", "quantized")
 _LIBRARIES = (
     "torch",
     "diffusers",
@@ -105,9 +104,8 @@ def _packaged_traces(config: ExportConfig) -> Iterator[None]:
     from tiue_cli.export.onnx import export
 
     packaged = packaged_graphs(Path(config.student))
-    same = {name: getattr(config, name) for name in ("student", "out", "overwrite", "check", *_OF_EIGHT_BITS)}
-    usual = config == ExportConfig(**same, opset=read_export_manifest(packaged).opset) if packaged else False
-    if packaged is None or not usual or config.precision not in ("fp32", "int8"):
+    usual = ExportConfig(config.student, config.out, overwrite=config.overwrite, check=config.check)
+    if packaged is None or config != usual or read_export_manifest(packaged).opset != config.opset:
         yield
         return
 
