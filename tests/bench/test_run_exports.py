@@ -17,7 +17,7 @@ from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.report.schema import BenchReport
 from tiue_cli.bench.run import run_bench
 from tiue_cli.bench.subjects import opening
-from tiue_cli.errors import UsageError
+from tiue_cli.errors import DeviceError, UsageError
 from tiue_cli.files.exports import EXPORT_MANIFEST, read_export_manifest
 from tiue_cli.generate.target import ExportInfo
 
@@ -67,6 +67,28 @@ def test_a_ready_export_is_measured_and_compared_without_being_asked_for(student
     ratios = {one.scope: one for one in report.ratios if one.subject == onnx.key}
     assert set(ratios) == {"image", "unet"} and all(one.ratio is not None for one in ratios.values())
     assert "trt is left out" in notes
+
+
+def test_8_bits_are_compared_with_floats_by_their_own_bar(
+    student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    eight = exported(student, precision="int8", calibration="papercut", calibration_images=8, check=False)
+    shutil.copytree(eight, tmp_path / "engines" / student.name)
+    report, _ = run(config(student, precision="int8"))
+    precisions = {subject.backend: subject.precision for subject in report.subjects}
+    assert precisions == {"torch": "fp32", "onnx": "int8"}
+    onnx = next(subject for subject in report.subjects if subject.backend == "onnx")
+    assert onnx.parity is not None and onnx.parity.required_db == 25 and onnx.parity.passed
+    with pytest.raises(UsageError, match="was exported in int8, and this run is in fp32"):
+        run(config(tmp_path / "engines" / student.name))
+
+
+def test_bf16_is_openvinos_alone(student: Path, place: Path) -> None:
+    with pytest.raises(DeviceError, match="there are no exports in bf16 for ONNX Runtime"):
+        run(config(student, precision="bf16", backends=("onnx",)))
+    _, notes = run(config(student, precision="bf16"))
+    assert "onnx is left out: there are no exports in bf16 for ONNX Runtime" in notes
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from tiue_cli.model.noise import check_seed
 
 StudentBackend = Literal["torch", "compile", "onnx", "trt", "openvino"]
 DeviceName = Literal["auto", "cpu", "cuda"]
-PrecisionName = Literal["auto", "fp32", "fp16", "bf16"]
+PrecisionName = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+"""``int8`` is for exports; torch computes in fp32 beside them."""
 
 BACKENDS: Final[tuple[StudentBackend, ...]] = get_args(StudentBackend)
 BACKEND_NAMES: Final = {

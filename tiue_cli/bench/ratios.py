@@ -138,6 +138,7 @@ REQUIRED_DB: Final[dict[str, float]] = {
     "fp32": REQUIRED_PSNR_DB["fp32"],
     "fp16": REQUIRED_PSNR_DB["fp16"],
     "bf16": REQUIRED_PSNR_DB["fp16"],
+    "int8": REQUIRED_PSNR_DB["int8"],
 }
 """The export's bars; bf16 has fewer digits than fp16 and is held to the same."""
 

@@ -42,7 +42,7 @@ def parities(opened: OpenedSubjects, timings: Timings) -> dict[str, ParityRecord
                 (timing.measured[subject.key].images, timing.measured[subject.reference].images)
                 for timing in timings.values()
             ]
-            found[subject.key] = compare_images(pairs, reference=subject.reference, precision=opened.precision)
+            found[subject.key] = compare_images(pairs, reference=subject.reference, precision=subject.record.precision)
     return found
 
 

@@ -201,7 +201,11 @@ def bench(
     device: Annotated[DeviceName, typer.Option(help="Device to run on.", rich_help_panel=MACHINE)] = _BENCH.device,
     precision: Annotated[
         PrecisionName,
-        typer.Option(help="Precision of all models; auto is fp32 on a CPU, fp16 on CUDA.", rich_help_panel=MACHINE),
+        typer.Option(
+            help="Precision of all models; auto is fp32 on a CPU, fp16 on CUDA. int8 is for exports, torch beside them"
+            " in fp32; of exports OpenVINO alone has bf16.",
+            rich_help_panel=MACHINE,
+        ),
     ] = _BENCH.precision,
     threads: Annotated[
         int | None,

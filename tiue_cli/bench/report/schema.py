@@ -61,7 +61,7 @@ class PeakRecord(_Record):
     """The machine's matmul rate, measured in the same run: the ceiling that shares of peak refer to."""
 
     flops_per_s: float
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     device: str
     kernel: PeakKernel = "matrix product"
     """What computed the product: on some CPUs convolutions run on newer instructions than products do."""
@@ -95,7 +95,7 @@ class SubjectRecord(_Record):
     steps: int
     """Decoder timesteps K, or sampler steps."""
     guidance: float | None
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
     device: str
     random_weights: bool = False
     untrained: bool = False

@@ -20,7 +20,7 @@ from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.backends.openvino_backend import OpenvinoBackend
 from tiue_cli.backends.stages import listening
 from tiue_cli.backends.trt_backend import TrtBackend
-from tiue_cli.bench.config import StudentBackend
+from tiue_cli.bench.config import BACKEND_NAMES, StudentBackend
 from tiue_cli.bench.measure.clock import WallClock
 from tiue_cli.bench.report.schema import Stage
 from tiue_cli.bench.subjects.models import LoadedModel
@@ -29,6 +29,7 @@ from tiue_cli.errors import DeviceError, ManifestError, UsageError
 from tiue_cli.export.config import EngineConfig, ExportConfig
 from tiue_cli.files.exports import GraphName, Size, is_export_folder, read_export_manifest
 from tiue_cli.generate.target import ExportInfo
+from tiue_cli.model.hub import EMBEDDED
 
 Say = Callable[[str], None]
 """Called with what begins."""
@@ -42,27 +43,44 @@ STAGE_OF_GRAPH: Final[dict[GraphName, Stage]] = {
 }
 
 
-def _onnx(export: ExportInfo, device: str) -> Runtime:
+def stored_in(precision: str) -> str:
+    """What an export's weights are in that computes in ``precision``: OpenVINO computes bf16 of fp32."""
+    return "fp32" if precision == "bf16" else precision
+
+
+def _onnx(export: ExportInfo, device: str, precision: str) -> Runtime:
+    _refuse_bf16(precision, "onnx")
     provider = "cuda" if device == "cuda" else "cpu"
     return OnnxBackend(export.path, provider=provider, threads=torch.get_num_threads())
 
 
-def _trt(export: ExportInfo, device: str) -> Runtime:
+def _trt(export: ExportInfo, device: str, precision: str) -> Runtime:
+    _refuse_bf16(precision, "trt")
     return TrtBackend(export.path, engine=export.engine)
 
 
-def _openvino(export: ExportInfo, device: str) -> Runtime:
-    # What the export is in, and no faster precision of its own choice: the report's column says which it was.
-    precision = "auto" if export.manifest.precision == "fp16" else export.manifest.precision
-    return OpenvinoBackend(export.path, device="cpu", precision=precision, threads=torch.get_num_threads())
+def _openvino(export: ExportInfo, device: str, precision: str) -> Runtime:
+    # What the run is in, and no faster precision of its own choice: the report's column says which it was.
+    asked = "auto" if precision == "fp16" else precision
+    return OpenvinoBackend(export.path, device="cpu", precision=asked, threads=torch.get_num_threads())
 
 
-RUNTIMES: Final[dict[StudentBackend, Callable[[ExportInfo, str], Runtime]]] = {
+def _refuse_bf16(precision: str, backend: StudentBackend) -> None:
+    if precision == "bf16":
+        raise DeviceError(
+            f"there are no exports in bf16 for {BACKEND_NAMES[backend]}",
+            hint="choose --precision fp32 or int8, or --backend torch,openvino",
+        )
+
+
+RUNTIMES: Final[dict[StudentBackend, Callable[[ExportInfo, str, str], Runtime]]] = {
     "onnx": _onnx,
     "trt": _trt,
     "openvino": _openvino,
 }
-"""What runs an export on a device, ``cpu`` or ``cuda``, by the backend's name. Raises DeviceError where it cannot."""
+"""What runs an export on a device, ``cpu`` or ``cuda``, in a precision, by the backend's name.
+
+Raises DeviceError where it cannot."""
 ONLY_ASKED: Final[frozenset[StudentBackend]] = frozenset({"openvino"})
 """Runtimes that are measured where --backend names them: an extra that most installations are without."""
 
@@ -73,11 +91,13 @@ class OpenedExport:
     TensorRT runs the whole image as one launch, so it has no times of its stages.
     """
 
-    def __init__(self, export: ExportInfo, backend: StudentBackend, stack: ExitStack, *, device: str) -> None:
+    def __init__(
+        self, export: ExportInfo, backend: StudentBackend, stack: ExitStack, *, device: str, precision: str
+    ) -> None:
         """Open it until ``stack`` closes. Raises what the runtime raises."""
         started = time.perf_counter()
         self.clock = WallClock()
-        self.running = RUNTIMES[backend](export, device)
+        self.running = RUNTIMES[backend](export, device, precision)
         stack.enter_context(self.running)
         self.load_s = time.perf_counter() - started
 
@@ -112,19 +132,27 @@ def find_export_of(model: LoadedModel, *, precision: str, size: Size, vae: str |
     return ExportInfo(folder, manifest)
 
 
-def export_now(model: LoadedModel, folder: Path, *, precision: Any, size: Size, say: Say) -> tuple[ExportInfo, float]:
-    """(the student exported into ``folder`` at one fixed size, seconds). Raises what exporting raises, UsageError."""
-    if precision not in ("fp32", "fp16"):
-        raise UsageError(
-            f"there are no exports in {precision}", hint="choose --precision fp32 or fp16, or --backend torch"
-        )
+def export_now(
+    model: LoadedModel, folder: Path, *, precision: Any, size: Size, prompts: Path | None, say: Say
+) -> tuple[ExportInfo, float]:
+    """(the student exported into ``folder`` at one fixed size, seconds). Raises what exporting raises, UsageError.
+
+    In 8 bits it is calibrated with the run's ``prompts``, or the scenes that stand for them.
+    """
     from tiue_cli.export.onnx.export import export_student
     from tiue_cli.model.student import save_student
 
     started = time.perf_counter()
     # Saved as it is loaded: random weights, another autoencoder and a teacher's untrained student have no folder.
     student = save_student(model.student, folder / "student")
-    config = ExportConfig(student=str(student), out=folder / "export", precision=precision, sizes=(size,), check=False)
+    config = ExportConfig(
+        student=str(student),
+        out=folder / "export",
+        precision=precision,
+        sizes=(size,),
+        check=False,
+        calibration=None if precision != "int8" else EMBEDDED if prompts is None else str(prompts),
+    )
     result = export_student(
         config, stage=lambda what, number, total: say(f"exporting {model.name}: {what} ({number} of {total})")
     )

@@ -28,6 +28,7 @@ from tiue_cli.bench.subjects.exports import (
     engine_now,
     export_now,
     find_export_of,
+    stored_in,
 )
 from tiue_cli.bench.subjects.loading import Loader, ModelArgument
 from tiue_cli.bench.subjects.models import LoadedModel
@@ -53,6 +54,9 @@ class OpenedSubjects:
 
     device: str
     precision: Any
+    """What torch computes in."""
+    exported: Any
+    """What exports compute in."""
     size: tuple[int, int]
     latent: tuple[int, int, int]
     names: tuple[str, ...] = ()
@@ -68,7 +72,8 @@ def open_subjects(config: BenchConfig, stack: ExitStack, *, say: Say) -> OpenedS
     ``say`` is called with what begins. Raises what loading raises, and UsageError for what does not fit together.
     """
     device = choose_device(config.device)
-    precision = choose_dtype(config.precision, device)
+    exported = choose_dtype(config.precision, device)
+    precision = "fp32" if exported == "int8" else exported
     if config.backends is not None and "trt" in config.backends:
         require_tensorrt()  # rather than after minutes of exporting
     loader = Loader(config, device=device, precision=precision, say=say)
@@ -83,7 +88,9 @@ def open_subjects(config: BenchConfig, stack: ExitStack, *, say: Say) -> OpenedS
             hint="measure models of one family in one run: the same noise goes into all",
         )
     names = tuple(argument.name for argument in arguments)
-    opened = OpenedSubjects(device, precision, size, shapes.pop(), names, warnings=loader.warnings, notes=loader.notes)
+    opened = OpenedSubjects(
+        device, precision, exported, size, shapes.pop(), names, warnings=loader.warnings, notes=loader.notes
+    )
     opener = _Opener(config, opened, stack, say)
     for model in teachers:
         opener.add_teacher(model)
@@ -253,7 +260,9 @@ class _Opener:
             try:
                 if backend == "trt":
                     export, build_s = self._with_engine(export, build_s, asked=asked)
-                opened = OpenedExport(export, backend, self._stack, device=self._opened.device)
+                opened = OpenedExport(
+                    export, backend, self._stack, device=self._opened.device, precision=self._opened.exported
+                )
             except (DeviceError, ManifestError, MissingDependencyError) as error:
                 # An export that was given as a model is there to be run, and an engine that was named as well.
                 named = export.engine if backend == "trt" else argument.export
@@ -272,20 +281,27 @@ class _Opener:
         opened, model = self._opened, argument.model
         if argument.export is not None:
             precision = argument.export.manifest.precision
-            if precision != opened.precision:
+            if precision != stored_in(opened.exported):
                 raise UsageError(
-                    f"{argument.source} was exported in {precision}, and this run is in {opened.precision}",
+                    f"{argument.source} was exported in {precision}, and this run is in {opened.exported}",
                     hint=f"measure all in it: --precision {precision}",
                 )
             return argument.export, None
         assert model is not None, "an argument is a model or an export"
-        found = find_export_of(model, precision=opened.precision, size=opened.size, vae=self._config.vae)
+        found = find_export_of(model, precision=stored_in(opened.exported), size=opened.size, vae=self._config.vae)
         if isinstance(found, ExportInfo):
             return found, None
         if not asked:
             return found
         folder = self._stack.enter_context(temporary_folder("tiue-bench"))
-        return export_now(model, folder, precision=opened.precision, size=opened.size, say=self._say)
+        return export_now(
+            model,
+            folder,
+            precision=stored_in(opened.exported),
+            size=opened.size,
+            prompts=self._config.prompts,
+            say=self._say,
+        )
 
     def _with_engine(
         self, export: ExportInfo, build_s: float | None, *, asked: bool
@@ -322,7 +338,7 @@ class _Opener:
             model_sha256=manifest.student.sha256 if model is None else model.sha256,
             steps=steps,
             guidance=None,
-            precision=self._opened.precision,
+            precision=self._opened.exported,
             device=opened.running.device,
             random_weights=model is not None and model.random_weights,
             untrained=model is not None and not model.is_student,
