@@ -234,11 +234,13 @@ def refit(
 
     from tiue_cli.backends.torch_backend import StudentTorchBackend
     from tiue_cli.backends.trt_backend import TrtBackend
+    from tiue_cli.files.exports import read_export_manifest
     from tiue_cli.model.components import load_components
     from tiue_cli.model.folder import check_model_folder
     from tiue_cli.model.hub import resolve_model
     from tiue_cli.model.lora.files import lora_use
 
+    manifest = read_export_manifest(folder)
     options = [] if profile is None else ["--profile", profile]
     engine = tiue("export", str(folder), "--trt", "--refit", *options)["engine"]
     parts = load_components(student)
@@ -247,7 +249,7 @@ def refit(
     del parts
     figures: dict[str, Any] = {"build_s": engine["seconds"], "notes": engine["notes"]}
     with StudentTorchBackend(check_model_folder(resolve_model(student)), device=device, dtype="fp32") as torch_backend:
-        noise = draw_noise(range(len(PROMPTS)), torch_backend.latent_shape(torch_backend.default_size))
+        noise = draw_noise(range(len(PROMPTS)), manifest.latent_shape(manifest.default_size))
         torch_backend.use_loras([use])
         expected = torch_backend.generate(PROMPTS, noise)
     with TrtBackend(folder) as backend:
