@@ -189,7 +189,7 @@ def test_export_is_timed_graph_by_graph_and_draws_the_same(tmp_path: Path) -> No
     with OnnxBackend(tmp_path / "export", provider="cpu", threads=1) as backend:
         expected = backend.generate(PROMPTS, noise, steps=2)
     with ExitStack() as stack:
-        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "onnx", stack, device="cpu")
+        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "onnx", stack, device="cpu", precision="fp32")
         outcome = Subject(record(steps=2, backend="onnx"), opened.draw(2), opened.clock).run(PROMPTS, noise)
     np.testing.assert_array_equal(outcome.images, expected)
     assert set(outcome.stage_ms) == {"text", "unet_encoder", "unet_decoder", "vae"}
@@ -217,7 +217,7 @@ def test_openvino_is_timed_graph_by_graph_as_well(tmp_path: Path, monkeypatch: p
     manifest = write_tiny_export(tmp_path / "export", precision="fp32")
     noise = draw_noise([0, 1], manifest.latent_shape(manifest.default_size))
     with ExitStack() as stack:
-        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "openvino", stack, device="cpu")
+        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "openvino", stack, device="cpu", precision="fp32")
         images = opened.draw(2)(PROMPTS, noise)
         assert set(opened.clock.take_ms()) == {"text", "unet_encoder", "unet_decoder", "vae"}
     with OnnxBackend(tmp_path / "export", provider="cpu") as backend:
