@@ -217,7 +217,8 @@ def test_openvino_is_timed_graph_by_graph_as_well(tmp_path: Path, monkeypatch: p
     manifest = write_tiny_export(tmp_path / "export", precision="fp32")
     noise = draw_noise([0, 1], manifest.latent_shape(manifest.default_size))
     with ExitStack() as stack:
-        opened = OpenedExport(ExportInfo(tmp_path / "export", manifest), "openvino", stack, device="cpu", precision="fp32")
+        export = ExportInfo(tmp_path / "export", manifest)
+        opened = OpenedExport(export, "openvino", stack, device="cpu", precision="fp32")
         images = opened.draw(2)(PROMPTS, noise)
         assert set(opened.clock.take_ms()) == {"text", "unet_encoder", "unet_decoder", "vae"}
     with OnnxBackend(tmp_path / "export", provider="cpu") as backend:
