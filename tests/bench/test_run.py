@@ -243,7 +243,7 @@ def test_an_error_while_quality_is_measured_leaves_the_times(
         raise QualityError("no disk is left")
 
     monkeypatch.setattr(QualityMeasurement, "prepare", lambda *_: None)
-    monkeypatch.setattr(QualityMeasurement, "measure", fail)
+    monkeypatch.setattr(QualityMeasurement, "measure_all", fail)
     kept: list[BenchReport] = []
     with pytest.raises(QualityError, match="no disk"):
         run_bench(replace(config, quality=True, images=16, steps=(1,), teacher="none", peers=()), emit=lambda _: None,

@@ -15,7 +15,7 @@ from tiue_cli.base.allocator import keep_freed_memory
 from tiue_cli.base.events import Emit, Note, Progress
 from tiue_cli.bench.config import BenchConfig
 from tiue_cli.bench.measure.machine import machine_record, measure_peak, report_name, source_commit
-from tiue_cli.bench.quality.drawing import Processes, QualitySubject
+from tiue_cli.bench.quality.drawing import Processes
 from tiue_cli.bench.quality.measure import QualityMeasurement, QualityResult, quality_subjects
 from tiue_cli.bench.quality.plan import QualityConfig, plan_quality
 from tiue_cli.bench.ratios import all_ratios, quality_failures
@@ -74,16 +74,11 @@ def run_bench(
             emit(Note(text))
         peak = measure_peak(opened.device, opened.precision) if config.latency else None
         timings: dict[int, BatchTiming] = {}
-        pictures = () if quality is None else _quality_subjects(opened)
-        measurement = None if quality is None else QualityMeasurement(quality, processes, emit)
-        if measurement is not None:
-            measurement.prepare(pictures)
-        result = None
+        measure = None if quality is None else _prepared(quality, opened, processes, emit)
         try:
             if config.latency:
                 _time(config, opened, prompts, emit, timings)
-            if measurement is not None and quality is not None:
-                result = _measure_quality(measurement, pictures, quality, processes)
+            result = None if measure is None else measure()
         except (KeyboardInterrupt, SystemExit, TiueError):
             report = _report(config, opened, prompts, timings, peak=peak, result=None, interrupted=True)
             if keep is not None and report.latency and processes.is_main:
@@ -181,19 +176,21 @@ def _quality_config(config: BenchConfig) -> QualityConfig:
     return quality
 
 
-def _measure_quality(
-    measurement: QualityMeasurement, subjects: Sequence[QualitySubject], quality: QualityConfig, processes: Processes
-) -> QualityResult | None:
-    for subject in subjects:
-        measurement.measure(subject)
-    result = measurement.result()
-    if processes.is_main:
-        shutil.rmtree(quality.cache, ignore_errors=True)
-    return result
+def _prepared(
+    quality: QualityConfig, opened: OpenedSubjects, processes: Processes, emit: Emit
+) -> Callable[[], QualityResult | None]:
+    """What measures quality; the reference is read here, so that a fault in it costs no hours of timing."""
+    subjects = quality_subjects(_with_pictures(opened), size=opened.size, latent_shape=opened.latent)
+    measurement = QualityMeasurement(quality, processes=processes, emit=emit)
+    measurement.prepare(subjects)
 
+    def measure() -> QualityResult | None:
+        result = measurement.measure_all(subjects)
+        if processes.is_main:
+            shutil.rmtree(quality.cache, ignore_errors=True)
+        return result
 
-def _quality_subjects(opened: OpenedSubjects) -> Sequence[QualitySubject]:
-    return quality_subjects(_with_pictures(opened), size=opened.size, latent_shape=opened.latent)
+    return measure
 
 
 def _with_pictures(opened: OpenedSubjects) -> list[Subject]:

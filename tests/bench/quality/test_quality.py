@@ -28,7 +28,7 @@ from tiue_cli.bench.quality import measure as quality
 from tiue_cli.bench.quality.drawing import Drawing, Processes, QualitySubject
 from tiue_cli.bench.quality.extractors import Sharpness
 from tiue_cli.bench.quality.features import Resizing
-from tiue_cli.bench.quality.measure import QualityResult, measure_quality
+from tiue_cli.bench.quality.measure import QualityMeasurement, QualityResult
 from tiue_cli.bench.quality.metrics import FeatureSet, compare_sets, diversity
 from tiue_cli.bench.quality.onnx_features import OnnxExtractor
 from tiue_cli.bench.quality.plan import QualityConfig, Row, plan_quality
@@ -54,7 +54,7 @@ class Painter:
 
 def run(config: QualityConfig, *subjects: QualitySubject) -> tuple[QualityResult, list[Event]]:
     events: list[Event] = []
-    result = measure_quality(config, subjects, emit=events.append)
+    result = QualityMeasurement(config, emit=events.append).measure_all(subjects)
     assert result is not None
     return result, events
 
@@ -290,7 +290,7 @@ def test_processes_draw_their_own_batches_and_only_the_main_one_measures(tmp_pat
     for index in (1, 0):
         processes = Processes()
         processes.index, processes.count = index, 2
-        result = measure_quality(config, [subject(painters[index])], processes=processes)
+        result = QualityMeasurement(config, processes=processes).measure_all([subject(painters[index])])
         assert (result is None) == (index == 1)
     assert result is not None
     assert [len(painter.drawn) for painter in painters] == [8, 7]
@@ -306,11 +306,12 @@ def test_accelerate_launch_with_two_processes_equals_one(tmp_path: Path) -> None
         f"sys.path.insert(0, {str(Path(drawn_scenes.__file__).parent)!r})\n"
         "from pathlib import Path\n"
         "from drawn_scenes import small, subject\n"
-        "from tiue_cli.bench.quality.measure import measure_quality\n"
+        "from tiue_cli.bench.quality.measure import QualityMeasurement\n"
         "from tiue_cli.bench.quality.drawing import Processes\n"
         "processes = Processes()\n"
         "assert processes.count == 2\n"
-        "result = measure_quality(small(Path(sys.argv[1])), [subject()], processes=processes)\n"
+        "measurement = QualityMeasurement(small(Path(sys.argv[1])), processes=processes)\n"
+        "result = measurement.measure_all([subject()])\n"
         "if result is not None:\n"
         "    Path(sys.argv[1], 'result.json').write_text(result.records[1].model_dump_json())\n"
     )
@@ -345,7 +346,7 @@ def test_notes_of_the_plan_are_told_before_anything_is_drawn(tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measure_quality(small(tmp_path, prompts=file), [subject(None)], emit=stop_at_a_note)
+        QualityMeasurement(small(tmp_path, prompts=file), emit=stop_at_a_note).measure_all([subject(None)])
     assert told == ["the first 12 of 30 prompts"]
 
 

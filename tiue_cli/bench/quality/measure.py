@@ -46,29 +46,18 @@ class QualityResult:
     records: tuple[QualityRecord, ...]
 
 
-def measure_quality(
-    config: QualityConfig,
-    subjects: Iterable[QualitySubject],
-    *,
-    emit: Emit = lambda event: None,
-    processes: Processes | None = None,
-) -> QualityResult | None:
-    """Measure each subject; returns the result, or None in all but the main process. ``emit`` gets notes and progress.
-
-    ``subjects`` are taken one by one, so that they can be loaded one by one; all processes must get the same. Raises
-    UsageError for what does not fit together, QualityError for images, references and features that cannot be measured.
-    """
-    measurement = QualityMeasurement(config, Processes() if processes is None else processes, emit)
-    for subject in subjects:
-        measurement.measure(subject)
-    return measurement.result()
-
-
 class QualityMeasurement:
-    """One measurement in the making. Raises as `measure_quality`."""
+    """One measurement: ``prepare`` looks at what will be compared, ``measure_all`` draws and measures it.
 
-    def __init__(self, config: QualityConfig, processes: Processes, emit: Emit) -> None:
-        """Open what reads images."""
+    Raises UsageError for what does not fit together, QualityError for images, references and features that cannot be
+    measured.
+    """
+
+    def __init__(
+        self, config: QualityConfig, *, processes: Processes | None = None, emit: Emit = lambda event: None
+    ) -> None:
+        """Open what reads images; ``emit`` gets notes and progress."""
+        processes = Processes() if processes is None else processes
         self._config, self._processes, self._emit = config, processes, emit
         self._plan = plan_quality(config)
         self._resizing = Resizing(config.resize)
@@ -85,7 +74,7 @@ class QualityMeasurement:
         self._records: list[QualityRecord] = []
 
     def prepare(self, subjects: Sequence[QualitySubject]) -> None:
-        """Look at what will be compared, and read the reference: what is wrong with them costs no hours so."""
+        """Look at what will be compared and read the reference, so that a fault in either costs no hours of drawing."""
         if not subjects:
             raise _nobody()
         for subject in subjects:
@@ -93,7 +82,22 @@ class QualityMeasurement:
         if self._processes.is_main:
             self._open_reference(subjects[0].size)
 
-    def measure(self, subject: QualitySubject) -> None:
+    def measure_all(self, subjects: Iterable[QualitySubject]) -> QualityResult | None:
+        """The protocol and a record of each subject; None in all but the main process.
+
+        ``subjects`` are taken one by one, so that they can be loaded one by one; all processes must get the same.
+        """
+        for subject in subjects:
+            self._measure(subject)
+        if not self._processes.is_main:
+            return None
+        if self._reference is None:
+            raise _nobody()
+        return QualityResult(self._protocol(self._reference), tuple(self._records))
+
+    # --- inside ---
+
+    def _measure(self, subject: QualitySubject) -> None:
         """Draw a subject's images and, in the main process, add its record."""
         if subject.key in {record.subject for record in self._records}:
             raise UsageError(f"{subject.key} is named twice", hint="name each subject once")
@@ -114,16 +118,6 @@ class QualityMeasurement:
                 drawing.write_index()
             features = [{name: drawing.features(name) for name in self._extractors} for drawing in drawings]
             self._add(subject.key, [self._figures(subject.key, one) for one in features], drawings)
-
-    def result(self) -> QualityResult | None:
-        """The protocol and all records; None in all but the main process."""
-        if not self._processes.is_main:
-            return None
-        if self._reference is None:
-            raise _nobody()
-        return QualityResult(self._protocol(self._reference), tuple(self._records))
-
-    # --- before drawing ---
 
     def _check_size(self, subject: QualitySubject) -> None:
         of_papercut = isinstance(self._main, PapercutChecker) or self._config.reference is None
