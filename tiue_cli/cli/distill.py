@@ -154,7 +154,8 @@ def plan_distill(request: DistillRequest, console: Console) -> None:
     from tiue_cli.distill.data.prompts import read_training_prompts
     from tiue_cli.distill.run_folder import check_places
 
-    config = (resolved := request.resolve()).config
+    resolved = request.resolve()
+    config = resolved.config
     check_places(request.out, config, resume=request.resume)
     prompts = read_training_prompts(config.prompts, column=config.prompt_column, limit=config.max_prompts)
     # What cannot be is said before this loads torch.

@@ -109,9 +109,6 @@ class Distillation(StudentRun[Trainer]):
                 yield from self._fill(cache, self._solve_pairs(cache), "pairs")
             self._pairs = PairData(cache, seed=self.config.seed, teacher_evaluations=self._pair_evaluations())
 
-    def _begin(self, trainer: Trainer) -> Iterator[Event]:
-        yield from ()
-
     def _pair_cache(self) -> RowCache:
         config, settings = self.config, self.config.warm_start
         key = cache_key(

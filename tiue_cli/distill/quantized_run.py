@@ -6,6 +6,7 @@ The student is its own teacher: text states ─▶ ranges and sensitive layers �
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tiue_cli.base.events import Event, Note
-from tiue_cli.distill.config import DistillConfig, refuse_unused
+from tiue_cli.distill.config import DistillConfig
 from tiue_cli.distill.networks import StudentGenerator
 from tiue_cli.distill.quantized_trainer import QuantizedNetworks, QuantizedTrainer
 from tiue_cli.distill.student_run import StudentRun
@@ -31,7 +32,6 @@ class QuantizedRun(StudentRun[QuantizedTrainer]):
     def __init__(
         self, config: DistillConfig, out: Path, *, resume: bool = False, acknowledge: Callable[[], None] | None = None
     ) -> None:
-        refuse_unused(config)
         self._info = checked_student(config)
         super().__init__(config, out, resume=resume, acknowledge=acknowledge)
 
@@ -64,7 +64,7 @@ class QuantizedRun(StudentRun[QuantizedTrainer]):
         self._trainer = trainer
         return trainer
 
-    @property
+    @functools.cached_property
     def _teacher_sha256(self) -> str:
         return model_sha256(self._info.path)
 
@@ -73,9 +73,6 @@ class QuantizedRun(StudentRun[QuantizedTrainer]):
         return self._networks.combine
 
     # --- stages ----------------------------------------------------------------------------------------------------
-
-    def _before_training(self, found: Path | None) -> Iterator[Event]:
-        yield from ()
 
     def _begin(self, trainer: QuantizedTrainer) -> Iterator[Event]:
         if trainer.ranges:  # from the checkpoint

@@ -22,11 +22,8 @@ from tiue_cli.distill.fake_quantization import FakeQuantization, LayerRange, Ran
 from tiue_cli.distill.losses import regression_loss
 from tiue_cli.distill.networks import StudentGenerator
 from tiue_cli.distill.student_trainer import StudentNetworks, StudentTrainer
-from tiue_cli.model.quantization import LayerError, sensitive
+from tiue_cli.model.quantization import CALIBRATION_BATCH, LayerError, sensitive
 from tiue_cli.model.unet import UNetFeatures
-
-CALIBRATION_BATCH = 4
-"""Images of a calibration batch, as in the export; the first one is what the sweep measures on."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +53,10 @@ class QuantizedTrainer(StudentTrainer):
     # --- calibration -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, *, say: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+    def calibrate(self) -> list[str]:
         """Measure ranges and choose which layers stay in floats, as the export does; returns those found sensitive.
 
-        In float32 and a function of weights, config and prompts alone: all processes find the same. ``say`` is told how
-        many images are done, and of how many.
+        In float32 and a function of weights, config and prompts alone: all processes find the same.
         """
         images = self.config.quantize.calibration_images
         encoder, decoder = RangeRecorder(self._student), RangeRecorder(self._student)
@@ -73,7 +69,6 @@ class QuantizedTrainer(StudentTrainer):
                 self._decoded(features, states)
             if first is None:
                 first = noise, states, features
-            say(min(images, start + CALIBRATION_BATCH), images)
         assert first is not None, "calibration has at least one image"
         noise, states, features = first
 

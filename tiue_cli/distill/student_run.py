@@ -134,13 +134,13 @@ class StudentRun(ABC, Generic[_Trainer]):
     def _make_trainer(self) -> _Trainer:
         """The trainer before its first step."""
 
-    @abstractmethod
     def _before_training(self, found: Path | None) -> Iterator[Event]:
         """What is computed and kept before the trainer is made; ``found`` is the checkpoint that it will go on from."""
+        yield from ()
 
-    @abstractmethod
     def _begin(self, trainer: _Trainer) -> Iterator[Event]:
         """What the trainer, new or restored, needs before it steps."""
+        yield from ()
 
     @abstractmethod
     def _teacher_latents(self, noise: Tensor, states: Tensor) -> Tensor:

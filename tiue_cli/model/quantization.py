@@ -10,6 +10,8 @@ WEIGHT_LEVELS: Final = 64
 """Levels on each side of zero. Seven bits: CPUs without VNNI add pairs of products in 16 bits, which overflow with
 eight."""
 ACTIVATION_LEVELS: Final = 127
+CALIBRATION_BATCH: Final = 4
+"""Images whose ranges are measured at once; the first batch is what the sweep measures on."""
 SENSITIVE_SHARE: Final = 0.1
 """A layer that alone makes this share of all layers' squared error stays in fp32, where there are many."""
 SENSITIVE_TIMES, LARGEST_SHARE = 5, 0.5

@@ -29,11 +29,10 @@ from tiue_cli.export.onnx.sensitivity import gated_layers, layer_errors
 from tiue_cli.export.onnx.trace import INLINE_BYTES, file_spec
 from tiue_cli.files.exports import GraphName, GraphSpec, KeptLayer
 from tiue_cli.model.noise import draw_noise
-from tiue_cli.model.quantization import LayerError, sensitive
+from tiue_cli.model.quantization import CALIBRATION_BATCH, LayerError, sensitive
 
 LAYERS: Final = ("Conv", "Gemm", "MatMul")
 """Operators with weights: what is computed in 8 bits."""
-CALIBRATION_BATCH: Final = 4
 CALIBRATION_SEED: Final = 2**32
 """Noise of the first calibration image; far from the seeds that checks draw with."""
 SWEEP_ROWS: Final = 1
