@@ -7,23 +7,22 @@ The graph itself is then kilobytes.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from tiue_cli.errors import ParityError
+from tiue_cli.export.weight_forms import Form, forms_in
+from tiue_cli.model.weights import safetensors_header
 
 _DTYPES: Final = {"F16": (np.float16, TensorProto.FLOAT16), "F32": (np.float32, TensorProto.FLOAT)}
 SMALLEST: Final = 1024
 """Bytes up to which a constant stays in the graph."""
-_Origin = Literal["whole", "transposed"] | int
-"""How a weight lies in its tensor; a number is the first of the input channels that it takes."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +40,15 @@ def stored_tensors(folder: Path, locations: Mapping[str, str]) -> list[StoredTen
     """All floating-point tensors in the files of ``locations`` (prefix → file below ``folder``), by prefix and name."""
     found = []
     for prefix, location in locations.items():
+        tensors = safetensors_header(folder / location)
         content = (folder / location).read_bytes()
-        length = int.from_bytes(content[:8], "little")
-        for name, entry in sorted(json.loads(content[8 : 8 + length]).items()):
-            if name == "__metadata__" or entry["dtype"] not in _DTYPES:
+        # The tensors fill the end of the file without gaps.
+        start = len(content) - max(entry["data_offsets"][1] for entry in tensors.values())
+        for name, entry in sorted(tensors.items()):
+            if entry["dtype"] not in _DTYPES:
                 continue
             dtype, onnx_type = _DTYPES[entry["dtype"]]
-            begin, end = (8 + length + place for place in entry["data_offsets"])
+            begin, end = (start + place for place in entry["data_offsets"])
             values = np.frombuffer(content[begin:end], dtype).reshape(entry["shape"]).astype(np.float32)
             found.append(StoredTensor(f"stored.{prefix}.{name}", location, begin, values, onnx_type))
     return found
@@ -67,7 +68,7 @@ def share_weights(model: onnx.ModelProto, tensors: list[StoredTensor]) -> None:
         if values.dtype != np.float32 or values.nbytes <= SMALLEST:
             kept.append(_inline(initializer))
             continue
-        found = next(_origins(values, tensors), None)
+        found = next(((tensor, form) for tensor in tensors for form in forms_in(values, tensor.values)), None)
         if found is None:
             if values.shape[0] == 1:  # computed of several: the sum of position embeddings, a folded time
                 kept.append(_inline(initializer))
@@ -76,9 +77,9 @@ def share_weights(model: onnx.ModelProto, tensors: list[StoredTensor]) -> None:
                 f"{graph.name}: no tensor of the model holds the weight {initializer.name} {values.shape}",
                 hint="export the graphs from this very folder",
             )
-        tensor, origin = found
+        tensor, form = found
         used.setdefault(tensor.name, _external(tensor))
-        nodes += _made_of(tensor, initializer.name, values.shape, origin, kept)
+        nodes += _made_of(tensor, initializer.name, form, kept)
     del graph.initializer[:]
     graph.initializer.extend([*kept, *used.values()])
     nodes += graph.node
@@ -86,34 +87,15 @@ def share_weights(model: onnx.ModelProto, tensors: list[StoredTensor]) -> None:
     graph.node.extend(nodes)
 
 
-def _origins(values: np.ndarray, tensors: list[StoredTensor]) -> Iterator[tuple[StoredTensor, _Origin]]:
-    """Tensors that hold ``values``, and how."""
-    for tensor in tensors:
-        stored = tensor.values
-        if stored.shape == values.shape and np.array_equal(stored, values):
-            yield tensor, "whole"
-        elif stored.ndim == 2 and stored.T.shape == values.shape and np.array_equal(stored.T, values):
-            yield tensor, "transposed"
-        elif _may_be_cut(stored.shape, values.shape):
-            channels = values.shape[1]
-            for start in range(stored.shape[1] - channels + 1):
-                if np.array_equal(stored[:, start : start + channels], values):
-                    yield tensor, start
-
-
-def _may_be_cut(whole: tuple[int, ...], part: tuple[int, ...]) -> bool:
-    return len(whole) == len(part) == 4 and whole[0] == part[0] and whole[2:] == part[2:] and whole[1] > part[1]
-
-
 def _made_of(
-    tensor: StoredTensor, name: str, shape: tuple[int, ...], origin: _Origin, constants: list[onnx.TensorProto]
+    tensor: StoredTensor, name: str, form: Form, constants: list[onnx.TensorProto]
 ) -> Iterator[onnx.NodeProto]:
     """Nodes that make the weight ``name`` of the stored tensor; their constants are added to ``constants``."""
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
-    if origin == "transposed":
+    if form == "transposed":
         steps.append(("Transpose", [], {"perm": [1, 0]}))
-    elif isinstance(origin, int):
-        borders = {f"{name}_starts": origin, f"{name}_ends": origin + shape[1], f"{name}_axes": 1}
+    elif form != "same":
+        borders = {f"{name}_starts": form[0], f"{name}_ends": form[1], f"{name}_axes": 1}
         constants += [numpy_helper.from_array(np.array([value]), label) for label, value in borders.items()]
         steps.append(("Slice", list(borders), {}))
     if tensor.onnx_type != TensorProto.FLOAT:

@@ -6,7 +6,7 @@ student's layers in every form that tracing leaves them in. What matches no laye
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -15,14 +15,13 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from tiue_cli.export.weight_forms import forms_in
 from tiue_cli.files.engines import RefitWeight
 from tiue_cli.files.exports import GraphSpec
 from tiue_cli.model.lora.exported import TIME_PROJECTION, ExportedWeights
 
 _TIME_ERROR: Final = 1e-3
 """Relative, of a time projection's constant: another machine may have summed it in another order."""
-_GLANCE: Final = 16
-"""Values that are compared before a whole weight is."""
 
 Weights = Mapping[str, np.ndarray]
 
@@ -38,11 +37,8 @@ def refit_weights(
     graph: GraphSpec, weights: Weights, student: ExportedWeights
 ) -> tuple[tuple[RefitWeight, ...], tuple[str, ...]]:
     """The ``weights`` of ``graph`` that are layers of the student, and the names of layers that were not found."""
-    by_shape: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    for name, value in weights.items():
-        by_shape[value.shape].append(name)
     found: dict[str, list[RefitWeight]] = {
-        layer: list(_forms(graph, layer, weights, by_shape, student)) for layer in student.layers(graph.name)
+        layer: list(_forms(graph, layer, weights, student)) for layer in student.layers(graph.name)
     }
     claims = Counter(weight.name for matches in found.values() for weight in matches)
     for layer, matches in found.items():
@@ -55,38 +51,22 @@ def refit_weights(
     return tuple(sorted((w for matches in found.values() for w in matches), key=lambda w: w.name)), missing
 
 
-def _forms(
-    graph: GraphSpec,
-    layer: str,
-    weights: Weights,
-    by_shape: Mapping[tuple[int, ...], Sequence[str]],
-    student: ExportedWeights,
-) -> Iterator[RefitWeight]:
+def _forms(graph: GraphSpec, layer: str, weights: Weights, student: ExportedWeights) -> Iterator[RefitWeight]:
     """Every weight of the graph that is ``layer``'s, or a part of it."""
     if _is_time(graph, layer):
         constant = student.array(graph, RefitWeight(name="", layer=layer, form="time"))
-        for shape in _with_ones(constant.size):
-            for name in by_shape.get(shape, ()):
-                if _nearly_equal(weights[name], constant):
-                    yield RefitWeight(name=name, layer=layer, form="time")
+        shapes = _with_ones(constant.size)
+        for name, value in weights.items():
+            if value.shape in shapes and _nearly_equal(value, constant):
+                yield RefitWeight(name=name, layer=layer, form="time")
         return
     whole = student.array(graph, RefitWeight(name="", layer=layer))
-    for name in by_shape.get(whole.shape, ()):
-        if _equal(weights[name], whole):
-            yield RefitWeight(name=name, layer=layer)
-    if whole.ndim == 2:
-        turned = np.ascontiguousarray(whole.T)
-        for name in by_shape.get(turned.shape, ()):
-            if _equal(weights[name], turned):
-                yield RefitWeight(name=name, layer=layer, form="transposed")
-        return
-    for shape, names in by_shape.items():
-        if len(shape) != whole.ndim or (shape[0], *shape[2:]) != (whole.shape[0], *whole.shape[2:]):
-            continue
-        for start in {0, whole.shape[1] - shape[1]} if shape[1] < whole.shape[1] else ():
-            for name in names:
-                if _equal(weights[name], whole[:, start : start + shape[1]]):
-                    yield RefitWeight(name=name, layer=layer, columns=(start, start + shape[1]))
+    for name, value in weights.items():
+        for form in forms_in(value, whole):
+            if isinstance(form, tuple):
+                yield RefitWeight(name=name, layer=layer, columns=form)
+            else:
+                yield RefitWeight(name=name, layer=layer, form=form)
 
 
 def _is_time(graph: GraphSpec, layer: str) -> bool:
@@ -106,11 +86,6 @@ def _is_whole(matches: Sequence[RefitWeight], student: ExportedWeights, graph: G
 def _with_ones(size: int) -> list[tuple[int, ...]]:
     """The shapes that a constant of ``size`` channels may have got."""
     return [(1, size), (1, size, 1, 1), (size, 1, 1)]
-
-
-def _equal(value: np.ndarray, other: np.ndarray) -> bool:
-    glance = slice(0, _GLANCE)
-    return bool(np.array_equal(value[0].flat[glance], other[0].flat[glance]) and np.array_equal(value, other))
 
 
 def _nearly_equal(value: np.ndarray, other: np.ndarray) -> bool:
