@@ -14,7 +14,7 @@ _GLANCE: Final = 16
 
 
 def forms_in(part: np.ndarray, whole: np.ndarray) -> Iterator[Form]:
-    """Every form in which ``part`` (a graph's weight) is of ``whole`` (a layer's), bit for bit; both are of one type."""
+    """Every form in which ``part``, a graph's weight, is of ``whole``, a layer's of the same type, bit for bit."""
     if part.shape == whole.shape and _equal(part, whole):
         yield "same"
     if whole.ndim == 2 and part.shape == whole.T.shape and _equal(part, whole.T):

@@ -8,24 +8,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-import pydantic
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
-from tiue_cli.files.exports import FileSpec, GraphName, OutputParity, Precision, Sha256, Size, TensorSpec
+from tiue_cli.files.exports import (
+    Count,
+    FileSpec,
+    GraphName,
+    ManifestPart,
+    OutputParity,
+    Precision,
+    Sha256,
+    Size,
+    TensorSpec,
+)
 from tiue_cli.files.manifests import read_manifest
 
 ENGINE_MANIFEST: Final = "engine.json"
 
-_Count = Annotated[int, Field(ge=1, le=2**20)]
-Range = tuple[_Count, _Count, _Count]
+Range = tuple[Count, Count, Count]
 """Minimum, optimum and maximum."""
 
 
-class _Model(pydantic.BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
-
-
-class ProfileSpec(_Model):
+class ProfileSpec(ManifestPart):
     """The range of one optimisation profile, in images: batch, decoder timesteps K, height and width in pixels."""
 
     name: str
@@ -44,7 +48,7 @@ class ProfileSpec(_Model):
         return None
 
 
-class RefitWeight(_Model):
+class RefitWeight(ManifestPart):
     """A weight that may be changed in a plan: its name in the graph, and what it is there of which layer.
 
     ``same`` is the layer's weight as it is, ``transposed`` with its two sides exchanged, ``time`` what a time
@@ -57,7 +61,7 @@ class RefitWeight(_Model):
     columns: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=1)]] | None = None
 
 
-class PlanSpec(_Model):
+class PlanSpec(ManifestPart):
     """One TensorRT plan: the graph that it was built from, and the build's figures.
 
     ``shapes`` holds for each profile, in the order of ``EngineManifest.profiles``, each input's (min, opt, max) shape;
@@ -92,7 +96,7 @@ class PlanSpec(_Model):
         return self.distinct_shapes.index(self.shapes[index])
 
 
-class EngineParity(_Model):
+class EngineParity(ManifestPart):
     """What was compared after the build."""
 
     reference: str
@@ -102,7 +106,7 @@ class EngineParity(_Model):
     required_psnr_db: float
 
 
-class EngineDevice(_Model):
+class EngineDevice(ManifestPart):
     """Where the plans were built: what must match before one is opened."""
 
     gpu: str
@@ -115,7 +119,7 @@ class EngineDevice(_Model):
     """Such as ``Linux-x86_64``."""
 
 
-class EngineManifest(_Model):
+class EngineManifest(ManifestPart):
     """``engine.json``: the plans of one export for one GPU and one TensorRT version."""
 
     format_version: int = 1

@@ -36,7 +36,8 @@ QUANTIZED: Final = ("int8", "fp8")
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 _Side = Annotated[int, Field(ge=1, le=MAX_SIDE_PX)]
 Size = tuple[_Side, _Side]
-_Count = Annotated[int, Field(ge=1, le=2**20)]
+Count = Annotated[int, Field(ge=1, le=2**20)]
+"""At least one, and no more than a slip would give."""
 _Timestep = Annotated[int, Field(ge=0, le=2**20)]
 # No path may lead out of the folder that the manifest lies in; weights may lie in a folder below it.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -45,14 +46,16 @@ FilePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-
 _EXPORT_AGAIN = "export the student again: tiue export STUDENT --out FOLDER"
 
 
-class _Model(pydantic.BaseModel):
+class ManifestPart(pydantic.BaseModel):
+    """What manifests are made of: never changed, nothing unknown in it, every number finite."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
 
 
 # --- export folder: manifest.json ----------------------------------------------------------------------------------
 
 
-class TensorSpec(_Model):
+class TensorSpec(ManifestPart):
     """An input or output of a graph. A dimension is a number, or the name of one that is free."""
 
     name: str
@@ -60,7 +63,7 @@ class TensorSpec(_Model):
     shape: tuple[int | str, ...]
 
 
-class FileSpec(_Model):
+class FileSpec(ManifestPart):
     """A file of the folder, with what proves that it is the one that was written."""
 
     file: FilePath
@@ -68,7 +71,7 @@ class FileSpec(_Model):
     size_bytes: int = Field(ge=0, le=2**60)
 
 
-class GraphSpec(_Model):
+class GraphSpec(ManifestPart):
     """One ONNX file; ``data`` are the external weights beside it. ``size`` None: height and width are free."""
 
     name: GraphName
@@ -117,7 +120,7 @@ class GraphSpec(_Model):
         return {port.name: tuple(number(dim, port.name) for dim in port.shape) for port in self.inputs}
 
 
-class CombineSpec(_Model):
+class CombineSpec(ManifestPart):
     """How K decoder timesteps make an image: what to feed as ``timesteps`` (K) and ``weights`` (K + 1)."""
 
     timesteps: tuple[_Timestep, ...] = Field(min_length=1, max_length=1000)
@@ -135,7 +138,7 @@ class CombineSpec(_Model):
         return len(self.timesteps)
 
 
-class KeptLayer(_Model):
+class KeptLayer(ManifestPart):
     """A layer of an 8-bit graph that stays in floats, and why; ``relative_error`` is what it alone costs in 8 bits."""
 
     graph: GraphName
@@ -146,7 +149,7 @@ class KeptLayer(_Model):
     """Of all the graph's outputs; None where it was never in 8 bits."""
 
 
-class AttributeShare(_Model):
+class AttributeShare(ManifestPart):
     """Of how many pictures the checker finds one attribute as the captions ask for it."""
 
     name: str
@@ -154,7 +157,7 @@ class AttributeShare(_Model):
     full: float
 
 
-class Shares(_Model):
+class Shares(ManifestPart):
     """Papercut's own proof, over pictures of ``captions``: in 8 bits, and before it (``full``).
 
     ``frechet_distance`` is that of the checker's features, an eighth of them as in ``tiue bench``, to those of renders
@@ -167,7 +170,7 @@ class Shares(_Model):
     frechet_distance_full: float
 
 
-class QuantizationSpec(_Model):
+class QuantizationSpec(ManifestPart):
     """How the 8-bit graphs of an export were made, and what it cost."""
 
     quantizer: str
@@ -186,7 +189,7 @@ class QuantizationSpec(_Model):
     papercut: Shares | None = None
 
 
-class StudentSource(_Model):
+class StudentSource(ManifestPart):
     """The student that was exported. Hashes are ``artifacts.sha256_folder`` of the folders."""
 
     source: str
@@ -202,7 +205,7 @@ class StudentSource(_Model):
     """Adapters that were added to the student's weights."""
 
 
-class Versions(_Model):
+class Versions(ManifestPart):
     """What wrote the folder."""
 
     tiue: str
@@ -211,7 +214,7 @@ class Versions(_Model):
     onnxruntime: str
 
 
-class OutputParity(_Model):
+class OutputParity(ManifestPart):
     """One output of one graph in ONNX Runtime against torch in float32, or of its plan against ONNX Runtime; the worst
     over all cases.
 
@@ -225,7 +228,7 @@ class OutputParity(_Model):
     relative_error: float
 
 
-class RuntimeParity(_Model):
+class RuntimeParity(ManifestPart):
     """The fixed prompts' images in another runtime than ONNX Runtime, against the same reference; PSNR of the worst."""
 
     runtime: Literal["openvino"]
@@ -241,7 +244,7 @@ class RuntimeParity(_Model):
         return self.image_psnr_db >= self.required_psnr_db
 
 
-class ExportParity(_Model):
+class ExportParity(ManifestPart):
     """What was compared when the folder was written; PSNR is that of the worst of the fixed prompts' images."""
 
     provider: str
@@ -275,7 +278,7 @@ class ExportParity(_Model):
         return rows
 
 
-class ExportManifest(_Model):
+class ExportManifest(ManifestPart):
     """``manifest.json``: everything needed to run the graphs without torch, and to know what they are."""
 
     format_version: int = 1
@@ -292,7 +295,7 @@ class ExportManifest(_Model):
     """One for each K that the student can run with, ascending; the last is the one it was trained with."""
     text_tokens: int = Field(ge=3, le=2**14)
     """Length of ``input_ids``, start and end token included."""
-    text_width: _Count
+    text_width: Count
     pad_token_id: int = Field(ge=0, le=2**30)
     latent_channels: int = Field(ge=1, le=2**10)
     latent_factor: int = Field(ge=1, le=2**10)

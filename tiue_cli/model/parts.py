@@ -10,12 +10,11 @@ from pathlib import Path
 
 from tiue_cli.errors import ModelFolderError
 from tiue_cli.files.access import is_file, is_folder
+from tiue_cli.files.exports import EXPORT_MANIFEST
 
 PACKAGED = Path(__file__).resolve().parent.parent / "papercut" / "model"
 """The models in the package: ``teacher/``, ``student/``, ``shared/`` with parts of both, and the student's graphs."""
 SHARED, STUDENT = "shared", "student"
-GRAPHS = "manifest.json"
-"""Says which graphs the packaged student has."""
 
 
 def part_folder(model: Path, name: str) -> Path:
@@ -32,6 +31,7 @@ def packaged_graphs(model: Path) -> Path | None:
     An export whose weights are those of ``student/`` and ``shared/``, so it lies above both. Where an installer has put
     links in place of files there is none: runtimes refuse weights behind a link that leads out of the folder.
     """
-    if model.resolve() != (PACKAGED / STUDENT).resolve() or not is_file(PACKAGED / GRAPHS, error=ModelFolderError):
+    manifest = PACKAGED / EXPORT_MANIFEST
+    if model.resolve() != (PACKAGED / STUDENT).resolve() or not is_file(manifest, error=ModelFolderError):
         return None
-    return None if (PACKAGED / GRAPHS).is_symlink() else PACKAGED
+    return None if manifest.is_symlink() else PACKAGED

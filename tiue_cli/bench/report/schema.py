@@ -61,7 +61,7 @@ class PeakRecord(_Record):
     """The machine's matmul rate, measured in the same run: the ceiling that shares of peak refer to."""
 
     flops_per_s: float
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Literal["fp32", "fp16", "bf16"]
     device: str
     kernel: PeakKernel = "matrix product"
     """What computed the product: on some CPUs convolutions run on newer instructions than products do."""

@@ -162,11 +162,12 @@ def _typed(cells: Mapping[str, str]) -> dict[str, object]:
 
 def _adapters(text: str) -> object:
     """One adapter, which may be called 7, or a list as JSON lines have it."""
+    if not text.startswith("["):
+        return text
     try:
-        listed = parse_json(text) if text.startswith("[") else text
+        return parse_json(text)
     except ValueError:
         return text
-    return listed
 
 
 def _parquet_rows(file: Path) -> Iterator[Row]:
