@@ -95,6 +95,9 @@ def test_options_that_only_torch_has_choose_torch() -> None:
         chosen(backend="onnx", long_prompts="chunk")
     with pytest.raises(UsageError, match="--precision bf16 needs torch"):
         chosen(backend="onnx", dtype="bf16")
+    with pytest.raises(UsageError, match="--backend trt runs exported students, and papercut is a model folder") as trt:
+        chosen(backend="trt")
+    assert trt.value.hint == "export it, and give --model that folder: tiue export papercut --trt"
     with pytest.raises(UsageError, match="runs exported students"):
         chosen(backend="onnx", model="papercut-teacher")
 

@@ -96,8 +96,10 @@ def find_export(source: str) -> ExportInfo | None:
 def backend_for(info: ExportInfo | None, source: str, *, backend: str) -> str:
     """``torch``, ``onnx``, ``openvino`` or ``trt`` for what ``--backend`` says of a model. UsageError for a misfit."""
     if info is None:
-        if backend in ("auto", "torch") or source in STUDENT_NAMES:
-            return "torch" if backend == "auto" else backend
+        if backend in ("auto", "torch"):
+            return "torch"
+        if backend != "trt" and source in STUDENT_NAMES:
+            return backend
         option = " --trt" if backend == "trt" else ""
         raise UsageError(
             f"--backend {backend} runs exported students, and {source} is a model folder",
