@@ -16,6 +16,7 @@ from tiue_cli.export.config import EngineConfig, ExportConfig, Part
 from tiue_cli.export.run import run_engine, run_export
 from tiue_cli.generate.config import BackendName, DeviceName, DtypeName, GenerateConfig, LongPrompts, ProviderName
 from tiue_cli.generate.drawing import Pipeline
+from tiue_cli.model.hub import place_base
 
 if TYPE_CHECKING:
     from tiue_cli.base.events import BenchEvent, Event, Finished
@@ -38,6 +39,7 @@ def load(
     precision: DtypeName = _LOAD.dtype,
     vae: str | Path | None = None,
     loras: Sequence[str | Path] = (),
+    base: str | Path | None = None,
     long_prompts: LongPrompts = _LOAD.long_prompts,
     provider: ProviderName = _LOAD.provider,
     compiled: bool = _LOAD.compiled,
@@ -52,6 +54,7 @@ def load(
     ``precision`` is ``fp32`` (a CPU's default), ``fp16`` (CUDA's) or ``bf16``; an export has its own, which OpenVINO
     computes in fp32 or bf16. ``vae`` replaces the autoencoder of a model folder (``taesd`` is the tiny one for Stable
     Diffusion), ``loras`` are put on a model folder, ``SOURCE[:WEIGHT]`` each (`Pipeline.load_lora` does it later),
+    ``base`` is where the teacher of a student that is an adapter lies, where it is not where it was,
     ``long_prompts`` is ``cut``, or ``chunk`` to read them in pieces of what the text encoder takes, ``provider`` is
     ONNX Runtime's, ``compiled`` sends a student on CUDA through ``torch.compile``, ``guidance`` is a teacher's.
     ``on_note`` is called with each sentence that is worth knowing.
@@ -66,6 +69,8 @@ def load(
     >>> pipe("a red heart at night", seed=0)[0].save("heart.png")
     >>> pipe.close()
     """
+    if base is not None:
+        place_base([model], str(base))
     config = GenerateConfig(
         model=str(model),
         vae=None if vae is None else str(vae),

@@ -105,6 +105,17 @@ def test_an_adapter_student_is_a_student(
     assert main(["merge", str(folder), str(tmp_path / "full3"), "--base", str(tmp_path / "full")]) == 1
     assert "another model" in capsys.readouterr().err
 
+    # Said once to any command, it is remembered; a wrong one is refused though it would not be needed any more.
+    with tiue.load(tmp_path / "run", base=moved, device="cpu") as pipe:
+        assert np.array_equal(pipe("a red star", seed=1, output="latents")[0], pictures[0])
+    with tiue.load(folder, device="cpu") as pipe:
+        assert np.array_equal(pipe("a red star", seed=1, output="latents")[0], pictures[0])
+    for command in (["generate", "a red star", "--model"], ["export"], ["serve"], ["bench"]):
+        assert main([*command, str(folder), "--base", str(tmp_path / "full")]) == 1, command
+        assert "another model" in capsys.readouterr().err, command
+        assert main([*command, str(tmp_path / "full"), "--base", str(moved)]) == 2, command
+        assert "is not one" in capsys.readouterr().err, command
+
 
 def test_the_dry_run_counts_the_adapter_and_not_the_weights_below_it(make_config: Callable[..., Any]) -> None:
     from tiue_cli.distill.estimate import estimate_run

@@ -25,7 +25,7 @@ from tiue_cli.bench.config import (
     parse_peer,
 )
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, FormatOption
+from tiue_cli.cli.options import MACHINE, MODEL, OUTPUT, BaseOption, FormatOption
 from tiue_cli.errors import TiueError, UsageError
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def bench(
         str | None,
         typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, for all models.", rich_help_panel=MODEL),
     ] = _BENCH.vae,
+    base: BaseOption = None,
     peers: Annotated[
         list[str] | None,
         typer.Option(
@@ -229,6 +230,10 @@ def bench(
     if compare is not None and len(models or []) == 1 and (models or [""])[0].endswith(".json"):
         ok = compare_files(compare, Path((models or [""])[0]), Console(format_), fail_if=fail_if or ())
     else:
+        if base is not None:
+            from tiue_cli.model.hub import place_base
+
+            place_base(models or [], base)
         config = BenchConfig(
             models=tuple(models or ()),
             teacher=teacher,

@@ -12,7 +12,7 @@ import typer
 
 from tiue_cli.base.text import parse_size
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import MODEL, OUTPUT, FormatOption, LoraOption
+from tiue_cli.cli.options import MODEL, OUTPUT, BaseOption, FormatOption, LoraOption
 from tiue_cli.cli.triton import TRITON, check_triton_options, export_of, run_triton
 from tiue_cli.errors import ModelFolderError, OutputError, TiueError, UsageError
 from tiue_cli.export import run
@@ -21,6 +21,7 @@ from tiue_cli.export.triton.pbtxt import TritonBackend
 from tiue_cli.export.trt.profiles import parse_range
 from tiue_cli.files.access import user_path
 from tiue_cli.files.exports import Precision, is_export_folder
+from tiue_cli.model.hub import place_base
 
 if TYPE_CHECKING:
     from tiue_cli.export.onnx.export import ExportResult
@@ -137,6 +138,7 @@ def export(
         typer.Option(metavar="FOLDER|HUB_ID", help="Another autoencoder, e.g. a tiny one.", rich_help_panel=MODEL),
     ] = _EXPORT.vae,
     lora: LoraOption = None,
+    base: BaseOption = None,
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Do not compare the graphs with torch.")
     ] = not _EXPORT.check,
@@ -162,6 +164,8 @@ def export(
         overwrite=overwrite,
     )
     check_triton_options(triton, triton_backend, steps, trt=trt)
+    if base is not None:
+        place_base([student], base)
     if trt:
         batches = tuple(parse_range(text) for text in batch or ())
         request = EngineRequest(profile=profile, batches=batches, refit=refit)

@@ -20,6 +20,7 @@ from tiue_cli.cli.options import (
     MODEL,
     OUTPUT,
     BackendOption,
+    BaseOption,
     CompileOption,
     DeviceOption,
     FormatOption,
@@ -36,7 +37,7 @@ from tiue_cli.generate.config import EncoderTimestep, GenerateConfig, LongPrompt
 from tiue_cli.generate.plan import MAX_IMAGES, Plan, check_settings
 from tiue_cli.generate.prompts import PromptRow, bare_words_note, read_prompts, rows_from_arguments
 from tiue_cli.generate.session import Made, Session, report
-from tiue_cli.model.hub import TEACHER_STEPS
+from tiue_cli.model.hub import TEACHER_STEPS, place_base
 from tiue_cli.model.noise import MAX_SEED
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ def generate(
     guidance: GuidanceOption = _DEFAULTS.guidance,
     vae: VaeOption = _DEFAULTS.vae,
     lora: LoraOption = None,
+    base: BaseOption = None,
     long_prompts: Annotated[
         LongPrompts,
         typer.Option(
@@ -192,6 +194,8 @@ def generate(
         raise UsageError("--interactive reads its prompts from stdin", hint="leave the other prompts out")
     if not interactive and not rows and shards is None:
         raise UsageError("no prompt was given", hint='say what to draw: tiue generate "a red heart at night"')
+    if base is not None:
+        place_base([model], base)
     config = GenerateConfig(
         model=model,
         vae=vae,

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from tiue_cli.cli.console import Console
-from tiue_cli.cli.options import FormatOption, LoraOption
+from tiue_cli.cli.options import BaseOption, FormatOption, LoraOption
 from tiue_cli.errors import ModelFolderError, OutputError, UsageError
 from tiue_cli.files.access import user_path
 from tiue_cli.model.lora.student import is_adapter_student, write_full_student
@@ -24,10 +24,7 @@ def merge(
     model: Annotated[str, typer.Argument(metavar="FOLDER|HUB_ID", help="Student or teacher.")],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model folder to write.")],
     lora: LoraOption = None,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="Where the base of a student that is an adapter lies now."),
-    ] = None,
+    base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the model folder that is there.")] = False,
     format_: FormatOption = "human",
 ) -> None:

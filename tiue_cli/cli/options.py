@@ -34,6 +34,14 @@ LoraOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|HUB_ID",
+        help="Where the teacher of a student that is an adapter lies now; said once, it is remembered.",
+        rich_help_panel=MODEL,
+    ),
+]
 BackendOption = Annotated[
     BackendName,
     typer.Option(

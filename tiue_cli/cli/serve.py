@@ -11,6 +11,7 @@ from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import (
     MODEL,
     BackendOption,
+    BaseOption,
     CompileOption,
     DeviceOption,
     GuidanceOption,
@@ -21,6 +22,7 @@ from tiue_cli.cli.options import (
 )
 from tiue_cli.errors import MissingDependencyError
 from tiue_cli.generate.config import GenerateConfig
+from tiue_cli.model.hub import place_base
 from tiue_cli.serve.config import ServeConfig
 
 _SERVE = ServeConfig()
@@ -49,6 +51,7 @@ def serve(
     ] = None,
     vae: VaeOption = _DRAW.vae,
     lora: LoraOption = None,
+    base: BaseOption = None,
     lora_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="LoRAs that requests may name in their field lora.", rich_help_panel=MODEL),
@@ -142,6 +145,8 @@ def serve(
         metadata=not no_metadata,
     )
     config.validate()
+    if base is not None:
+        place_base([model], base)
     try:
         from tiue_cli.serve.run import serve as run
     except ModuleNotFoundError as error:

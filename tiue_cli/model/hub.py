@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tiue_cli.errors import ModelFolderError
+from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.files.access import exists, is_file, is_folder, user_path
 from tiue_cli.files.students import RUN_MANIFEST
 from tiue_cli.model import parts
@@ -116,6 +116,31 @@ def is_hub_id(source: str | Path) -> bool:
     return not exists(source, error=ModelFolderError) and not is_folder(owner, error=ModelFolderError)
 
 
+def place_base(models: Sequence[str | Path], base: str) -> None:
+    """Put the adapters among ``models`` together with their base, which lies at ``base``: later calls find them whole.
+
+    Raises UsageError where no model is an adapter, ModelFolderError where the base is not there or is another model.
+    """
+    from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
+
+    paths = [_out_of_run(user_path(model, error=ModelFolderError)) for model in models]
+    adapters = [path for path in paths if is_adapter_student(path)]
+    if not adapters:
+        raise UsageError(
+            f"--base is for a student that is an adapter, and {' or '.join(map(str, models)) or 'nothing'} is not one",
+            hint="leave --base out",
+        )
+    for path in adapters:
+        full_student_folder(path, base=base)
+
+
+def _out_of_run(path: Path) -> Path:
+    """The folder of a distillation stands for what came out of it."""
+    run, student = path / RUN_MANIFEST, path / "student"
+    is_run = is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError)
+    return student if is_run else path
+
+
 def _local(source: str | Path) -> Path:
     path = user_path(source, error=ModelFolderError)
     if not exists(path, error=ModelFolderError):
@@ -125,9 +150,7 @@ def _local(source: str | Path) -> Path:
             f"model folder {source if page else path} does not exist",
             hint=f"of a page of the hub give the id: {page[1]}" if page else hint,
         )
-    run, student = path / RUN_MANIFEST, path / "student"
-    if is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError):
-        path = student  # the folder of a distillation stands for what came out of it
+    path = _out_of_run(path)
     if is_folder(path, error=ModelFolderError):
         from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
 

@@ -26,13 +26,18 @@ def is_adapter_student(path: Path) -> bool:
     )
 
 
-def full_student_folder(path: Path) -> Path:
-    """The full student in the cache, put together at the first call. Raises ModelFolderError, ManifestError."""
+def full_student_folder(path: Path, *, base: str | None = None) -> Path:
+    """The full student in the cache, put together at the first call; ``base`` is where the base lies now.
+
+    Raises ModelFolderError where the base is not there or is another model, ManifestError, AdapterError, OutputError.
+    """
     files = {name: path / name for name in (STUDENT_MANIFEST, LORA_FILE)}
     key = fingerprint_of(files, error=ModelFolderError)
     folder = user_cache() / "students" / f"{path.resolve().name[:60]}-{key[:16]}"
     if not is_file(folder / "model_index.json", error=ModelFolderError):
-        write_full_student(path, folder)
+        write_full_student(path, folder, base=base)
+    elif base is not None:
+        _find_base(path, _manifest_of(path), base)  # a wrong one is not passed over because it is not needed
     return folder
 
 
@@ -41,21 +46,8 @@ def write_full_student(path: Path, out: Path, *, base: str | None = None, overwr
 
     Raises ModelFolderError where the base is not there or is another model, ManifestError, AdapterError, OutputError.
     """
-    manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
-    if manifest.base is None:
-        raise ModelFolderError(
-            f"{path / STUDENT_MANIFEST} names no base for the adapter", hint="restore the file that was changed"
-        )
-    from tiue_cli.model.identity import unchanged_model
-
-    source = base or manifest.base.source
-    try:
-        folder = unchanged_model(source, manifest.base.sha256)
-    except ModelFolderError as error:
-        raise ModelFolderError(
-            f"{path} is an adapter of {source}, which cannot be used: {error.message}",
-            hint=f"say where it is: tiue merge {path} FOLDER --base MODEL",
-        ) from error
+    manifest = _manifest_of(path)
+    folder = _find_base(path, manifest, base)
     with full_installation("a student that is an adapter"):
         from tiue_cli.model.lora.merge import merged_components
         from tiue_cli.model.student import StudentModel, save_student
@@ -71,3 +63,27 @@ def write_full_student(path: Path, out: Path, *, base: str | None = None, overwr
         source=str(path),
     )
     return save_student(student, out, overwrite=overwrite)
+
+
+def _manifest_of(path: Path) -> StudentManifest:
+    manifest = read_manifest(path / STUDENT_MANIFEST, StudentManifest)
+    if manifest.base is None:
+        raise ModelFolderError(
+            f"{path / STUDENT_MANIFEST} names no base for the adapter", hint="restore the file that was changed"
+        )
+    return manifest
+
+
+def _find_base(path: Path, manifest: StudentManifest, base: str | None) -> Path:
+    """The base's folder: where ``base`` says, or where the adapter's manifest does."""
+    from tiue_cli.model.identity import unchanged_model
+
+    assert manifest.base is not None
+    source = base or manifest.base.source
+    try:
+        return unchanged_model(source, manifest.base.sha256)
+    except ModelFolderError as error:
+        raise ModelFolderError(
+            f"{path} is an adapter of {source}, which cannot be used: {error.message}",
+            hint="say where it is: --base MODEL",
+        ) from error
