@@ -10,6 +10,7 @@ round trip through the autoencoder.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -84,9 +85,9 @@ def accuracy(checker: Checker, images: np.ndarray, specs: list[SceneSpec]) -> di
 def disturbed(pixels: torch.Tensor) -> torch.Tensor:
     """Generated pictures are a little soft or noisy: neither may decide."""
     soft = torch.nn.functional.avg_pool2d(pixels, 3, 1, 1, count_include_pad=False)
-    share = torch.rand(len(pixels), 1, 1, 1).clamp(max=0.9)
-    pixels = torch.lerp(pixels, soft, share)
-    return pixels + 0.06 * torch.rand(len(pixels), 1, 1, 1) * torch.randn_like(pixels)
+    share, noise = torch.rand(2, len(pixels), 1, 1, 1, device=pixels.device)
+    pixels = torch.lerp(pixels, soft, share.clamp(max=0.9))
+    return pixels + 0.06 * noise * torch.randn_like(pixels)
 
 
 def training_loss(
@@ -97,14 +98,17 @@ def training_loss(
     logits = checker.read_features(tokens[:, : tokens.shape[1] - CELLS**2].flatten(1))
     loss = tokens.new_zeros(())
     for name, target in wanted.items():
-        if (target != IGNORE).any():
-            loss = loss + torch.nn.functional.cross_entropy(logits[name], target, ignore_index=IGNORE)
+        loss = loss + cross_entropy(logits[name], target)
     for name, value in checker.read_cells(tokens).items():
         weight = 4.0 if name == "object" else 0.5  # few cells hold a middle
-        loss = loss + weight * torch.nn.functional.cross_entropy(
-            value.flatten(0, 1), cells[name].flatten(), ignore_index=IGNORE
-        )
+        loss = loss + weight * cross_entropy(value.flatten(0, 1), cells[name].flatten())
     return loss
+
+
+def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The mean over targets (N,) that say something; 0 where none does, and without waiting to know."""
+    total = torch.nn.functional.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp(min=1)
 
 
 def main() -> None:
@@ -147,18 +151,18 @@ def train(rank: int, args: argparse.Namespace) -> None:
             run.log(loss=round(mean, 4))
             run.save(model=checker.state_dict(), optimizer=optimizer_state(optimizer))
     if rank == 0:
-        finish(checker.eval(), run)
+        finish(checker.eval(), run.log)
 
 
-def finish(checker: Checker, run: Run) -> None:
+def finish(checker: Checker, log: Callable[..., None]) -> None:
     """The figures on held-out scenes, and the weights in fp16."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in checker.state_dict().items()}
     save_file({k: v.contiguous() for k, v in state.items()}, WORK / "checker.safetensors")
     specs, images = scenes(2000, seed=4)
     seen = [composition.scene for composition in what_was_drawn(specs, 4)]
-    run.log(final=True, renders=accuracy(checker, np.array(images), seen))
+    log(final=True, renders=accuracy(checker, np.array(images), seen))
     if (WORK / "vae").exists():
-        run.log(final=True, round_trips=accuracy(checker, round_trip(np.array(images)), seen))
+        log(final=True, round_trips=accuracy(checker, round_trip(np.array(images)), seen))
 
 
 if __name__ == "__main__":

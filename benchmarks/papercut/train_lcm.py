@@ -67,8 +67,9 @@ def train(run: Distillation, args: argparse.Namespace) -> dict[str, Any]:
         rows = pairs.order.rows(step * batch, batch)
         _, x_0, states = pairs.batch(rows, texts)
         index = torch.from_numpy(random.integers(GRID, size=batch))
-        t, t_next = grid[index], (grid[index] - len(schedule.sigma) // GRID).clamp_min(0)
-        noise = normal(random, x_0.shape).contiguous(memory_format=torch.channels_last)
+        t = grid[index].to(x_0.device)
+        t_next = (t - len(schedule.sigma) // GRID).clamp_min(0)
+        noise = normal(random, x_0.shape).to(x_0.device, memory_format=torch.channels_last)
         x_t = schedule.add_noise(x_0, noise, t)
         with torch.no_grad():
             with networks.score.adapters_off():

@@ -119,14 +119,23 @@ class Text:
 
 
 @torch.inference_mode()
-def sample(unet: UNet2DConditionModel, text: Text, captions: list[str], *, steps: int, guidance: float, seed: int):
+def sample(
+    unet: UNet2DConditionModel,
+    text: Text,
+    captions: list[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    batch: int = 64,
+) -> torch.Tensor:
     """Guided DDIM; returns latents (N, 12, 16, 16)."""
     scheduler = DDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(steps)
     device, shape = unet.device, (CONFIG["in_channels"], 16, 16)
     parts = []
-    for start in range(0, len(captions), 64):
-        part = captions[start : start + 64]
+    for start in range(0, len(captions), batch):
+        part = captions[start : start + batch]
         latents = torch.randn(len(part), *shape, generator=torch.Generator().manual_seed(seed + start)).to(device)
         states = torch.cat([text([""] * len(part)), text(part)])
         for t in scheduler.timesteps:
@@ -136,13 +145,23 @@ def sample(unet: UNet2DConditionModel, text: Text, captions: list[str], *, steps
     return torch.cat(parts)
 
 
-def evaluate(unet: UNet2DConditionModel, text: Text, name: str, *, count: int, steps: int = 20) -> dict[str, float]:
+def evaluate(
+    unet: UNet2DConditionModel,
+    text: Text,
+    name: str,
+    *,
+    count: int,
+    steps: int = 20,
+    guidance: float = 3.0,
+    batch: int = 64,
+) -> dict[str, float]:
     """The checker's verdict on samples of held-out captions, and a contact sheet of them."""
     from tiue_cli.papercut.world.checker import load_checker, read
 
     vae = AutoencoderTiny.from_pretrained(WORK / "vae").to(unet.device)
     specs = balanced_specs(count, seed=77)
-    latents = sample(unet, text, [spec.caption for spec in specs], steps=steps, guidance=3.0, seed=5)
+    captions = [spec.caption for spec in specs]
+    latents = sample(unet, text, captions, steps=steps, guidance=guidance, seed=5, batch=batch)
     with torch.inference_mode():
         images = torch.cat([vae.decode(part).sample for part in latents.split(64)]).clamp(-1, 1).cpu()
     pixels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
@@ -232,12 +251,23 @@ def training_loss(
     spread = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     timesteps = (spread * len(alphas)).long().clamp(max=len(alphas) - 1)
     noise = torch.randn(clean.shape, generator=generator)
-    device = alphas.device
-    clean, noise, timesteps = clean.to(device), noise.to(device), timesteps.to(device)
+    clean, noise = (each.to(alphas.device, memory_format=torch.channels_last) for each in (clean, noise))
+    return velocity_loss(unet, clean, noise, timesteps.to(alphas.device), states, alphas)
+
+
+def velocity_loss(
+    unet: UNet2DConditionModel,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    states: torch.Tensor,
+    alphas: torch.Tensor,
+) -> torch.Tensor:
+    """The weighted v loss on clean latents and noise (B, 12, 16, 16) at timesteps (B,)."""
     alpha = alphas[timesteps][:, None, None, None]
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-    prediction = unet(noisy.to(memory_format=torch.channels_last), timesteps, states).sample
+    prediction = unet(noisy, timesteps, states).sample
     # v's squared error is (SNR + 1) times that of x_0. A little is added to min(SNR, γ), so that layout, which is
     # decided where SNR is nearly zero, is not forgotten.
     snr = alpha / (1 - alpha)
