@@ -87,7 +87,7 @@ def right(check: Check) -> None:
     """Every way to run a pass against plain modules in float32: relative errors of the parts, PSNR of the pictures."""
     import torch
 
-    from tiue_cli.backends.torch_cuda import FastModel
+    from tiue_cli.backends.torch_prepared import FastModel
     from tiue_cli.model.autoencoder import ImageDecoder
     from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
@@ -176,7 +176,7 @@ def teacher(check: Check) -> None:
     import numpy as np
     import torch
 
-    from tiue_cli.backends.torch_cuda import FastModel, TeacherSteps
+    from tiue_cli.backends.torch_prepared import FastModel, TeacherSteps
     from tiue_cli.model.schedule import ddim_steps
 
     parts = check.components()
@@ -250,7 +250,7 @@ def profile(check: Check) -> None:
     """Which kernels the time of a pass goes to, by stage; what a change would have to shrink."""
     import torch
 
-    from tiue_cli.backends.torch_cuda import FastModel
+    from tiue_cli.backends.torch_prepared import FastModel
 
     for vae in (None, "taesd"):
         parts = check.components(vae=vae)
@@ -306,14 +306,14 @@ def kernels(check: Check, run: Callable[[], Any]) -> Figures:
 
 def default_options() -> Any:
     """What ``tiue generate`` runs."""
-    from tiue_cli.backends.torch_cuda import FastOptions
+    from tiue_cli.backends.torch_prepared import FastOptions
 
     return FastOptions()
 
 
 def variants(check: Check, *, compiled: bool) -> dict[str, Any]:
     """Ways to run a pass, the default first."""
-    from tiue_cli.backends.torch_cuda import FastOptions
+    from tiue_cli.backends.torch_prepared import FastOptions
 
     if compiled:
         return {
@@ -338,7 +338,7 @@ def timed_pass(check: Check, parts: Any, options: Any, *, vae: str, name: str, b
     import numpy as np
     import torch
 
-    from tiue_cli.backends.torch_cuda import FastModel, StudentPass
+    from tiue_cli.backends.torch_prepared import FastModel, StudentPass
     from tiue_cli.bench.measure.clock import clock_for
     from tiue_cli.bench.measure.flops import StageFlops
     from tiue_cli.bench.subjects.models import combine_for

@@ -21,7 +21,7 @@ from tiue_cli.bench.report.schema import UNET_STAGES, BenchReport, LatencyRecord
 from tiue_cli.bench.run import bench_prompts, run_bench
 from tiue_cli.errors import DeviceError, MissingDependencyError, QualityError, TiueError, UsageError
 from tiue_cli.files.exports import EXPORT_MANIFEST
-from tiue_cli.model import shared
+from tiue_cli.model.fast import layers
 
 
 def run(config: BenchConfig, events: list[Event] | None = None) -> BenchReport:
@@ -256,8 +256,8 @@ def test_an_error_while_quality_is_measured_leaves_the_times(
 
 
 def test_no_ratio_for_a_decoder_that_draws_something_else(config: BenchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = shared.merged_weight
-    monkeypatch.setattr(shared, "merged_weight", lambda weight: right(weight).flip(-1))
+    right = layers.merged_weight
+    monkeypatch.setattr(layers, "merged_weight", lambda weight: right(weight).flip(-1))
     report = run(replace(config, batches=(1,), steps=(2,), peers=(), teacher_steps=(1,)))
     merged = key(report, "torch/k2-merged")
     subject = next(subject for subject in report.subjects if subject.key == merged)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tiue_cli.backends import torch_cuda
+from tiue_cli.backends import torch_prepared
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
-from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
+from tiue_cli.backends.torch_prepared import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.bench.measure.clock import clock_for
 from tiue_cli.errors import DeviceError
 from tiue_cli.export.tolerance import psnr_db
@@ -59,6 +59,7 @@ def test_captured_pass_equals_the_cpu_in_float32(tiny_student_folder: Path, shar
     student = student_on_gpu(tiny_student_folder, precision)
     run = make_pass(student, shared=shared)
     with StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu") as backend:
+        backend._pass = None  # diffusers' modules
         side = student.unet.config.sample_size
         for batch, steps in ((1, None), (3, 2), (1, 1), (1, None), (2, 4), (3, 2)):
             expected = backend.generate(PROMPTS[:batch], draw_noise(range(batch), (4, side, side)), steps=steps)
@@ -82,6 +83,7 @@ def test_latents_are_those_of_the_cpu_and_become_its_pictures(tiny_student_folde
         StudentTorchBackend(info, device="cpu") as cpu,
         StudentTorchBackend(info, device="cuda", dtype="fp32") as gpu,
     ):
+        cpu._pass = None  # diffusers' modules
         noise = draw_noise([0, 1], cpu.latent_shape(cpu.default_size))
         for steps in (None, 1):
             expected = cpu.latents(PROMPTS[:2], noise, steps=steps)
@@ -113,7 +115,7 @@ def test_pictures_that_were_returned_stay_what_they_were(tiny_student_folder: Pa
 def test_more_shapes_than_are_held_still_draw_the_same(
     tiny_student_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_cuda, "SHAPES_HELD", 2)
+    monkeypatch.setattr(torch_prepared, "SHAPES_HELD", 2)
     student = student_on_gpu(tiny_student_folder, "fp16")
     run = make_pass(student)
     wanted = {(batch, steps): draw(run, student, batch=batch, steps=steps) for batch in (1, 2) for steps in (1, 2, 4)}
@@ -163,6 +165,7 @@ def test_the_teachers_captured_steps_equal_the_pipelines(tiny_teacher_folder: Pa
     run = TeacherSteps(model, teacher.tokenizer)
     noise = draw_noise([0, 1], (4, teacher.unet.config.sample_size, teacher.unet.config.sample_size))
     with TeacherTorchBackend(check_model_folder(tiny_teacher_folder), guidance=4.0, device="cpu") as backend:
+        backend._steps = None  # diffusers' modules
         for steps in (1, 4, 3):
             with torch.inference_mode():
                 ours = run(PROMPTS[:2], noise, ddim_steps(teacher.scheduler_config, steps), guidance=4.0)

@@ -8,9 +8,10 @@ stages to tell apart from outside.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import Final
 
 from tiue_cli.files.exports import GraphName
 
@@ -28,6 +29,21 @@ def listening(listener: StageListener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+class ToldStages:
+    """Stages of a prepared pass, told to whoever listens by the names of their graphs."""
+
+    _GRAPHS: Final[Mapping[str, GraphName]] = {
+        "text": "text_encoder",
+        "unet_encoder": "unet_encoder",
+        "unet_decoder": "unet_decoder",
+        "vae": "vae_decoder",
+    }
+
+    def stage(self, name: str) -> AbstractContextManager[None]:
+        """Time the block."""
+        return timed_stage(self._GRAPHS[name])
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from tiue_cli.backends.base import ProgressFn
-from tiue_cli.backends.stages import timed_stage
-from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps
+from tiue_cli.backends.stages import ToldStages, timed_stage
+from tiue_cli.backends.torch_prepared import FastModel, FastOptions, StudentPass, TeacherSteps
 from tiue_cli.errors import DeviceError, OutOfMemoryError
 from tiue_cli.files.png import LoraUse
 from tiue_cli.model.autoencoder import ImageDecoder
@@ -186,7 +186,7 @@ class _TorchBackend(ABC, Generic[_Model]):
         return not_finite("UNet", model.unet)
 
     def use_loras(self, loras: Sequence[LoraUse]) -> None:
-        """See ``TakesLoras.use_loras``. On CUDA the networks are prepared and captured anew: seconds."""
+        """See ``TakesLoras.use_loras``. The networks are prepared anew, and on CUDA captured: seconds."""
         if self._adapters is None:
             if not loras:
                 return
@@ -211,13 +211,14 @@ class _TorchBackend(ABC, Generic[_Model]):
             torch.cuda.empty_cache()
 
     def _fast_model(self, model: _Model, options: FastOptions) -> FastModel | None:
-        """The prepared networks for CUDA; None, with a note, for a network that has what Stable Diffusion's has not."""
+        """The prepared networks; None, with a note, for a network that has what Stable Diffusion's has not."""
         for module in (model.unet, model.vae):
             _channels_last(module)  # so that prepared weights are no copies
         try:
             fast = FastModel(text_encoder=model.text_encoder, unet=model.unet, vae=model.vae, options=options)
         except NotFusable as error:
-            self._fast_notes.append(f"without CUDA graphs and fused kernels, which is slower: {error.message}")
+            lacks = "CUDA graphs and fused kernels" if self.device == "cuda" else "prepared networks"
+            self._fast_notes.append(f"without {lacks}, which is slower: {error.message}")
             return None
         self._fast_notes = fast.notes
         return fast
@@ -238,7 +239,7 @@ class _TorchBackend(ABC, Generic[_Model]):
 
     @abstractmethod
     def _prepare(self, model: _Model) -> None:
-        """Make what is made of the weights as they are now: nothing on a CPU, the prepared networks on CUDA."""
+        """Make what is made of the weights as they are now: the prepared networks."""
 
     @abstractmethod
     def _latents(
@@ -250,7 +251,7 @@ class _TorchBackend(ABC, Generic[_Model]):
 class StudentTorchBackend(_TorchBackend[StudentModel]):
     """One pass: text encoder, UNet encoder once, shared UNet decoder over all timesteps at once, weighted sum, VAE.
 
-    On CUDA by prepared networks and CUDA graphs (see ``torch_cuda``), on a CPU by diffusers' modules.
+    By prepared networks, on CUDA in CUDA graphs (see ``torch_prepared``); long prompts by diffusers' modules.
     """
 
     def __init__(
@@ -288,11 +289,10 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
 
     def _prepare(self, model: StudentModel) -> None:
         self._pass = None  # first, so that its memory is free for the next one
-        if self.device == "cuda":
-            fast = self._fast_model(model, FastOptions(kernels=not self._compiled, compiled=self._compiled))
-            if fast is not None:
-                timestep = None if self._moves_encoder else model.manifest.encoder_timestep
-                self._pass = StudentPass(fast, model.tokenizer, encoder_timestep=timestep)
+        fast = self._fast_model(model, FastOptions(kernels=not self._compiled, compiled=self._compiled))
+        if fast is not None:
+            timestep = None if self._moves_encoder else model.manifest.encoder_timestep
+            self._pass = StudentPass(fast, model.tokenizer, encoder_timestep=timestep)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -312,7 +312,9 @@ class StudentTorchBackend(_TorchBackend[StudentModel]):
         if self._pass is None or self._is_long(prompts):
             return super().generate(prompts, noise, steps=steps, progress=progress)
         with _memory_errors(self.device), torch.inference_mode():
-            images = self._pass(prompts, noise, self._combine(steps))
+            # Of a GPU, which is not waited for, the host's clock would say how long launching took.
+            clock = ToldStages() if self.device == "cpu" else None
+            images = self._pass(prompts, noise, self._combine(steps), clock=clock)
         if progress is not None:
             progress(1.0)
         return images
@@ -371,10 +373,9 @@ class TeacherTorchBackend(_TorchBackend[Teacher]):
 
     def _prepare(self, model: Teacher) -> None:
         self._steps = None
-        if self.device == "cuda":
-            fast = self._fast_model(model, FastOptions())
-            if fast is not None:
-                self._steps = TeacherSteps(fast, model.tokenizer)
+        fast = self._fast_model(model, FastOptions())
+        if fast is not None:
+            self._steps = TeacherSteps(fast, model.tokenizer)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

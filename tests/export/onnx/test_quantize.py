@@ -20,6 +20,7 @@ from tiue_cli.export.onnx import quantize, quantized_export
 from tiue_cli.export.onnx.quantize import (
     Calibration,
     calibrate,
+    calibration_batch,
     products_of_activations,
     quantize_graph,
     structural_layers,
@@ -296,3 +297,8 @@ def test_papercut_in_8_bits() -> None:
     full = read_export_manifest(exported(resolve_model(EMBEDDED)))
     small, large = (sum(graph.size_bytes for graph in one.graphs[1:]) for one in (manifest, full))
     assert small < large / 2
+
+
+@pytest.mark.parametrize(("side", "images"), [(16, 4), (32, 1), (64, 1), (96, 1)])
+def test_large_pictures_are_calibrated_one_by_one(side: int, images: int) -> None:
+    assert calibration_batch((4, side, side)) == images

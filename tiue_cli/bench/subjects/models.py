@@ -15,7 +15,7 @@ from typing import Final
 import torch
 from torch import nn
 
-from tiue_cli.backends.torch_cuda import FastModel, FastOptions
+from tiue_cli.backends.torch_prepared import FastModel, FastOptions
 from tiue_cli.bench.subjects.random_weights import random_components
 from tiue_cli.model.autoencoder import ImageDecoder
 from tiue_cli.model.components import Components, load_components
@@ -76,7 +76,7 @@ class LoadedModel:
         )
 
     def fast(self, options: FastOptions) -> FastModel | None:
-        """The networks as ``tiue generate`` prepares them for a GPU, made once; None for those that it runs plainly.
+        """The networks as ``tiue generate`` prepares them, made once; None for those that it runs plainly.
 
         The model's own stay as they are: its plain passes run through them.
         """

@@ -1,7 +1,7 @@
 """Subjects that run in torch: a teacher's steps, plain UNet passes, and students.
 
-On CUDA they run as ``tiue generate`` runs them there, prepared and captured; the authors' K-fold batch stays what they
-wrote: diffusers' modules, launched one by one. ``prepared`` None means: on CUDA.
+They run as ``tiue generate`` runs them, prepared, and on CUDA captured; the authors' K-fold batch stays what they
+wrote: diffusers' modules, launched one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from tiue_cli.backends.torch_cuda import FastOptions, StudentPass, TeacherSteps
+from tiue_cli.backends.torch_prepared import FastOptions, StudentPass, TeacherSteps
 from tiue_cli.bench.measure.clock import StageClock, clock_for
 from tiue_cli.bench.measure.flops import DecoderKind, StageFlops
 from tiue_cli.bench.report.schema import SubjectRecord
@@ -29,10 +29,8 @@ SHAPES_HELD: Final = 64
 """More than any bench has batches: a shape that is captured anew would be timed as latency."""
 
 
-def teacher_subject(
-    record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool | None = None
-) -> Subject:
-    """Many DDIM steps with classifier-free guidance: diffusers' own pipeline, and on CUDA one captured step."""
+def teacher_subject(record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool = True) -> Subject:
+    """Many DDIM steps with classifier-free guidance: one prepared step again and again, or diffusers' own pipeline."""
     guidance = 1.0 if record.guidance is None else record.guidance
     teacher, clock = model.teacher, clock_for(record.device)
     counted = partial(flops.whole_unet, steps=record.steps, guided=guidance > 1.0, merged=record.merged_upsampler)
@@ -44,7 +42,7 @@ def teacher_subject(
                 text_states, noise, unconditional=unconditional, steps=record.steps, guidance=guidance
             )
 
-    fast = model.fast(FastOptions()) if _is_prepared(record, prepared) else None
+    fast = model.fast(FastOptions()) if prepared else None
     if fast is None:
         return Subject(record, _drawing(model, clock, denoise), clock, counted)
     run = TeacherSteps(fast, model.components.tokenizer, held=SHAPES_HELD)
@@ -54,7 +52,7 @@ def teacher_subject(
 
 
 def plain_unet_subject(
-    record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool | None = None
+    record: SubjectRecord, model: LoadedModel, flops: StageFlops, *, prepared: bool = True
 ) -> Subject:
     """One whole UNet pass without guidance and the one-step sum: what a one-step student of any method costs."""
     merged, clock = record.merged_upsampler, clock_for(record.device)
@@ -73,7 +71,7 @@ def plain_unet_subject(
             latents: torch.Tensor = combine(noise, prediction[None])
         return latents
 
-    fast = model.fast(FastOptions(merged=merged)) if _is_prepared(record, prepared) else None
+    fast = model.fast(FastOptions(merged=merged)) if prepared else None
     if fast is None:
         return Subject(record, _drawing(model, clock, denoise), clock, counted)
     run = TeacherSteps(fast, model.components.tokenizer, held=SHAPES_HELD)
@@ -89,7 +87,7 @@ def student_subject(
     flops: StageFlops,
     *,
     variant: DecoderKind,
-    prepared: bool | None = None,
+    prepared: bool = True,
 ) -> Subject:
     """One pass: the UNet encoder once, the UNet decoder at K timesteps as one batch, the weighted sum, the autoencoder.
 
@@ -101,7 +99,7 @@ def student_subject(
     combine, timestep = model.combine(record.steps), student.manifest.encoder_timestep
     counted = partial(flops.student, steps=record.steps, kind=variant)
     compiled = record.backend == "compile"
-    if variant != "plain" and _is_prepared(record, prepared):
+    if variant != "plain" and prepared:
         fast = model.fast(FastOptions(merged=variant == "merged", kernels=not compiled, compiled=compiled))
         if fast is not None:
             run = StudentPass(fast, student.tokenizer, encoder_timestep=timestep, held=SHAPES_HELD)
@@ -152,7 +150,3 @@ def _encode(model: LoadedModel, clock: StageClock, prompts: list[str]) -> torch.
     parts = model.components
     with clock.stage("text"):
         return encode_prompts(parts.tokenizer, parts.text_encoder, prompts).to(parts.unet.dtype)
-
-
-def _is_prepared(record: SubjectRecord, asked: bool | None) -> bool:
-    return record.device == "cuda" if asked is None else asked

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tiue_cli.backends.few_entries import FewEntries
 from tiue_cli.backends.torch_backend import StudentTorchBackend, TeacherTorchBackend
-from tiue_cli.backends.torch_cuda import FastModel, FastOptions, StudentPass, TeacherSteps, group_size, searching
+from tiue_cli.backends.torch_prepared import FastModel, FastOptions, StudentPass, TeacherSteps, group_size, searching
 from tiue_cli.errors import DeviceError, ModelFolderError
 from tiue_cli.model.folder import check_model_folder
 from tiue_cli.model.noise import draw_noise
@@ -102,6 +102,7 @@ def test_prepared_pass_draws_what_the_plain_backend_draws(tiny_student_folder: P
     student = load_student(folder)
     manifest = student.manifest
     with StudentTorchBackend(check_model_folder(folder), device="cpu") as backend:
+        backend._pass = None  # diffusers' modules
         noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
         run = StudentPass(fast(student), student.tokenizer, encoder_timestep=manifest.encoder_timestep)
         for steps in (None, 1, 2, None):
@@ -117,6 +118,7 @@ def test_prepared_pass_draws_what_the_plain_backend_draws(tiny_student_folder: P
 def test_captured_steps_sample_what_the_pipeline_samples(tiny_teacher_folder: Path) -> None:
     teacher = load_teacher(tiny_teacher_folder)
     with TeacherTorchBackend(check_model_folder(tiny_teacher_folder), guidance=4.0, device="cpu") as backend:
+        backend._steps = None  # diffusers' modules
         noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
         run = TeacherSteps(fast(teacher), teacher.tokenizer)
         done: list[int] = []
@@ -135,6 +137,7 @@ def test_prepared_latents_are_those_of_the_plain_backend_and_stay_what_they_were
 ) -> None:
     student = load_student(tiny_student_folder)
     with StudentTorchBackend(check_model_folder(tiny_student_folder), device="cpu") as backend:
+        backend._pass = None  # diffusers' modules
         noise = draw_noise([0, 1], backend.latent_shape(backend.default_size))
         expected = backend.latents(PROMPTS, noise)
         images = backend.generate(PROMPTS, noise)
