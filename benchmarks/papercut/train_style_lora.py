@@ -84,7 +84,8 @@ def train(args: argparse.Namespace) -> Path:
 
 def save(unet: torch.nn.Module, path: Path) -> Path:
     """Write the adapter as diffusers does, alpha included."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    named = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    layers = {name: value.half() for name, value in named.items()}
     config = unet.peft_config["default"].to_dict()
     StableDiffusionPipeline.save_lora_weights(
         path.parent, unet_lora_layers=layers, weight_name=path.name, unet_lora_adapter_metadata=config
