@@ -3,9 +3,12 @@
     python benchmarks/papercut/train_style_lora.py --minutes 15
     python benchmarks/papercut/measure_style_lora.py work/papercut-blueprint.safetensors
 
-The teacher's UNet is frozen; rank-8 adapters of its attention and feed-forward layers learn to denoise blueprints of
-the scenes that their captions say (the teacher's own loss). Nothing of a student is used: how well the file works there
-is what `measure_style_lora.py` measures.
+The teacher's UNet is frozen; rank-8 adapters of its attention, feed-forward and convolution layers learn to denoise
+blueprints of the scenes that their captions say (the teacher's own loss). Nothing of a student is used: how well the
+file works there is what `measure_style_lora.py` measures.
+
+Without the convolutions ten minutes gave the style in all of 200 pictures of teacher and student, in outlines that
+nobody would recognise.
 """
 
 from __future__ import annotations
@@ -27,7 +30,19 @@ from tiue_cli.model.schedule import ddim_config
 from tiue_cli.model.text import encode_prompts
 
 NAME = "papercut-blueprint"
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_in",
+]
 BATCH, LEARNING_RATE, SCENES, RENDER_SEED = 32, 1e-3, 4000, 77
 
 
