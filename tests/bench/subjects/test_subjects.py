@@ -250,7 +250,7 @@ def test_compiled_student_draws_the_same_and_leaves_the_model_as_it_was(
 ) -> None:
     # Traced and run without a code generator, which would take minutes.
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module: compile_(module, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile_(function, backend="eager"))
     subject = student_subject(record(steps=4, backend="compile"), student, flops_of(student), variant="shared")
     assert subject.compiles
     expected = student_subject(record(steps=4), student, flops_of(student), variant="shared").run(PROMPTS, NOISE)
