@@ -184,6 +184,22 @@ class Training:
         print(f"{self.name}: {line}", flush=True)
 
 
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    loss_of_batch: Callable[[], Tensor],
+    *,
+    most: float,
+) -> Tensor:
+    """One step of the optimiser, the gradients' norm at ``most``; returns the loss. Waits for nothing."""
+    optimizer.zero_grad(set_to_none=True)
+    loss = loss_of_batch()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, most)
+    optimizer.step()
+    return loss.detach()
+
+
 def captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step as a CUDA graph; as it is, and told, where it cannot be captured."""
     aside = torch.cuda.Stream()
@@ -272,12 +288,7 @@ def autoencoder(args: argparse.Namespace) -> None:
         return fit if args.decoder_only else fit + 0.05 * whiteness_penalty(latents)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of_batch()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        return loss.detach()
+        return update(optimizer, parameters, loss_of_batch, most=1.0)
 
     faster_format(vae, loss_of_batch, device)
     training.run(step, decay=0.6, at=lambda progress: squares.fill_(2.0 if progress < 0.6 else 8.0))
@@ -321,16 +332,12 @@ def teacher(args: argparse.Namespace) -> None:
         return velocity_loss(unet, clean, torch.randn_like(clean), timesteps, said, alphas)
 
     def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = loss_of_batch()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        loss = update(optimizer, parameters, loss_of_batch, most=1.0)
         with torch.no_grad():
             ahead = torch._foreach_sub(parameters, means)
             torch._foreach_mul_(ahead, share)
             torch._foreach_add_(means, ahead)
-        return loss.detach()
+        return loss
 
     def follow(progress: float) -> None:
         share.fill_(max(1 - args.ema, min(0.1, 1 / (1 + training.steps))))
@@ -403,8 +410,7 @@ def checker(args: argparse.Namespace) -> None:
     parameters = list(network.parameters())
     optimizer = training.optimizer(parameters, weight_decay=0.02)
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+    def loss_of_batch() -> Tensor:
         rows = torch.randint(len(images), (count,), device=device)
         pixels = pixels_of(images[rows])
         with torch.no_grad():
@@ -413,13 +419,9 @@ def checker(args: argparse.Namespace) -> None:
             pixels = disturbed(torch.cat([again, pixels[count // 2 :]]))
         wanted = dict(zip(HEADS, heads[rows].long().unbind(1), strict=True))
         there = dict(zip(CELL, cells[rows].long().unbind(2), strict=True))
-        loss = training_loss(network, pixels, wanted, there)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 2.0)
-        optimizer.step()
-        return loss.detach()
+        return training_loss(network, pixels, wanted, there)
 
-    training.run(step, decay=0.7)
+    training.run(lambda: update(optimizer, parameters, loss_of_batch, most=2.0), decay=0.7)
     finish(network.to("cpu", memory_format=torch.contiguous_format).eval(), training.log)
 
 
