@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
+import psutil
 import pytest
 from exports import build_small_student, exported, torch_images
 from tiny_export import write_tiny_export
@@ -129,6 +132,28 @@ def test_what_lies_on_the_device_is_not_copied(tiny: Path) -> None:
     placed = onnx_session._placed(onnx_session.import_onnxruntime(), features["mid"], provider.device)
     assert placed.data_ptr() == features["mid"].data_ptr()
     assert placed.device_name() == "cpu"
+
+
+def test_memory_of_a_run_is_given_back(tmp_path: Path) -> None:
+    """Two values of 128 MiB each inside a graph are gone after it ran: the most that was ever drawn is not held."""
+    count = np.array([2**25], np.int64)
+    nodes = [
+        onnx.helper.make_node("Expand", ["x", "count"], ["large"]),
+        onnx.helper.make_node("Exp", ["large"], ["larger"]),
+        onnx.helper.make_node("ReduceMax", ["larger"], ["y"]),
+    ]
+    value = functools.partial(onnx.helper.make_tensor_value_info, elem_type=onnx.TensorProto.FLOAT, shape=[1])
+    graph = onnx.helper.make_graph(
+        nodes, "large", [value("x")], [value("y")], [onnx.numpy_helper.from_array(count, "count")]
+    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
+              tmp_path / "large.onnx")  # fmt: skip
+    provider = Provider("cpu")
+    session = open_session(tmp_path / "large.onnx", provider)
+    before = psutil.Process().memory_info().rss
+    found = run_session(session, {"x": np.ones(1, np.float32)}, provider)
+    assert psutil.Process().memory_info().rss - before < 64 * 2**20
+    np.testing.assert_allclose(found["y"].numpy(), np.e, rtol=1e-6)
 
 
 # --- without torch -------------------------------------------------------------------------------------------------

@@ -121,6 +121,9 @@ def open_session(
     options.inter_op_num_threads = 1
     # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The arena doubles what it takes and gives nothing back: two pictures of Stable Diffusion 1.5's shapes at 512
+    # pixels left 15.6 GB held. Without it the peak is 8.8, between pictures only weights are held, and it is as fast.
+    options.enable_cpu_mem_arena = False
     # 8-bit graphs hold int8 throughout, as TensorRT wants it. Left to itself ONNX Runtime rewrites that to uint8 on
     # x86-64 and then refuses its own graph (1.31, opset 21).
     options.add_session_config_entry("session.qdqisint8allowed", "1")

@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from tiue_cli.cli.bulk import with_shard_size
 from tiue_cli.errors import OutputError, PromptError, UsageError
@@ -31,7 +32,7 @@ from tiue_cli.generate.bulk import run as run_module
 from tiue_cli.generate.bulk.config import BulkConfig, digest
 from tiue_cli.generate.bulk.rows import BadRow, estimated_rows, read_rows
 from tiue_cli.generate.bulk.run import BulkProgress, run_bulk
-from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, _request
+from tiue_cli.generate.bulk.shards import ShardStats, ShardTask, _request, shard_identity, shard_tasks
 from tiue_cli.generate.config import GenerateConfig
 from tiue_cli.generate.prompts import PromptRow
 
@@ -225,6 +226,30 @@ def test_a_cell_holds_one_adapter_or_a_list_of_them(cell: str, loras: tuple[str,
     (tmp_path / "a.csv").write_text(f"prompt,lora\na star,{cell}\n", encoding="utf-8")
     (found,) = read_rows(str(tmp_path / "a.csv"))
     assert isinstance(found, PromptRow) and found.loras == loras
+
+
+def test_a_shard_is_told_by_what_the_adapters_of_its_rows_hold(tmp_path: Path) -> None:
+    """A file that was trained anew under its name draws other pictures: its shards are written again, no others."""
+    lora, rows = tmp_path / "a.safetensors", tmp_path / "a.jsonl"
+    asked = [{"prompt": "a star", "lora": f"{lora}:0.5"}, {"prompt": "a star"}]
+    rows.write_text("\n".join(map(json.dumps, asked)), encoding="utf-8")
+    config = BulkConfig(draw=GenerateConfig(seed=0), prompts=str(rows), out=tmp_path, shard=1)
+
+    def identities() -> list[str]:
+        return [shard_identity("job", task) for task in shard_tasks(read_rows(str(rows)), config)]
+
+    found = [identities()]
+    for value in (1.0, 2.0):
+        down, up = np.full((2, 8), value, np.float32), np.ones((8, 2), np.float32)
+        names = (
+            "unet.mid_block.attentions.0.proj_in.lora_A.weight",
+            "unet.mid_block.attentions.0.proj_in.lora_B.weight",
+        )
+        save_file(dict(zip(names, (down, up), strict=True)), lora)
+        found.append(identities())
+    named, plain = zip(*found, strict=True)
+    assert len(set(named)) == 3 and len(set(plain)) == 1
+    assert identities() == found[-1]
 
 
 def test_a_row_whose_adapter_cannot_be_used_is_a_failed_row(tiny_export: Path, tmp_path: Path) -> None:

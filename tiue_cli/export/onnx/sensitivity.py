@@ -76,6 +76,7 @@ def layer_errors(path: Path, layers: Sequence[str], rows: Sequence[Mapping[str, 
     # Rewriting would fuse what the switches hold apart.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.enable_cpu_mem_arena = False
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(row: Mapping[str, np.ndarray], gates: np.ndarray) -> list[np.ndarray]:

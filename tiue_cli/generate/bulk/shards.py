@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tiue_cli.base.machine import usable_cores
-from tiue_cli.errors import PromptError, UsageError
+from tiue_cli.errors import AdapterError, PromptError, UsageError
 from tiue_cli.files.atomic import atomic_file
 from tiue_cli.files.hashes import sha256_file
 from tiue_cli.files.png import encode_picture
@@ -28,6 +28,7 @@ from tiue_cli.generate.bulk.rows import BadRow, Row, import_pyarrow
 from tiue_cli.generate.drawing import Pipeline
 from tiue_cli.generate.pictures import Request
 from tiue_cli.generate.prompts import PromptRow
+from tiue_cli.model.lora.files import lora_use
 from tiue_cli.model.noise import MAX_SEED
 
 if TYPE_CHECKING:
@@ -92,10 +93,20 @@ def shard_name(number: int) -> str:
 
 
 def shard_identity(identity: str, task: ShardTask) -> str:
-    """The job and the very rows: an edited prompts file draws anew the shards that it changed, and no other."""
+    """The job, the very rows and what their LoRA files hold: what an edit changed is drawn anew, and no other shard."""
     # Without what a row does not say, so that a field that rows get one day changes nothing of today's.
     said = [{name: value for name, value in vars(row).items() if value is not None} for row in task.rows]
-    return digest([identity, task.number, said])
+    named = {text for row in task.rows if isinstance(row, PromptRow) for text in row.loras or ()}
+    files = [{text: _lora_sha256(text) for text in sorted(named)}] if named else []
+    return digest([identity, task.number, said, *files])
+
+
+def _lora_sha256(text: str) -> str | None:
+    """Hash of the file that a row's ``lora`` names; None where none can be used, so that its row fails."""
+    try:
+        return lora_use(text).sha256
+    except (UsageError, AdapterError):
+        return None
 
 
 def write_shard(task: ShardTask, config: BulkConfig, pipeline: Pipeline, *, identity: str) -> ShardStats:

@@ -17,6 +17,7 @@ class TritonPythonModel:
         options.intra_op_num_threads = len(os.sched_getaffinity(0))
         # The graphs take turns: threads that spin after a run would take the cores from the next.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.enable_cpu_mem_arena = False  # it keeps the most that a batch ever took, and doubles it
         path = Path(args["model_repository"]) / args["model_version"] / "model.onnx"
         self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.inputs = [value.name for value in self.session.get_inputs()]
