@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pydantic
 import pytest
@@ -19,6 +20,7 @@ from tiue_cli.distill.adapter import adapt_student, adapter_weights
 from tiue_cli.distill.config import LoraSettings, StudentSettings
 from tiue_cli.distill.networks import ScoreModel
 from tiue_cli.errors import ModelFolderError
+from tiue_cli.model.hub import resolve_model
 from tiue_cli.model.weights import read_json
 
 ADAPTER = {"student__trainable": "lora", "student__rank": 3}
@@ -110,10 +112,22 @@ def test_an_adapter_student_is_a_student(
         assert np.array_equal(pipe("a red star", seed=1, output="latents")[0], pictures[0])
     with tiue.load(folder, device="cpu") as pipe:
         assert np.array_equal(pipe("a red star", seed=1, output="latents")[0], pictures[0])
+    # A repository of the hub holds the same files, and the base is found or named in the same way.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
+    with pytest.raises(ModelFolderError, match=r"is an adapter of .*teacher, which cannot be used"):
+        resolve_model("owner/adapter")
+    with tiue.load("owner/adapter", base=moved, device="cpu") as pipe:
+        assert np.array_equal(pipe("a red star", seed=1, output="latents")[0], pictures[0])
+    assert resolve_model("owner/adapter") == resolve_model(folder)
     for command in (["generate", "a red star", "--model"], ["export"], ["serve"], ["bench"]):
         assert main([*command, str(folder), "--base", str(tmp_path / "full")]) == 1, command
         assert "another model" in capsys.readouterr().err, command
         assert main([*command, str(tmp_path / "full"), "--base", str(moved)]) == 2, command
+        assert "is not one" in capsys.readouterr().err, command
+        assert main([*command, str(tmp_path / "nowhere"), "--base", str(moved)]) == 1, command
+        assert "does not exist" in capsys.readouterr().err, command
+        assert main([*command, "papercut", "--base", str(moved)]) == 2, command
         assert "is not one" in capsys.readouterr().err, command
 
 

@@ -17,8 +17,7 @@ from tiue_cli.distill.data.order import Stream, generator
 from tiue_cli.distill.networks import ScoreModel, lora_targets
 from tiue_cli.files.atomic import atomic_folder
 from tiue_cli.files.manifests import write_json
-from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
-from tiue_cli.model.lora.files import LORA_FILE
+from tiue_cli.files.students import LORA_FILE, STUDENT_MANIFEST, StudentManifest
 
 
 def adapt_student(unet: UNet2DConditionModel, score: ScoreModel, settings: LoraSettings, *, seed: int) -> None:

@@ -13,6 +13,8 @@ from tiue_cli.files.png import LoraUse
 STUDENT_MANIFEST = "tiue.json"
 """Name of the manifest beside a student's model_index.json."""
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""diffusers' name of the file in an adapter's folder."""
 
 RUN_MANIFEST = "run.json"
 """Name of the record in the folder of a distillation, whose result lies in its ``student/``."""

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from tiue_cli.errors import ModelFolderError, UsageError
 from tiue_cli.files.access import exists, is_file, is_folder, user_path
-from tiue_cli.files.students import RUN_MANIFEST
+from tiue_cli.files.students import LORA_FILE, RUN_MANIFEST, STUDENT_MANIFEST
 from tiue_cli.model import parts
 from tiue_cli.model.folder import refuse_other_pipelines
 from tiue_cli.model.sd_configs import check_unet_config
@@ -26,22 +26,23 @@ EMBEDDED_TEACHER = "papercut-teacher"
 EMBEDDED_STUDENT = "papercut-student"
 EMBEDDED_NAMES = (EMBEDDED, EMBEDDED_TEACHER, EMBEDDED_STUDENT)
 EMBEDDED_GUIDANCE = 2.0
+"""Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 NAMED_VAES = {"taesd": "madebyollin/taesd"}
 """Autoencoders by a short name. TAESD decodes the latents of Stable Diffusion 1.x and 2.x, which share one space: a
 twentieth of the KL-VAE's arithmetic, and softer fine detail, such as faces and writing."""
 TEACHER_STEPS = 25
 TEACHER_GUIDANCE = 7.5
-"""Papercut's teacher follows its captions best at this guidance; Stable Diffusion's customary one is far above it."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _HUB_PAGE = re.compile(rf"https?://(?:www\.)?huggingface\.co/({_HUB_ID.pattern})")
 _CONFIG_PATTERNS = (
     "model_index.json",
-    "tiue.json",
+    STUDENT_MANIFEST,
     "README.md",
     *(f"{part}/*.json" for part in ("scheduler", "text_encoder", "tokenizer", "unet", "vae")),
     "tokenizer/*.txt",
 )
+_ADAPTER_FILES = (STUDENT_MANIFEST, "README.md", LORA_FILE)
 
 
 def resolve_model(source: str | Path, *, revision: str | None = None) -> Path:
@@ -123,8 +124,12 @@ def place_base(models: Sequence[str | Path], base: str) -> None:
     """
     from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
 
-    paths = [_out_of_run(user_path(model, error=ModelFolderError)) for model in models]
-    adapters = [path for path in paths if is_adapter_student(path)]
+    folders = [
+        _snapshot(str(model), None, _ADAPTER_FILES) if is_hub_id(model) else _out_of_run(_existing(model))
+        for model in models
+        if str(model) not in EMBEDDED_NAMES
+    ]
+    adapters = [folder for folder in folders if is_adapter_student(folder)]
     if not adapters:
         raise UsageError(
             f"--base is for a student that is an adapter, and {' or '.join(map(str, models)) or 'nothing'} is not one",
@@ -141,25 +146,35 @@ def _out_of_run(path: Path) -> Path:
     return student if is_run else path
 
 
-def _local(source: str | Path) -> Path:
+def _existing(source: str | Path) -> Path:
+    """The path behind ``source``. Raises ModelFolderError where nothing is there."""
     path = user_path(source, error=ModelFolderError)
-    if not exists(path, error=ModelFolderError):
-        names, page = _similar(path), _HUB_PAGE.match(str(source))
-        hint = f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME"
-        raise ModelFolderError(
-            f"model folder {source if page else path} does not exist",
-            hint=f"of a page of the hub give the id: {page[1]}" if page else hint,
-        )
-    path = _out_of_run(path)
-    if is_folder(path, error=ModelFolderError):
-        from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
+    if exists(path, error=ModelFolderError):
+        return path
+    names, page = _similar(path), _HUB_PAGE.match(str(source))
+    hint = f"did you mean {names[0]}?" if names else "check the path, or give a hub id OWNER/NAME"
+    raise ModelFolderError(
+        f"model folder {source if page else path} does not exist",
+        hint=f"of a page of the hub give the id: {page[1]}" if page else hint,
+    )
 
-        return full_student_folder(path) if is_adapter_student(path) else path
+
+def _local(source: str | Path) -> Path:
+    path = _out_of_run(_existing(source))
+    if is_folder(path, error=ModelFolderError):
+        return _with_base(path)
     if is_file(path, error=ModelFolderError):
         from tiue_cli.model.checkpoint.cache import checkpoint_folder
 
         return checkpoint_folder(path)
     return path
+
+
+def _with_base(folder: Path) -> Path:
+    """A student that is an adapter stands for the full one, put together with its base; any other folder for itself."""
+    from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
+
+    return full_student_folder(folder) if is_adapter_student(folder) else folder
 
 
 def _similar(path: Path) -> list[str]:
@@ -192,6 +207,8 @@ def _download_model(hub_id: str, revision: str | None) -> Path:
     folder = _snapshot(hub_id, revision, _CONFIG_PATTERNS)
     if is_file(folder / "model_index.json", error=ModelFolderError):
         refuse_other_pipelines(read_json(folder / "model_index.json"), hub_id)
+    elif is_file(folder / STUDENT_MANIFEST, error=ModelFolderError):
+        return _with_base(_snapshot(hub_id, revision, _ADAPTER_FILES))
     unet = folder / "unet" / "config.json"
     if is_file(unet, error=ModelFolderError):
         check_unet_config(read_json(unet), where=f"{hub_id}/unet/config.json")

@@ -21,12 +21,11 @@ from tiue_cli.base.text import excerpt
 from tiue_cli.errors import AdapterError, UsageError
 from tiue_cli.files.access import exists, is_file, is_folder, list_folder, open_file, user_path
 from tiue_cli.files.png import LoraUse
+from tiue_cli.files.students import LORA_FILE
 from tiue_cli.model.hub import download_files, is_hub_id, list_hub_files
 from tiue_cli.model.parts import PACKAGED
 from tiue_cli.model.weights import some_of, tensor_names
 
-LORA_FILE: Final = "pytorch_lora_weights.safetensors"
-"""diffusers' name of the file in an adapter's folder."""
 PEFT_FILE: Final = "adapter_model.safetensors"
 PEFT_CONFIG: Final = "adapter_config.json"
 MAX_WEIGHT: Final = 100.0

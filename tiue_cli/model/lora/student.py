@@ -15,8 +15,7 @@ from tiue_cli.files.access import is_file
 from tiue_cli.files.caches import user_cache
 from tiue_cli.files.hashes import fingerprint_of
 from tiue_cli.files.manifests import read_manifest
-from tiue_cli.files.students import STUDENT_MANIFEST, StudentManifest
-from tiue_cli.model.lora.files import LORA_FILE
+from tiue_cli.files.students import LORA_FILE, STUDENT_MANIFEST, StudentManifest
 
 
 def is_adapter_student(path: Path) -> bool:
