@@ -89,7 +89,7 @@ def test_an_adapter_student_is_a_student(
     assert all(torch.equal(resumed[name], tensors[name]) for name in tensors)
 
     # Wherever a model is named it draws what the full student draws that `merge` writes.
-    assert main(["merge", str(folder), str(tmp_path / "full")]) == 0
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "full")]) == 0
     assert "base" not in read_json(tmp_path / "full" / "tiue.json")
     pictures = []
     for model in (folder, tmp_path / "full", tmp_path / "run"):

@@ -10,9 +10,10 @@ import typer
 
 from tiue_cli.cli.console import Console
 from tiue_cli.cli.options import BaseOption, FormatOption, LoraOption
-from tiue_cli.errors import ModelFolderError, OutputError, UsageError
+from tiue_cli.errors import OutputError, UsageError
 from tiue_cli.files.access import user_path
-from tiue_cli.model.lora.student import is_adapter_student, write_full_student
+from tiue_cli.model.hub import adapter_folder
+from tiue_cli.model.lora.student import write_full_student
 
 EXAMPLES = (
     "tiue merge runs/sd15/student models/pixel-art --lora pixel-art.safetensors:0.8",
@@ -29,10 +30,9 @@ def merge(
     format_: FormatOption = "human",
 ) -> None:
     """Write a model folder with LoRAs in its weights, for good; of a student that is an adapter a full one."""
-    path = user_path(model, error=ModelFolderError)
     target = user_path(folder, error=OutputError)
-    if is_adapter_student(path) and not lora:
-        out = write_full_student(path, target, base=base, overwrite=overwrite)
+    if not lora and (adapter := adapter_folder(model)) is not None:
+        out = write_full_student(adapter, target, base=base, overwrite=overwrite)
     elif base is not None:
         raise UsageError("--base is for a student that is an adapter, without other LoRAs", hint="leave it out")
     else:

@@ -122,14 +122,9 @@ def place_base(models: Sequence[str | Path], base: str) -> None:
 
     Raises UsageError where no model is an adapter, ModelFolderError where the base is not there or is another model.
     """
-    from tiue_cli.model.lora.student import full_student_folder, is_adapter_student
+    from tiue_cli.model.lora.student import full_student_folder
 
-    folders = [
-        _snapshot(str(model), None, _ADAPTER_FILES) if is_hub_id(model) else _out_of_run(_existing(model))
-        for model in models
-        if str(model) not in EMBEDDED_NAMES
-    ]
-    adapters = [folder for folder in folders if is_adapter_student(folder)]
+    adapters = [folder for model in models if (folder := adapter_folder(model)) is not None]
     if not adapters:
         raise UsageError(
             f"--base is for a student that is an adapter, and {' or '.join(map(str, models)) or 'nothing'} is not one",
@@ -144,6 +139,20 @@ def _out_of_run(path: Path) -> Path:
     run, student = path / RUN_MANIFEST, path / "student"
     is_run = is_file(run, error=ModelFolderError) and is_folder(student, error=ModelFolderError)
     return student if is_run else path
+
+
+def adapter_folder(source: str | Path) -> Path | None:
+    """The folder of the student that is an adapter behind ``source``; None for any other model.
+
+    Raises ModelFolderError where nothing is there.
+    """
+    from tiue_cli.model.lora.student import is_adapter_student
+
+    if str(source) in EMBEDDED_NAMES:
+        return None
+    hub = is_hub_id(source)
+    folder = _snapshot(str(source), None, _ADAPTER_FILES) if hub else _out_of_run(_existing(source))
+    return folder if is_adapter_student(folder) else None
 
 
 def _existing(source: str | Path) -> Path:
