@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from tiue_cli.backends.exported import ExportBackend
+from tiue_cli.backends.onnx_attention import MIN_TOKENS
 from tiue_cli.backends.onnx_session import (
     CudaOptions,
     Provider,
@@ -94,13 +95,18 @@ class OnnxBackend(ExportBackend[_Run]):
             else:
                 self._static.append(StaticRuns(session, self.provider, name=file))
                 return self._static[-1]
-        session = open_session(path, self.provider, threads=self._threads)
+        session = open_session(path, self.provider, threads=self._threads, fused_attention=self._fuses(graph))
 
         def run(inputs: Mapping[str, Any]) -> dict[str, Any]:
             with session_errors(file):
                 return run_session(session, inputs, self.provider)
 
         return run
+
+    def _fuses(self, graph: GraphSpec) -> bool:
+        """Whether attention is worth rewriting: of large pictures, on the CPU, in what its operator computes."""
+        _, height, width = self.latent_shape(graph.size or self.default_size)
+        return self.device == "cpu" and graph.precision in ("fp32", "int8") and height * width >= MIN_TOKENS
 
     def _call(self, opened: _Run, graph: GraphSpec, inputs: Mapping[str, Any]) -> dict[str, Any]:
         return opened(inputs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from tiue_cli.backends.cuda import device_count
+from tiue_cli.backends.onnx_attention import with_fused_attention
 from tiue_cli.base.machine import usable_cores
 from tiue_cli.errors import DeviceError, MissingDependencyError, OutOfMemoryError, UsageError
 from tiue_cli.files.caches import user_cache
@@ -30,6 +31,7 @@ PROVIDERS: Final = {
     "tensorrt": "TensorrtExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _DOCTOR = "see what is missing: tiue doctor"
 
 
@@ -107,11 +109,17 @@ def choose_provider(asked: str, *, cuda: CudaOptions | None = None) -> Provider:
 
 
 def open_session(
-    path: Path, provider: Provider, *, threads: int | None = None, graphs: bool = False
+    path: Path,
+    provider: Provider,
+    *,
+    threads: int | None = None,
+    graphs: bool = False,
+    fused_attention: bool = False,
 ) -> onnxruntime.InferenceSession:
     """A session for one graph on ``provider``; ``threads`` None takes every core. Raises DeviceError.
 
     ``graphs`` is for ``onnx_static``, the one caller that can run a session which records CUDA graphs.
+    ``fused_attention`` is for graphs of large pictures in floats or int8, on the CPU.
     """
     ort = import_onnxruntime()
     options = ort.SessionOptions()
@@ -134,7 +142,10 @@ def open_session(
     if provider.name != "cpu":
         chain.append(PROVIDERS["cpu"])  # shape arithmetic runs there by design
     with session_errors(path.name):
-        session = ort.InferenceSession(path, options, providers=chain)
+        fused = with_fused_attention(path) if fused_attention else None
+        if fused is not None:
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+        session = ort.InferenceSession(path if fused is None else fused, options, providers=chain)
     if session.get_providers()[0] != wanted:
         raise DeviceError(
             f"ONNX Runtime {ort.__version__} did not start {wanted} for {path.name}"
