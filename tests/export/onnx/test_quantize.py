@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from attention_graphs import attention_graph, inputs
 from exports import exported
 from onnx import TensorProto, helper, numpy_helper
 from tiny_export import write_tiny_export
 
+from tiue_cli.backends.onnx_attention import fuse_attention
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.cli.app import main
 from tiue_cli.errors import ParityError, PromptError
@@ -60,7 +63,7 @@ def three_layers() -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
-def rounded(model: onnx.ModelProto, folder: Path, rows: list[dict[str, np.ndarray]]) -> onnx.ModelProto:
+def rounded(model: onnx.ModelProto, folder: Path, rows: list[dict[str, np.ndarray]], **options: Any) -> onnx.ModelProto:
     """ONNX Runtime's own 8-bit form of ``model``."""
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
 
@@ -80,6 +83,7 @@ def rounded(model: onnx.ModelProto, folder: Path, rows: list[dict[str, np.ndarra
         activation_type=QuantType.QInt8,
         weight_type=QuantType.QInt8,
         extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        **options,
     )
     return onnx.load(folder / "8bit.onnx")
 
@@ -120,6 +124,20 @@ def test_the_layer_that_is_hard_to_round_is_found(tmp_path: Path) -> None:
     assert max(errors, key=lambda layer: errors[layer]) == "layer2"
     assert errors["layer2"] > 5 * errors["layer1"]
     assert [error.layer for error in sensitive([LayerError(*item) for item in errors.items()])] == ["layer2"]
+
+
+def test_attention_as_one_operator_leaves_the_errors_of_the_layers_as_they_are(tmp_path: Path) -> None:
+    rows = [inputs(48)]
+    model = attention_graph(48, projected=True)
+    chosen = {"op_types_to_quantize": ["MatMul"], "nodes_to_exclude": ["products", "mixed"]}
+    gated, layers = gated_layers(model, rounded(model, tmp_path, rows, **chosen))
+    errors = []
+    for fused in (0, 1):
+        assert fused == 0 or fuse_attention(gated) == 1
+        onnx.save(gated, tmp_path / f"{fused}.onnx")
+        errors.append([error.relative_error for error in layer_errors(tmp_path / f"{fused}.onnx", layers, rows)])
+    assert sorted(layers) == ["to_k", "to_q", "to_v"] and min(errors[0]) > 1e-3
+    np.testing.assert_allclose(errors[1], errors[0], rtol=1e-3)
 
 
 def test_more_layers_are_the_next_worst_ones() -> None:

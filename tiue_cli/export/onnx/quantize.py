@@ -22,6 +22,7 @@ from typing import Any, Final, Literal
 import numpy as np
 import onnx
 
+from tiue_cli.backends.onnx_attention import fuse_attention
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.errors import MissingDependencyError
 from tiue_cli.export.onnx.float8 import as_float8
@@ -202,8 +203,12 @@ def _swept(
         return [LayerError(layer, error) for layer, error in json.loads(measured.read_text())]
     path = scratch / f"{graph.onnx.file}.sweep.onnx"
     gated, layers = gated_layers(model, whole)
+    rows = list(calibration.rows(graph, SWEEP_ROWS))
+    if any(map(_is_of_large_pictures, rows)):
+        # No layer's: half of the time and most of the memory of a run are attention's products.
+        fuse_attention(gated)
     onnx.save(gated, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=INLINE_BYTES)
-    errors = layer_errors(path, layers, [_swept_inputs(row) for row in calibration.rows(graph, SWEEP_ROWS)])
+    errors = layer_errors(path, layers, [_swept_inputs(row) for row in rows])
     measured.write_text(json.dumps([(error.layer, error.relative_error) for error in errors]))
     return errors
 
@@ -214,9 +219,13 @@ def _swept_inputs(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     Its weight is the largest; all K of Stable Diffusion 1.5 at 512 pixels, once a layer, would take a quarter of an
     hour on two cores.
     """
-    if "timesteps" not in row or calibration_batch(row["noise"].shape[1:]) > 1:
+    if "timesteps" not in row or not _is_of_large_pictures(row):
         return row
     return row | {"timesteps": row["timesteps"][:1], "weights": row["weights"][:2]}
+
+
+def _is_of_large_pictures(row: dict[str, np.ndarray]) -> bool:
+    return any(value.ndim == 4 and calibration_batch(value.shape[1:]) == 1 for value in row.values())
 
 
 # --- ONNX Runtime's quantiser --------------------------------------------------------------------------------------
