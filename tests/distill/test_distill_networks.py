@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 from diffusers.models import UNet2DConditionModel
 from helpers import seeded_noise, tiny_unet
 
-from tiue_cli.distill.config import LoraSettings
+from tiue_cli.distill.config import LoraSettings, VsdSettings
 from tiue_cli.distill.data.pairs import solve
 from tiue_cli.distill.estimate import estimate_run, lora_parameter_count
 from tiue_cli.distill.networks import ScoreModel, StudentGenerator, guided_prediction, lora_targets
@@ -24,6 +25,7 @@ from tiue_cli.distill.student_trainer import make_optimizer, rate_factor
 from tiue_cli.errors import TiueError, UsageError
 from tiue_cli.model.schedule import alphas_cumprod
 from tiue_cli.model.teacher import load_teacher
+from tiue_cli.model.unet import UNetDecoder, UNetEncoder
 
 TEXT = (7, 32)
 
@@ -147,6 +149,20 @@ def test_guided_pair_in_one_batch_equals_two_calls() -> None:
         found = guided_prediction(score, x_t, timesteps, text_states=states, empty_states=empty, guidance=guidance)
         expected = unconditional + guidance * (conditional - unconditional)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    rows = torch.tensor([1.0, 4.5])[:, None, None, None]
+    found = guided_prediction(score, x_t, timesteps, text_states=states, empty_states=empty, guidance=rows)
+    torch.testing.assert_close(found, torch.stack([conditional[0], expected[1]]), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_within_an_interval_of_timesteps() -> None:
+    timesteps = torch.tensor([99, 100, 500, 501])
+    settings = VsdSettings(guidance=3.0, guidance_timesteps=(100, 500))
+    guidance = settings.guidance_at(timesteps)
+    assert isinstance(guidance, torch.Tensor) and guidance.flatten().tolist() == [1.0, 3.0, 3.0, 1.0]
+    assert VsdSettings(guidance=3.0).guidance_at(timesteps) == 3.0
+    for wrong in ({"guidance_timesteps": (500, 100)}, {"guidance": 1.0, "guidance_timesteps": (100, 500)}):
+        with pytest.raises(pydantic.ValidationError, match="guidance_timesteps"):
+            VsdSettings.model_validate(wrong)
 
 
 def test_student_is_the_unet_with_features_of_its_first_timestep() -> None:
@@ -157,6 +173,17 @@ def test_student_is_the_unet_with_features_of_its_first_timestep() -> None:
     for decoder in ("shared", "plain"):
         student = StudentGenerator(unet, [999], decoder=decoder)
         torch.testing.assert_close(student(noise, states)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_encoder_may_have_a_timestep_of_its_own() -> None:
+    unet = tiny_unet()
+    noise, _, states = inputs()
+    timesteps = torch.tensor([999, 500])
+    for own in (None, 999, 17):
+        features = UNetEncoder(unet)(noise, states, 999 if own is None else own)
+        expected = UNetDecoder(unet)(features, timesteps, states)
+        student = StudentGenerator(unet, timesteps.tolist(), encoder_timestep=own)
+        torch.testing.assert_close(student(noise, states), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_of_the_shared_decoder_are_those_of_the_plain_one() -> None:

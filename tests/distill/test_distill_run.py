@@ -97,13 +97,24 @@ def test_run_gives_a_student_that_loads_and_says_how_it_was_made(make_config: Ma
     assert [line["teacher_evaluations"] for line in lines] == [20, 20, 24, 28]
 
 
-def test_grid_shows_what_generate_draws(make_config: MakeConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encoder_timestep", [None, 17])
+def test_grid_shows_what_generate_draws(encoder_timestep: int | None, make_config: MakeConfig, tmp_path: Path) -> None:
     from tiue_cli.backends.torch_backend import StudentTorchBackend
     from tiue_cli.model.folder import check_model_folder
     from tiue_cli.model.noise import draw_noise
 
-    config = make_config(validation__every=4, validation__teacher_steps=2, validation__seed=3, validation__count=1)
+    levers = {} if encoder_timestep is None else {"vsd__guidance_timesteps": [200, 700]}
+    config = make_config(
+        validation__every=4,
+        validation__teacher_steps=2,
+        validation__seed=3,
+        validation__count=1,
+        student__encoder_timestep="null" if encoder_timestep is None else encoder_timestep,
+        **levers,
+    )
     events = run(config, tmp_path / "run")
+    manifest = read_manifest(tmp_path / "run" / "student" / STUDENT_MANIFEST, StudentManifest)
+    assert manifest.encoder_timestep == (manifest.decoder_timesteps[0] if encoder_timestep is None else 17)
     grid = next(event.path for event in reversed(events) if isinstance(event, Saved) and event.kind == "grid")
     with StudentTorchBackend(check_model_folder(tmp_path / "run" / "student"), device="cpu") as backend:
         image = backend.generate(["a red star"], draw_noise([3], backend.latent_shape((32, 32))))[0]
@@ -321,6 +332,14 @@ def test_two_students_of_other_kinds(make_config: MakeConfig, tmp_path: Path) ->
     }
     assert not all(torch.equal(teacher[name], value) for name, value in started.items())
     assert trainer.networks.combine.timesteps == (900, 400, 100)
+
+
+def test_a_timestep_outside_the_schedule_is_refused_before_anything_is_written(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="encoder_timestep 1000 lies outside the schedule of 1000"):
+        run(make_config(student__encoder_timestep=1000), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_text_states_without_cache_are_the_same(make_config: MakeConfig, tmp_path: Path) -> None:

@@ -323,6 +323,7 @@ def test_what_is_no_folder_is_one_clear_error(tmp_path: Path) -> None:
     [
         ({"prediction_type": "v_prediction"}, "contradicts epsilon"),
         ({"decoder_timesteps": (1999, 1), "encoder_timestep": 1999}, "outside the schedule of 1000"),
+        ({"encoder_timestep": 1999}, "1999 lies outside the schedule of 1000"),
     ],
 )
 def test_a_manifest_that_contradicts_the_scheduler_is_refused(

@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pydantic
 import yaml
@@ -21,6 +21,9 @@ from tiue_cli.errors import UsageError
 from tiue_cli.files.access import user_path
 from tiue_cli.files.caches import user_cache
 from tiue_cli.model.noise import MAX_SEED
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _Positive = Annotated[int, Field(ge=1)]
 _Count = Annotated[int, Field(ge=0)]
@@ -43,6 +46,8 @@ class StudentSettings(_Section):
     """How the timesteps are spaced; null takes the teacher's scheduler config."""
     timesteps: tuple[_Count, ...] | None = None
     """An explicit list, highest first, instead of steps and spacing."""
+    encoder_timestep: _Count | None = Field(default=None, exclude_if=lambda timestep: timestep is None)
+    """The one that the UNet encoder is given; null is the first of the decoder's, as the TiUE authors have it."""
     init: str | None = None
     """A student folder to start from; null starts from the teacher."""
     # Left out of hashes where they say nothing: what a full student's recipe is called has not changed.
@@ -124,6 +129,9 @@ class VsdSettings(_Section):
     """Classifier-free guidance of the teacher's prediction. The command line gives papercut's teacher its own."""
     lora_guidance: float = Field(default=1.0, ge=1.0)
     """The same of the LoRA teacher's. At 1 the student's own score is what it is, and half of the pass is saved."""
+    guidance_timesteps: tuple[_Count, _Count] | None = Field(default=None, exclude_if=lambda ends: ends is None)
+    """Lowest and highest timestep at which the teacher is guided; elsewhere its guidance is 1. Guidance costs variety,
+    most of it at high noise (Kynkäänniemi et al. 2024, arXiv 2404.07724, for sampling). null guides at every one."""
     min_timestep: _Count = 20
     max_timestep: _Count = 980
     """Both ends of the uniform draw are possible."""
@@ -132,7 +140,21 @@ class VsdSettings(_Section):
     def _ordered(self) -> Self:
         if self.min_timestep > self.max_timestep:
             raise ValueError("min_timestep is greater than max_timestep")
+        if self.guidance_timesteps is not None:
+            low, high = self.guidance_timesteps
+            if low > high:
+                raise ValueError("guidance_timesteps holds a greater timestep before a lower one")
+            if self.guidance == 1.0:
+                raise ValueError("guidance_timesteps is for a guidance above 1")
         return self
+
+    def guidance_at(self, timesteps: Tensor) -> float | Tensor:
+        """The teacher's guidance at ``timesteps`` (B,): a number where it is the same at all, else (B, 1, 1, 1)."""
+        if self.guidance_timesteps is None:
+            return self.guidance
+        low, high = self.guidance_timesteps
+        inside = ((timesteps >= low) & (timesteps <= high))[:, None, None, None]
+        return 1.0 + (self.guidance - 1.0) * inside
 
 
 class LoraSettings(_Section):

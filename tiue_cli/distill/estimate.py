@@ -30,7 +30,7 @@ from tiue_cli.model.folder import ModelInfo, check_model_folder
 from tiue_cli.model.hub import resolve_model, resolve_vae
 from tiue_cli.model.pretrained import load_pretrained
 from tiue_cli.model.schedule import RELEASED_SPACING, STEPS, decoder_timesteps
-from tiue_cli.model.student import choose_timesteps, refuse_student
+from tiue_cli.model.student import check_encoder_timestep, choose_timesteps, refuse_student
 from tiue_cli.model.weights import read_json
 
 _FLOAT32, _HALF = 4, 2
@@ -177,6 +177,8 @@ def _timesteps(config: DistillConfig, info: ModelInfo) -> tuple[int, ...]:
         timesteps=settings.timesteps,
         folder=info.path,
     )
+    if settings.encoder_timestep is not None:
+        check_encoder_timestep(scheduler, settings.encoder_timestep)
     return chosen
 
 

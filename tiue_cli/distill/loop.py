@@ -68,6 +68,7 @@ class Distillation(StudentRun[Trainer]):
             student=student.unet,
             score=score,
             schedule=NoiseSchedule.from_config(student.scheduler_config, device),
+            encoder_timestep=student.manifest.encoder_timestep,
             combine=combine,
             prefixes=prefixes_of(student.scheduler_config, combine.timesteps),
             latent_shape=self._latent_shape,

@@ -64,7 +64,7 @@ class NoiseSchedule:
         return root_abar * noise - sigma * latents
 
 
-def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+def guided(conditional: Tensor, unconditional: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598, eq. 6, in Stable Diffusion's scale: 1 is off)."""
     return unconditional + guidance * (conditional - unconditional)
 

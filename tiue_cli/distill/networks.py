@@ -34,12 +34,14 @@ class StudentGenerator(nn.Module):
     """The student's one pass: noise and text states in, predictions at every decoder timestep out."""
 
     timesteps: Tensor
+    encoder_timestep: Tensor
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
         timesteps: Sequence[int],
         *,
+        encoder_timestep: int | None = None,
         decoder: str = "shared",
         merged_upsampler: bool = False,
     ) -> None:
@@ -47,11 +49,13 @@ class StudentGenerator(nn.Module):
         self.unet_encoder = UNetEncoder(unet)
         shared = decoder == "shared"
         self.unet_decoder = SharedUNetDecoder(unet, merged_upsampler=merged_upsampler) if shared else UNetDecoder(unet)
+        first = timesteps[0] if encoder_timestep is None else encoder_timestep
         self.register_buffer("timesteps", torch.tensor(timesteps, dtype=torch.long), persistent=False)
+        self.register_buffer("encoder_timestep", torch.tensor([first], dtype=torch.long), persistent=False)
 
     def forward(self, noise: Tensor, text_states: Tensor) -> Tensor:
         """Predictions (K, B, C, h, w) from noise (B, C, h, w) and text states (B, L, D)."""
-        features = self.unet_encoder(noise, text_states, self.timesteps[:1])
+        features = self.unet_encoder(noise, text_states, self.encoder_timestep)
         predictions: Tensor = self.unet_decoder(features, self.timesteps, text_states)
         return predictions
 
@@ -155,13 +159,20 @@ def _ends(name: str, ending: str) -> bool:
 
 @torch.no_grad()
 def guided_prediction(
-    model: nn.Module, x_t: Tensor, timesteps: Tensor, *, text_states: Tensor, empty_states: Tensor, guidance: float
+    model: nn.Module,
+    x_t: Tensor,
+    timesteps: Tensor,
+    *,
+    text_states: Tensor,
+    empty_states: Tensor,
+    guidance: float | Tensor,
 ) -> Tensor:
     """A guided prediction (B, C, h, w) in float32: both halves in one batch, one half where guidance is 1.
 
-    ``x_t`` (B, C, h, w), ``timesteps`` (B,), ``text_states`` (B, L, D), ``empty_states`` (1, L, D).
+    ``x_t`` (B, C, h, w), ``timesteps`` (B,), ``text_states`` (B, L, D), ``empty_states`` (1, L, D), ``guidance`` a
+    number or (B, 1, 1, 1).
     """
-    if guidance == 1.0:
+    if isinstance(guidance, float) and guidance == 1.0:
         prediction: Tensor = model(x_t, timesteps, text_states)
         return prediction.float()
     both = model(
@@ -232,7 +243,11 @@ def load_untrained(config: DistillConfig) -> StudentModel:
     """The teacher's parts with the manifest of the student to be, on the CPU in float32. Raises TiueError."""
     settings = config.student
     return student_from_teacher(
-        teacher_source(config), steps=settings.steps, spacing=settings.spacing, timesteps=settings.timesteps
+        teacher_source(config),
+        steps=settings.steps,
+        spacing=settings.spacing,
+        timesteps=settings.timesteps,
+        encoder_timestep=settings.encoder_timestep,
     )
 
 

@@ -50,11 +50,13 @@ class QuantizedRun(StudentRun[QuantizedTrainer]):
         combine = student.linear_combine()
         self._networks = QuantizedNetworks(
             student=student.unet,
+            encoder_timestep=student.manifest.encoder_timestep,
             combine=combine,
             latent_shape=self._latent_shape,
             original=StudentGenerator(
                 original,
                 combine.timesteps,
+                encoder_timestep=student.manifest.encoder_timestep,
                 merged_upsampler=self._accelerator.device.type == "cpu",
             ).to(self._accelerator.device),
         )

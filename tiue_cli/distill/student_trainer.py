@@ -34,6 +34,7 @@ class StudentNetworks:
     """The UNet that is trained, and how its one pass becomes latents."""
 
     student: UNet2DConditionModel
+    encoder_timestep: int
     combine: LinearCombine
     latent_shape: tuple[int, int, int]
 
@@ -65,6 +66,7 @@ class StudentTrainer(ABC):
         generator_ = StudentGenerator(
             networks.student,
             networks.combine.timesteps,
+            encoder_timestep=networks.encoder_timestep,
             decoder=config.student.decoder,
             merged_upsampler=merged_upsampler,
         )

@@ -174,7 +174,7 @@ class Trainer(StudentTrainer):
         timesteps = torch.from_numpy(draw).to(x_0.device)
         x_t = networks.schedule.add_noise(x_0, normal(random, x_0.shape, x_0.device), timesteps)
 
-        def noise_at(guidance: float) -> Tensor:
+        def noise_at(guidance: float | Tensor) -> Tensor:
             with self.accelerator.autocast():
                 prediction = guided_prediction(
                     networks.score,
@@ -187,7 +187,7 @@ class Trainer(StudentTrainer):
             return networks.schedule.noise_of(prediction, x_t, timesteps)
 
         with networks.score.adapters_off():
-            teacher_noise = noise_at(settings.guidance)
+            teacher_noise = noise_at(settings.guidance_at(timesteps))
         self._count_evaluations(len(x_0), settings.guidance)
         lora_noise = noise_at(settings.lora_guidance)
         return vsd_gradient(teacher_noise, lora_noise, networks.schedule.at(timesteps)[1])

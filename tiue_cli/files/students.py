@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field
@@ -39,7 +39,7 @@ class StudentManifest(pydantic.BaseModel):
     """What a student folder is beyond the weights, stored as ``tiue.json``.
 
     ``decoder_timesteps`` run from noise to image (descending); ``encoder_timestep`` is the one the UNet encoder was
-    trained at, the first of them. ``prediction_type`` says what each decoder output is.
+    trained at, the first of them unless a recipe said otherwise. ``prediction_type`` says what each decoder output is.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -67,9 +67,3 @@ class StudentManifest(pydantic.BaseModel):
         if any(later >= earlier for earlier, later in itertools.pairwise(timesteps)):
             raise ValueError("must be strictly descending, from noise to image")
         return timesteps
-
-    @pydantic.model_validator(mode="after")
-    def _encoder_is_first(self) -> Self:
-        if self.encoder_timestep != self.decoder_timesteps[0]:
-            raise ValueError(f"encoder_timestep must be the first decoder timestep, {self.decoder_timesteps[0]}")
-        return self

@@ -228,7 +228,9 @@ class ModelTarget:
         if config.encoder_timestep == "trained":
             return None
         first = student_timesteps(self.info, config.steps if row is None or row.steps is None else row.steps)[0]
-        return None if first == student_timesteps(self.info, None)[0] else first
+        manifest = self.info.manifest
+        trained = student_timesteps(self.info, None)[0] if manifest is None else manifest.encoder_timestep
+        return None if first == trained else first
 
     def guidance(self, config: GenerateConfig) -> float | None:
         """The guidance of a teacher; None for a student, which has none."""

@@ -326,9 +326,10 @@ def _read_student_manifest(path: Path, *, scheduler: SchedulerConfig) -> Student
             f" {scheduler.prediction_type} in scheduler/scheduler_config.json",
             hint="restore the file that was changed",
         )
-    if manifest.decoder_timesteps[0] >= scheduler.num_train_timesteps:
+    latest = max(manifest.decoder_timesteps[0], manifest.encoder_timestep)
+    if latest >= scheduler.num_train_timesteps:
         raise ModelFolderError(
-            f"{path / STUDENT_MANIFEST}: timestep {manifest.decoder_timesteps[0]} lies outside the schedule of"
+            f"{path / STUDENT_MANIFEST}: timestep {latest} lies outside the schedule of"
             f" {scheduler.num_train_timesteps} in scheduler/scheduler_config.json",
             hint="restore the file that was changed",
         )

@@ -116,17 +116,32 @@ def student_from_teacher(
     steps: int = STEPS,
     spacing: str | None = None,
     timesteps: Sequence[int] | None = None,
+    encoder_timestep: int | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> StudentModel:
     """An untrained student: the teacher's parts, and a manifest with ``steps`` timesteps or the ones given.
 
-    ``spacing`` None takes the scheduler config's own. Raises ModelFolderError, SchedulerError, UsageError, DeviceError.
+    ``spacing`` None takes the scheduler config's own, ``encoder_timestep`` None the first of the timesteps. Raises
+    ModelFolderError, SchedulerError, UsageError, DeviceError.
     """
     components = load_components(teacher, device=device, dtype=dtype)
     refuse_student(components.info)
     manifest = _manifest(components, teacher, steps=steps, spacing=spacing, timesteps=timesteps)
+    if encoder_timestep is not None:
+        check_encoder_timestep(components.scheduler_config, encoder_timestep)
+        manifest = manifest.model_copy(update={"encoder_timestep": encoder_timestep})
     return _student(components, manifest, source=str(teacher), notes=[])
+
+
+def check_encoder_timestep(scheduler_config: Mapping[str, Any], timestep: int) -> None:
+    """Raise UsageError where ``timestep`` lies outside the noise schedule."""
+    length = ddim_config(scheduler_config)["num_train_timesteps"]
+    if timestep >= length:
+        raise UsageError(
+            f"encoder_timestep {timestep} lies outside the schedule of {length}",
+            hint=f"give one from 0 to {length - 1}",
+        )
 
 
 def refuse_student(info: ModelInfo) -> None:
