@@ -31,7 +31,8 @@ PROVIDERS: Final = {
     "tensorrt": "TensorrtExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
-_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
+"""The session's entry that says where the weights of a graph in memory lie."""
 _DOCTOR = "see what is missing: tiue doctor"
 
 
@@ -144,7 +145,7 @@ def open_session(
     with session_errors(path.name):
         fused = with_fused_attention(path) if fused_attention else None
         if fused is not None:
-            options.add_session_config_entry(_WEIGHTS_FOLDER, str(path.parent))
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
         session = ort.InferenceSession(path if fused is None else fused, options, providers=chain)
     if session.get_providers()[0] != wanted:
         raise DeviceError(

@@ -26,6 +26,7 @@ from tiue_cli.backends.onnx_attention import fuse_attention
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.errors import MissingDependencyError
 from tiue_cli.export.onnx.float8 import as_float8
+from tiue_cli.export.onnx.ranges import write_ranges
 from tiue_cli.export.onnx.sensitivity import gated_layers, layer_errors
 from tiue_cli.export.onnx.trace import INLINE_BYTES, file_spec
 from tiue_cli.files.exports import GraphName, GraphSpec, KeptLayer
@@ -242,12 +243,15 @@ def _quantized(
             "8-bit exports need ONNX Runtime 1.31 or newer",
             hint="python -m pip install --upgrade 'onnxruntime-gpu>=1.31' (or onnxruntime)",
         )
-    out = scratch / f"{graph.onnx.file}.8bit.onnx"
+    out, ranges = scratch / f"{graph.onnx.file}.8bit.onnx", scratch / f"{graph.onnx.file}.ranges.json"
     with _quiet_root():
+        if not ranges.exists():
+            large = any(map(_is_of_large_pictures, calibration.rows(graph, 1)))
+            products = products_of_activations(onnx.load(source, load_external_data=False))
+            write_ranges(source, calibration.rows(graph), ranges, kinds=LAYERS, exclude=products, fused_attention=large)
         quantize_static(
             source,
             out,
-            _Reader(calibration, graph),
             quant_format=QuantFormat.QDQ,
             op_types_to_quantize=list(LAYERS),
             per_channel=True,
@@ -258,7 +262,7 @@ def _quantized(
             nodes_to_exclude=list(exclude),
             use_external_data_format=True,
             calibrate_method=CalibrationMethod.MinMax,
-            calibration_cache_path=scratch / f"{graph.onnx.file}.ranges.json",
+            calibration_cache_path=ranges,
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
@@ -270,23 +274,6 @@ def _quantized(
         )
     made = onnx.load(out)
     return as_float8(made, onnx.load(source)) if kind == "fp8" else made
-
-
-class _Reader:
-    """Recorded inputs as ONNX Runtime's calibration reads them."""
-
-    def __init__(self, calibration: Calibration, graph: GraphSpec) -> None:
-        self._rows = calibration.rows(graph)
-
-    def __iter__(self) -> _Reader:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._rows)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """The inputs of the next run, None at the end."""
-        return next(self._rows, None)
 
 
 @contextlib.contextmanager
