@@ -42,7 +42,7 @@ def write_ranges(
         save_tensors_data(finder.compute_data(), out)
 
 
-class _RangeFinder(MinMaxCalibrater):
+class _RangeFinder(MinMaxCalibrater):  # type: ignore[misc]  # untyped
     """ONNX Runtime's, without the tensors that it need not know, in a session that gives memory back."""
 
     def __init__(self, source: Path, augmented: Path, kinds: Sequence[str], exclude: Collection[str], *, fused: bool):
@@ -72,10 +72,10 @@ class _RangeFinder(MinMaxCalibrater):
         )
 
 
-class _Reader(CalibrationDataReader):
+class _Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped
     def __init__(self, rows: Iterator[Mapping[str, np.ndarray]]) -> None:
         self._rows = rows
 
-    def get_next(self) -> Mapping[str, np.ndarray] | None:  # type: ignore[override]
+    def get_next(self) -> Mapping[str, np.ndarray] | None:
         """The inputs of the next run, None at the end."""
         return next(self._rows, None)
