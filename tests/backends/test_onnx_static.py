@@ -162,10 +162,10 @@ def test_a_graph_that_cannot_be_captured_at_all_is_opened_plainly(tiny: Path, mo
         onnx_backend, "choose_provider", lambda asked, cuda: Provider("cpu", cuda=CudaOptions(graphs=True))
     )
 
-    def refusing(path: Path, provider: Provider, *, threads: int | None, graphs: bool = False) -> Any:
+    def refusing(path: Path, provider: Provider, *, graphs: bool = False, **options: Any) -> Any:
         if graphs and path.name == "unet_decoder.onnx":
             raise DeviceError("not all nodes are on the CUDA execution provider")
-        return open_session(path, provider, threads=threads, graphs=graphs)
+        return open_session(path, provider, graphs=graphs, **options)
 
     monkeypatch.setattr(onnx_backend, "open_session", refusing)
     with OnnxBackend(tiny) as backend:
