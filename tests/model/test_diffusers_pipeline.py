@@ -36,7 +36,9 @@ def test_a_saved_pipeline_is_a_student_that_draws_the_same(pipe: TiuePipeline, t
     again = TiuePipeline.from_pretrained(str(tmp_path / "student"))
     np.testing.assert_array_equal(arrays(again("a star", seed=1).images), arrays(pipe("a star", seed=1).images))
     with tiue.load(tmp_path / "student", device="cpu") as plain:
-        np.testing.assert_array_equal(plain("a star", seed=1, output="numpy"), arrays(pipe("a star", seed=1).images))
+        drawn = np.asarray(plain("a star", seed=1, output="numpy")).astype(int)
+        # tiue.load runs the networks prepared, which rounds otherwise: a value in thousands is one level away.
+        assert np.abs(drawn - arrays(pipe("a star", seed=1).images)).max() <= 1
     assert isinstance(StableDiffusionPipeline.from_pretrained(tmp_path / "student"), StableDiffusionPipeline)
 
 
