@@ -24,11 +24,17 @@ def arrays(images: list[object]) -> list[np.ndarray]:
     return [np.asarray(image) for image in images]
 
 
+def check_same_but_for_rounding(images: list[object], others: np.ndarray) -> None:
+    """tiue.load runs the networks prepared, which rounds otherwise: a value in hundreds is one level away."""
+    difference = np.abs(np.stack(arrays(images)).astype(int) - others)
+    assert difference.max() <= 1 and (difference > 0).mean() < 0.01
+
+
 def test_same_seed_same_pixels_as_the_command(pipe: TiuePipeline, tiny_student_folder: Path) -> None:
     found = pipe(["a red star", "a tree"], seed=3, num_images_per_prompt=2, num_inference_steps=2, height=48, width=32)
     with tiue.load(tiny_student_folder, device="cpu") as plain:
         wanted = plain(["a red star", "a tree"], seed=3, images=2, steps=2, size=(48, 32), output="numpy")
-    np.testing.assert_array_equal(arrays(found.images), wanted)
+    check_same_but_for_rounding(found.images, wanted)
 
 
 def test_a_saved_pipeline_is_a_student_that_draws_the_same(pipe: TiuePipeline, tmp_path: Path) -> None:
@@ -36,9 +42,7 @@ def test_a_saved_pipeline_is_a_student_that_draws_the_same(pipe: TiuePipeline, t
     again = TiuePipeline.from_pretrained(str(tmp_path / "student"))
     np.testing.assert_array_equal(arrays(again("a star", seed=1).images), arrays(pipe("a star", seed=1).images))
     with tiue.load(tmp_path / "student", device="cpu") as plain:
-        drawn = np.asarray(plain("a star", seed=1, output="numpy")).astype(int)
-        # tiue.load runs the networks prepared, which rounds otherwise: a value in thousands is one level away.
-        assert np.abs(drawn - arrays(pipe("a star", seed=1).images)).max() <= 1
+        check_same_but_for_rounding(pipe("a star", seed=1).images, plain("a star", seed=1, output="numpy"))
     assert isinstance(StableDiffusionPipeline.from_pretrained(tmp_path / "student"), StableDiffusionPipeline)
 
 
