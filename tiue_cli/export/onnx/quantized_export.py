@@ -112,6 +112,7 @@ def quantize_export(
             worst = min(map(psnr_db, _pictures(folder, prompts, count=len(pictures)), pictures))
             if worst >= REQUIRED_PSNR_DB[kind]:
                 break
+            say(f"{worst:.1f} dB from {before}'s, {REQUIRED_PSNR_DB[kind]:.0f} needed, {len(kept)} layers kept")
         else:
             raise ParityError(
                 f"a picture in {kind} is {worst:.1f} dB from {before}'s, and {REQUIRED_PSNR_DB[kind]:.0f} are needed,"
