@@ -77,7 +77,7 @@ def fuse_attention(model: onnx.ModelProto) -> int:
                 )
             )
         elif id(node) not in gone:
-            nodes.append(_copy(node))
+            nodes.append(node)
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _drop_unused(model)
@@ -220,18 +220,9 @@ def _attribute(node: onnx.NodeProto, name: str, default: object) -> object:
     return default
 
 
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    """A node of its own: those of a list are gone with it."""
-    copied = type(node)()
-    copied.CopyFrom(node)
-    return copied
-
-
 def _drop_unused(model: onnx.ModelProto) -> None:
     """Remove constants that nobody reads any more, of which ONNX Runtime would warn."""
     read = {name for node in model.graph.node for name in node.input} | {out.name for out in model.graph.output}
     kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    if len(kept) < len(model.graph.initializer):
-        copies = [type(tensor).FromString(tensor.SerializeToString()) for tensor in kept]
-        del model.graph.initializer[:]
-        model.graph.initializer.extend(copies)
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)

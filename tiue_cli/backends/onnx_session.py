@@ -31,8 +31,6 @@ PROVIDERS: Final = {
     "tensorrt": "TensorrtExecutionProvider",
     "cpu": "CPUExecutionProvider",
 }
-WEIGHTS_FOLDER: Final = "session.model_external_initializers_file_folder_path"
-"""The session's entry that says where the weights of a graph in memory lie."""
 _DOCTOR = "see what is missing: tiue doctor"
 
 
@@ -123,16 +121,10 @@ def open_session(
     ``fused_attention`` is for graphs of large pictures in floats or int8, on the CPU.
     """
     ort = import_onnxruntime()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options()
     # ONNX Runtime itself would count the machine's cores, which in a container are more.
     options.intra_op_num_threads = usable_cores() if threads is None else threads
     options.inter_op_num_threads = 1
-    # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # The arena doubles what it takes and gives nothing back: two pictures of Stable Diffusion 1.5's shapes at 512
-    # pixels left 15.6 GB held. Without it the peak is 8.8, between pictures only weights are held, and it is as fast.
-    options.enable_cpu_mem_arena = False
     # 8-bit graphs hold int8 throughout, as TensorRT wants it. Left to itself ONNX Runtime rewrites that to uint8 on
     # x86-64 and then refuses its own graph (1.31, opset 21).
     options.add_session_config_entry("session.qdqisint8allowed", "1")
@@ -143,10 +135,8 @@ def open_session(
     if provider.name != "cpu":
         chain.append(PROVIDERS["cpu"])  # shape arithmetic runs there by design
     with session_errors(path.name):
-        fused = with_fused_attention(path) if fused_attention else None
-        if fused is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
-        session = ort.InferenceSession(path if fused is None else fused, options, providers=chain)
+        source = session_source(path, options) if fused_attention else path
+        session = ort.InferenceSession(source, options, providers=chain)
     if session.get_providers()[0] != wanted:
         raise DeviceError(
             f"ONNX Runtime {ort.__version__} did not start {wanted} for {path.name}"
@@ -154,6 +144,27 @@ def open_session(
             hint=f"use --provider cpu, or {_DOCTOR}",
         )
     return session
+
+
+def session_options() -> onnxruntime.SessionOptions:
+    """What every session has: silence, threads that sleep after a run, and memory that is given back."""
+    options: onnxruntime.SessionOptions = import_onnxruntime().SessionOptions()
+    options.log_severity_level = 4
+    # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # The arena doubles what it takes and gives nothing back: two pictures of Stable Diffusion 1.5's shapes at 512
+    # pixels left 15.6 GB held. Without it the peak is 8.8, between pictures only weights are held, and it is as fast.
+    options.enable_cpu_mem_arena = False
+    return options
+
+
+def session_source(path: Path, options: onnxruntime.SessionOptions) -> Path | bytes:
+    """The graph in ``path`` as a session with ``options`` is given it: its self-attentions as one operator each."""
+    fused = with_fused_attention(path)
+    if fused is None:
+        return path
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return fused
 
 
 def run_session(

@@ -14,7 +14,7 @@ import functools
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,7 +26,6 @@ from tiue_cli.backends.onnx_attention import fuse_attention
 from tiue_cli.backends.onnx_backend import OnnxBackend
 from tiue_cli.errors import MissingDependencyError
 from tiue_cli.export.onnx.float8 import as_float8
-from tiue_cli.export.onnx.ranges import write_ranges
 from tiue_cli.export.onnx.sensitivity import gated_layers, layer_errors
 from tiue_cli.export.onnx.trace import INLINE_BYTES, file_spec
 from tiue_cli.files.exports import GraphName, GraphSpec, KeptLayer
@@ -122,12 +121,12 @@ def quantize_graph(
     model = onnx.load(source)
     structural = structural_layers(model, graph.name)
     products = products_of_activations(model)
-    quantized = functools.partial(_quantized, source, graph, calibration, scratch, kind=kind)
-    whole = quantized(exclude=sorted({*structural, *products}))
+    quantized = functools.partial(_quantized, source, graph, calibration, scratch, kind=kind, products=products)
+    whole = quantized(kept=structural)
     errors = _swept(model, whole, graph, calibration, scratch)
     kept = structural | {error.layer: "sensitive" for error in sensitive(errors, more=more)}
     if set(kept) != set(structural):
-        whole = quantized(exclude=sorted({*kept, *products}))
+        whole = quantized(kept=kept)
     found = {error.layer: error.relative_error for error in errors}
     spec = _write(whole, export, graph, kind=kind)
     layers = tuple(
@@ -233,9 +232,19 @@ def _is_of_large_pictures(row: dict[str, np.ndarray]) -> bool:
 
 
 def _quantized(
-    source: Path, graph: GraphSpec, calibration: Calibration, scratch: Path, *, kind: Kind, exclude: Sequence[str]
+    source: Path,
+    graph: GraphSpec,
+    calibration: Calibration,
+    scratch: Path,
+    *,
+    kind: Kind,
+    products: Sequence[str],
+    kept: Collection[str],
 ) -> onnx.ModelProto:
-    """The graph with Q/DQ around every layer but ``exclude``; ranges are measured once and kept in ``scratch``."""
+    """The graph with Q/DQ around every layer but those ``kept`` and the ``products`` of activations.
+
+    Ranges are measured once and stay in ``scratch``.
+    """
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     if "calibration_cache_path" not in inspect.signature(quantize_static).parameters:
@@ -243,11 +252,12 @@ def _quantized(
             "8-bit exports need ONNX Runtime 1.31 or newer",
             hint="python -m pip install --upgrade 'onnxruntime-gpu>=1.31' (or onnxruntime)",
         )
+    from tiue_cli.export.onnx.ranges import write_ranges  # which an older ONNX Runtime cannot import
+
     out, ranges = scratch / f"{graph.onnx.file}.8bit.onnx", scratch / f"{graph.onnx.file}.ranges.json"
     with _quiet_root():
         if not ranges.exists():
             large = any(map(_is_of_large_pictures, calibration.rows(graph, 1)))
-            products = products_of_activations(onnx.load(source, load_external_data=False))
             write_ranges(source, calibration.rows(graph), ranges, kinds=LAYERS, exclude=products, fused_attention=large)
         quantize_static(
             source,
@@ -259,7 +269,7 @@ def _quantized(
             reduce_range=True,
             activation_type=QuantType.QInt8,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=list(exclude),
+            nodes_to_exclude=sorted({*kept, *products}),
             use_external_data_format=True,
             calibrate_method=CalibrationMethod.MinMax,
             calibration_cache_path=ranges,

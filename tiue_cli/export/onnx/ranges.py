@@ -16,8 +16,7 @@ import onnxruntime
 from onnxruntime.quantization import save_tensors_data
 from onnxruntime.quantization.calibrate import CalibrationDataReader, MinMaxCalibrater
 
-from tiue_cli.backends.onnx_attention import with_fused_attention
-from tiue_cli.backends.onnx_session import WEIGHTS_FOLDER
+from tiue_cli.backends.onnx_session import session_options, session_source
 
 
 def write_ranges(
@@ -58,18 +57,11 @@ class _RangeFinder(MinMaxCalibrater):  # type: ignore[misc]  # untyped
 
     def create_inference_session(self) -> None:
         """Open the augmented graph."""
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4
+        options = session_options()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.enable_cpu_mem_arena = False
         path = Path(self.augmented_model_path)
-        model = with_fused_attention(path) if self._fused else None
-        if model is not None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(path.parent))
-        self.infer_session = onnxruntime.InferenceSession(
-            path if model is None else model, options, providers=["CPUExecutionProvider"]
-        )
+        source = session_source(path, options) if self._fused else path
+        self.infer_session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
 class _Reader(CalibrationDataReader):  # type: ignore[misc]  # untyped

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from tiue_cli.backends.onnx_session import session_options
 from tiue_cli.model.quantization import LayerError
 
 GATES = "tiue_gates"
@@ -71,12 +72,9 @@ def layer_errors(path: Path, layers: Sequence[str], rows: Sequence[Mapping[str, 
     """Run the gated graph with each layer's switch alone; relative errors over all outputs and ``rows``."""
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options()
     # Rewriting would fuse what the switches hold apart.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.enable_cpu_mem_arena = False
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(row: Mapping[str, np.ndarray], gates: np.ndarray) -> list[np.ndarray]:
