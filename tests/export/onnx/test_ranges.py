@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +50,21 @@ def test_ranges_are_those_of_onnx_runtime(fused: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(ends, np.ravel(expected[name]), rtol=1e-6)
         assert ends[0] < 0 < ends[1]
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+
+
+def test_an_older_onnx_runtime_exports_in_floats_and_says_what_8_bits_need(tmp_path: Path) -> None:
+    """Before 1.31 there is no cache of ranges: nothing of it may be imported before that is said."""
+    script = """
+import onnxruntime.quantization as quantization
+del quantization.save_tensors_data
+quantization.quantize_static = lambda model_input, model_output, calibration_data_reader=None: None
+from tiue_cli.errors import MissingDependencyError
+import tiue_cli.export.onnx.export
+from tiue_cli.export.onnx.quantize import _quantized
+try:
+    _quantized(None, None, None, None, kind="int8", products=[], kept=[])
+except MissingDependencyError as error:
+    print(error.message)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout == "8-bit exports need ONNX Runtime 1.31 or newer\n"
