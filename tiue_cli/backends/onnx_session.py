@@ -153,7 +153,7 @@ def session_options() -> onnxruntime.SessionOptions:
     # Four sessions take turns: threads of one that spin after its run would take the cores from the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # The arena doubles what it takes and gives nothing back: two pictures of Stable Diffusion 1.5's shapes at 512
-    # pixels left 15.6 GB held. Without it the peak is 8.8, between pictures only weights are held, and it is as fast.
+    # pixels left 15.2 GiB held. Without it the peak is 8.6, between pictures only weights are held, and it is as fast.
     options.enable_cpu_mem_arena = False
     return options
 
