@@ -29,7 +29,7 @@ from tiue_cli.export.onnx.quantize import (
     structural_layers,
 )
 from tiue_cli.export.onnx.quantized_export import QuantizeRequest, quantize_export
-from tiue_cli.export.onnx.sensitivity import GATES, gated_layers, layer_errors
+from tiue_cli.export.onnx.sensitivity import gated_layers, layer_errors
 from tiue_cli.export.onnx.trace import file_spec
 from tiue_cli.export.tolerance import psnr_db
 from tiue_cli.files.exports import AttributeShare, GraphName, GraphSpec, Shares, read_export_manifest
@@ -103,12 +103,29 @@ def test_switches_off_is_the_plain_graph_and_all_on_the_rounded_one(tmp_path: Pa
     rows = [{"x1": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}]
     model = three_layers()
     whole = rounded(model, tmp_path, rows)
-    gated, layers = gated_layers(model, whole)
-    onnx.checker.check_model(gated, full_check=True)
-    assert layers == ("layer1", "layer2", "layer3")
-    none, every = np.zeros(3, dtype=bool), np.ones(3, dtype=bool)
-    np.testing.assert_allclose(run(gated, {**rows[0], GATES: none}), run(model, rows[0]), rtol=1e-5, atol=1e-3)
-    np.testing.assert_allclose(run(gated, {**rows[0], GATES: every}), run(whole, rows[0]), rtol=1e-5, atol=1e-3)
+    gated = gated_layers(model, whole)
+    onnx.checker.check_model(gated.model, full_check=True)
+    assert gated.layers == ("layer1", "layer2", "layer3")
+
+    def drawn(*on: str) -> np.ndarray:
+        return run(gated.model, {**rows[0], **gated.feeds(on)})
+
+    np.testing.assert_allclose(drawn(), run(model, rows[0]), rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(drawn(*gated.layers), run(whole, rows[0]), rtol=1e-5, atol=1e-3)
+
+
+def test_layers_that_share_a_weight_are_rounded_one_by_one(tmp_path: Path) -> None:
+    rows = [{"x1": np.random.default_rng(1).standard_normal((2, 4, 8, 8)).astype(np.float32)}]
+    model = three_layers()
+    for node in model.graph.node:
+        if node.name == "layer2":
+            node.input[1] = "w1"
+    gated = gated_layers(model, rounded(model, tmp_path, rows))
+    first, second = (gated.rounded_weights[layer] for layer in ("layer1", "layer2"))
+    assert not set(first) & set(second)
+    alone = run(gated.model, {**rows[0], **gated.feeds(["layer1"])})
+    without = run(gated.model, {**rows[0], **gated.feeds([]), **{name: one.array() for name, one in second.items()}})
+    assert not np.array_equal(alone, without)
 
 
 def test_the_layer_that_is_hard_to_round_is_found(tmp_path: Path) -> None:
@@ -118,9 +135,9 @@ def test_the_layer_that_is_hard_to_round_is_found(tmp_path: Path) -> None:
     model = three_layers()
     w1 = np.eye(4, dtype=np.float32)[..., None, None]
     model.graph.initializer[0].CopyFrom(numpy_helper.from_array(w1, "w1"))
-    gated, layers = gated_layers(model, rounded(model, tmp_path, rows))
-    onnx.save(gated, tmp_path / "gated.onnx")
-    errors = {error.layer: error.relative_error for error in layer_errors(tmp_path / "gated.onnx", layers, rows)}
+    gated = gated_layers(model, rounded(model, tmp_path, rows))
+    onnx.save(gated.model, tmp_path / "gated.onnx")
+    errors = {error.layer: error.relative_error for error in layer_errors(tmp_path / "gated.onnx", gated, rows)}
     assert max(errors, key=lambda layer: errors[layer]) == "layer2"
     assert errors["layer2"] > 5 * errors["layer1"]
     assert [error.layer for error in sensitive([LayerError(*item) for item in errors.items()])] == ["layer2"]
@@ -130,13 +147,13 @@ def test_attention_as_one_operator_leaves_the_errors_of_the_layers_as_they_are(t
     rows = [inputs(48)]
     model = attention_graph(48, projected=True)
     chosen = {"op_types_to_quantize": ["MatMul"], "nodes_to_exclude": ["products", "mixed"]}
-    gated, layers = gated_layers(model, rounded(model, tmp_path, rows, **chosen))
+    gated = gated_layers(model, rounded(model, tmp_path, rows, **chosen))
     errors = []
     for fused in (0, 1):
-        assert fused == 0 or fuse_attention(gated) == 1
-        onnx.save(gated, tmp_path / f"{fused}.onnx")
-        errors.append([error.relative_error for error in layer_errors(tmp_path / f"{fused}.onnx", layers, rows)])
-    assert sorted(layers) == ["to_k", "to_q", "to_v"] and min(errors[0]) > 1e-3
+        assert fused == 0 or fuse_attention(gated.model) == 1
+        onnx.save(gated.model, tmp_path / f"{fused}.onnx")
+        errors.append([error.relative_error for error in layer_errors(tmp_path / f"{fused}.onnx", gated, rows)])
+    assert sorted(gated.layers) == ["to_k", "to_q", "to_v"] and min(errors[0]) > 1e-3
     np.testing.assert_allclose(errors[1], errors[0], rtol=1e-3)
 
 

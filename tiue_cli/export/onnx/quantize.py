@@ -202,13 +202,13 @@ def _swept(
     if measured.exists():
         return [LayerError(layer, error) for layer, error in json.loads(measured.read_text())]
     path = scratch / f"{graph.onnx.file}.sweep.onnx"
-    gated, layers = gated_layers(model, whole)
+    gated = gated_layers(model, whole)
     rows = list(calibration.rows(graph, SWEEP_ROWS))
     if any(map(_is_of_large_pictures, rows)):
         # Attention's products are no layer's, and take a third of the time and most of the memory of a run.
-        fuse_attention(gated)
-    onnx.save(gated, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=INLINE_BYTES)
-    errors = layer_errors(path, layers, [_swept_inputs(row) for row in rows])
+        fuse_attention(gated.model)
+    onnx.save(gated.model, path, save_as_external_data=True, location=f"{path.name}.data", size_threshold=INLINE_BYTES)
+    errors = layer_errors(path, gated, [_swept_inputs(row) for row in rows])
     measured.write_text(json.dumps([(error.layer, error.relative_error) for error in errors]))
     return errors
 
