@@ -51,6 +51,13 @@ def _render_part(path: Path, specs: list[SceneSpec], seed: int, start: int) -> N
     images.flush()
 
 
+def training_images(data: Path | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures to train on and held-out ones, (N, H, W, 3) uint8: rendered scenes, or those of a folder (`--data`)."""
+    if data is None:
+        return scenes(SCENES, seed=10)[1], scenes(512, seed=2)[1]
+    return np.load(data / "images.npy", mmap_mode="r"), np.load(data / "held_out.npy")
+
+
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """(N, H, W, 3) uint8 → (N, 3, H, W) float32 in [-1, 1], channels last."""
     pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
@@ -67,6 +74,7 @@ def parser(description: str, *, minutes: float) -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--name", default=None, help="name of the run's files in work/")
     options.add_argument("--fresh", action="store_true", help="start anew instead of resuming")
+    options.add_argument("--data", type=Path, default=None, help="folder of another world: images.npy, captions.txt")
     return options
 
 

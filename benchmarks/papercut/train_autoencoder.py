@@ -15,7 +15,6 @@ import argparse
 import numpy as np
 import torch
 from common import (
-    SCENES,
     WORK,
     Run,
     Workers,
@@ -23,15 +22,13 @@ from common import (
     optimizer_state,
     parser,
     restore_optimizer,
-    scenes,
     to_tensor,
+    training_images,
     trapezoid,
 )
 from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from torch import nn
-
-from tiue_cli.papercut.world.scenes import SIZE
 
 CONFIG = {
     "in_channels": 3,
@@ -116,6 +113,7 @@ def psnr(vae: AutoencoderTiny, images: np.ndarray, device: str) -> tuple[float, 
 def main() -> None:
     options = parser(__doc__, minutes=20)
     options.add_argument("--decoder-only", action="store_true", help="leave the latents as they are")
+    options.add_argument("--latent-channels", type=int, default=CONFIG["latent_channels"])
     options.add_argument("--revive", action="store_true", help="begin by giving dead units new weights")
     Workers.run(train, options.parse_args())
 
@@ -123,9 +121,9 @@ def main() -> None:
 def train(rank: int, args: argparse.Namespace) -> None:
     begin(args)
     workers = Workers(rank, args.workers)
-    _, images = scenes(SCENES, seed=10)
-    _, held_out = scenes(512, seed=2)
-    vae = AutoencoderTiny(**CONFIG).to(args.device, memory_format=torch.channels_last)
+    images, held_out = training_images(args.data)
+    config = CONFIG | {"latent_channels": args.latent_channels}
+    vae = AutoencoderTiny(**config).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     run = Run(args.name or "autoencoder", minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (states := run.load()) is not None:
@@ -146,7 +144,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
             run.save(model=vae.state_dict(), optimizer=optimizer_state(optimizer))
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * trapezoid(progress, warmup=0.02, decay=0.6)
         rows = rng.integers(len(images), size=batch)
-        tops, lefts = rng.integers(SIZE - CROP + 1, size=(2, batch))
+        tops, lefts = rng.integers(images.shape[1] - CROP + 1, size=(2, batch))
         crops = np.stack([images[i, t : t + CROP, s : s + CROP] for i, t, s in zip(rows, tops, lefts, strict=True)])
         target = to_tensor(crops, args.device)
         latents = vae.encode(target).latents

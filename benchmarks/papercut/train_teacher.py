@@ -29,6 +29,7 @@ from common import (
     restore_optimizer,
     scenes,
     to_tensor,
+    training_images,
     trapezoid,
 )
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
@@ -75,29 +76,44 @@ def _kept(path: Path, parts: Any) -> np.ndarray:
     return np.load(path, mmap_mode="r")
 
 
-def cached_inputs(device: str) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (N, 12, 16, 16) and text states (PHRASINGS·N, 24, 160) of the scenes, float16, cached on disk."""
-    specs, images = scenes(SCENES, seed=10)
-    step = 250
+def cached_inputs(device: str, data: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Latents (N, C, H, W) and text states (PHRASINGS·N, 24, 160) of the pictures, float16, cached on disk."""
+    step, name = 250, str(SCENES) if data is None else data.name
 
     def latents() -> Any:
+        images, _ = training_images(data)
         vae = AutoencoderTiny.from_pretrained(WORK / "vae").to(device, memory_format=torch.channels_last)
         with torch.inference_mode():
-            for i in range(0, len(specs), step):
+            for i in range(0, len(images), step):
                 yield vae.encode(to_tensor(images[i : i + step], device)).latents.half().cpu().numpy()
 
     def states() -> Any:
-        rng, text = random.Random(3), Text(device)
-        captions = [rough_phrase(spec, rng) for _ in range(PHRASINGS) for spec in specs]
+        text, captions = Text(device), all_captions(data)
         for i in range(0, len(captions), step):
             yield text(captions[i : i + step]).half().cpu().numpy()
 
-    return _kept(WORK / f"latents_{SCENES}.npy", latents), _kept(WORK / f"states_{SCENES}.npy", states)
+    return _kept(WORK / f"latents_{name}.npy", latents), _kept(WORK / f"states_{name}.npy", states)
 
 
-def make_unet() -> UNet2DConditionModel:
+def all_captions(data: Path | None) -> list[str]:
+    """The captions of all pictures, PHRASINGS times: of each picture one, then of each the other."""
+    if data is not None:
+        return (data / "captions.txt").read_text().splitlines()
+    rng, specs = random.Random(3), scenes(SCENES, seed=10)[0]
+    return [rough_phrase(spec, rng) for _ in range(PHRASINGS) for spec in specs]
+
+
+def unet_config(latents: np.ndarray, widths: Sequence[int]) -> dict[str, Any]:
+    """CONFIG for latents (N, C, H, H) and these widths of the levels."""
+    channels, side = latents.shape[1:3]
+    return CONFIG | {
+        "sample_size": side, "in_channels": channels, "out_channels": channels, "block_out_channels": tuple(widths),
+    }  # fmt: skip
+
+
+def make_unet(config: dict[str, Any] = CONFIG) -> UNet2DConditionModel:
     """A UNet whose residual branches and output start at zero: the identity is where training begins."""
-    unet = UNet2DConditionModel(**CONFIG)
+    unet = UNet2DConditionModel(**config)
     for name, module in unet.named_modules():
         if name.endswith((".conv2", ".proj_out")) or name == "conv_out":
             torch.nn.init.zeros_(module.weight)
@@ -179,20 +195,22 @@ def evaluate(
 def main() -> None:
     options = parser(__doc__, minutes=100)
     options.add_argument("--evaluate-minutes", type=float, default=12.0)
+    options.add_argument("--widths", type=int, nargs="+", default=list(CONFIG["block_out_channels"]))
     args = options.parse_args()
     if args.workers > 1:
-        cached_inputs(args.device)
+        cached_inputs(args.device, args.data)
     Workers.run(train, args)
 
 
 def train(rank: int, args: argparse.Namespace) -> None:
     begin(args)
     workers = Workers(rank, args.workers)
-    latents, states = cached_inputs(args.device)
+    latents, states = cached_inputs(args.device, args.data)
     text = Text(args.device)
     empty = text([""])
-    unet = make_unet().to(args.device, memory_format=torch.channels_last)
-    ema = UNet2DConditionModel(**CONFIG).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
+    config = unet_config(latents, args.widths)
+    unet = make_unet(config).to(args.device, memory_format=torch.channels_last)
+    ema = UNet2DConditionModel(**config).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     ema.load_state_dict(unet.state_dict())
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -230,13 +248,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
                 loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1)
             )
             run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
-        if rank == 0 and run.elapsed_s > next_evaluation:
+        if rank == 0 and args.data is None and run.elapsed_s > next_evaluation:
             next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
             run.log(**evaluate(ema.eval(), text, name, count=100))
     if rank == 0:
         run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
         ema.save_pretrained(WORK / "unet")
-        run.log(final=True, **evaluate(ema.eval(), text, name, count=500))
+        figures = evaluate(ema.eval(), text, name, count=500) if args.data is None else {}
+        run.log(final=True, **figures)
 
 
 def training_loss(

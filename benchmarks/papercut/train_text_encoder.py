@@ -11,6 +11,7 @@ put in), so that free wording still works.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from common import WORK, Run, begin, optimizer_state, parser, restore_optimizer, trapezoid
@@ -33,11 +34,11 @@ TOKENS, WIDTH, LAYERS, BATCH, LEARNING_RATE = 24, 160, 3, 128, 1e-3
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def make_tokenizer() -> CLIPTokenizer:
-    """A real CLIP tokenizer whose byte-pair merges make one token of each of papercut's words."""
+def make_tokenizer(words: Sequence[str] = WORDS) -> CLIPTokenizer:
+    """A real CLIP tokenizer whose byte-pair merges make one token of each of the words, by default papercut's."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator([" ".join(WORDS)] * 4, trainers.BpeTrainer(
+    bpe.train_from_iterator([" ".join(words)] * 4, trainers.BpeTrainer(
         vocab_size=4096, end_of_word_suffix="</w>", show_progress=False))  # fmt: skip
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trained = bpe.get_vocab()
@@ -49,7 +50,7 @@ def make_tokenizer() -> CLIPTokenizer:
     tokens += [START, END]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=END, model_max_length=TOKENS)
-    for word in WORDS:
+    for word in words:
         ids = tokenizer(word).input_ids
         assert len(ids) == 3, f"{word} is {len(ids) - 2} tokens"
     return tokenizer
