@@ -4,8 +4,8 @@
 
 Needs the autoencoder, tokenizer and text encoder of the other scripts (both frozen here). v prediction with Stable
 Diffusion's noise schedule; the loss is clipped in signal-to-noise ratio (Hang et al. 2023, min-SNR) so that layout and
-colour, decided at high noise, get their share. Every few minutes the log gets the checker's figures on samples. With
---workers 2 two processes of one thread each share a batch and average their gradients.
+colour, decided at high noise, get their share. The optimizer is Muon. Every few minutes the log gets the checker's
+figures on samples. With --workers 2 two processes of one thread each share a batch and average their gradients.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from common import (
     trapezoid,
 )
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from muon import Muon
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -63,6 +64,7 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA, FLOOR = 64, 1.5e-3, 0.998, 0.1, 5.0, 0.08
+MUON_RATE, DECAY = 0.02, 0.01
 PHRASINGS = 2
 """How many captions each scene has."""
 
@@ -213,20 +215,26 @@ def train(rank: int, args: argparse.Namespace) -> None:
     ema = UNet2DConditionModel(**config).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     ema.load_state_dict(unet.state_dict())
     parameters = list(unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = Muon(parameters, rate=MUON_RATE, adam_rate=LEARNING_RATE, decay=DECAY)
     name = args.name or "teacher"
     run = Run(name, minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (saved := run.load()) is not None:
         unet.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        if "optimizer" in saved:
-            restore_optimizer(optimizer, saved["optimizer"])
+        if "muon" in saved:
+            restore_optimizer(optimizer.adam, saved["adam"])
+            optimizer.restore(saved["muon"])
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + run.step) * 16 + rank)
     progress, losses = run.progress, []
+
+    def save() -> None:
+        moments = {"adam": optimizer_state(optimizer.adam), "muon": optimizer.state()}
+        run.save(model=unet.state_dict(), ema=ema.state_dict(), **moments)
+
     next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
     while progress < 1:
-        optimizer.param_groups[0]["lr"] = LEARNING_RATE * trapezoid(progress, decay=0.5)
+        optimizer.follow(trapezoid(progress, decay=0.5))
         rows = torch.randint(len(latents), (BATCH // args.workers,), generator=generator)
         captions = rows + len(latents) * torch.randint(PHRASINGS, rows.shape, generator=generator)
         said = torch.from_numpy(states[captions.numpy()]).float().to(args.device)
@@ -239,7 +247,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         losses.append(mean)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         decay = min(EMA, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
         run.step += 1
@@ -247,12 +255,12 @@ def train(rank: int, args: argparse.Namespace) -> None:
             run.log(
                 loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1)
             )
-            run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
+            save()
         if rank == 0 and args.data is None and run.elapsed_s > next_evaluation:
             next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
             run.log(**evaluate(ema.eval(), text, name, count=100))
     if rank == 0:
-        run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
+        save()
         ema.save_pretrained(WORK / "unet")
         figures = evaluate(ema.eval(), text, name, count=500) if args.data is None else {}
         run.log(final=True, **figures)
