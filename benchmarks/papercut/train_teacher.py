@@ -63,7 +63,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
 }
-BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA, FLOOR = 64, 1.5e-3, 0.998, 0.1, 5.0, 0.08
+BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA, FLOOR = 64, 1.5e-3, 0.998, 0.1, 5.0, 1.0
 MUON_RATE, DECAY = 0.02, 0.01
 PHRASINGS = 2
 """How many captions each scene has."""
@@ -295,8 +295,8 @@ def velocity_loss(
     noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
     velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
     prediction = unet(noisy, timesteps, states).sample
-    # v's squared error is (SNR + 1) times that of x_0. A little is added to min(SNR, γ), so that layout, which is
-    # decided where SNR is nearly zero, is not forgotten.
+    # v's squared error is (SNR + 1) times that of x_0. With 12 channels a cell, layout and shapes are decided where the
+    # SNR is nearly zero: there v's own error counts in full, and less only beyond γ, where grain is.
     snr = alpha / (1 - alpha)
     weight = (snr.clamp(max=GAMMA) + FLOOR) / (snr + 1)
     return (weight * (prediction - velocity).square()).mean()
