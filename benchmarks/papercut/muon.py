@@ -37,43 +37,45 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon:
-    """Updates a network's large matrices by Muon, the rest by AdamW; convolutions are matrices (out, in·k·k)."""
+    """Updates a network's large matrices by Muon, the rest by AdamW; convolutions are matrices (out, in·k·k).
+
+    What changes over a training lies in tensors, so that a step can be captured as a CUDA graph.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], *, rate: float, adam_rate: float, decay: float) -> None:
-        self._rate, self._adam_rate, self._decay, self._factor = rate, adam_rate, decay, 1.0
+        device = parameters[0].device
+        self._rate, self._adam_rate, self._decay = rate, adam_rate, decay
+        self._factor = torch.ones((), device=device)
         self._matrices = [p for p in parameters if p.ndim >= 2 and p.numel() >= SMALLEST]
         known = set(map(id, self._matrices))
         self.adam = torch.optim.AdamW(
             [p for p in parameters if id(p) not in known],
-            lr=adam_rate,
-            betas=(0.9, 0.99),
-            weight_decay=decay,
-            fused=True,
-        )
+            lr=torch.tensor(adam_rate, device=device), betas=(0.9, 0.99), weight_decay=decay, fused=True,
+            capturable=device.type != "cpu",
+        )  # fmt: skip
         self._momenta = [torch.zeros_like(p) for p in self._matrices]
 
     def follow(self, factor: float) -> None:
         """Scale both learning rates."""
-        self._factor = factor
-        self.adam.param_groups[0]["lr"] = self._adam_rate * factor
+        self._factor.fill_(factor)
+        self.adam.param_groups[0]["lr"].fill_(self._adam_rate * factor)
 
     @torch.no_grad()
     def step(self) -> None:
         self.adam.step()
-        rate = self._rate * self._factor
+        kept, rate = 1 - self._rate * self._decay * self._factor, -self._rate * self._factor
         for parameter, momentum in zip(self._matrices, self._momenta, strict=True):
             if parameter.grad is None:
                 continue
             momentum.lerp_(parameter.grad, 1 - MOMENTUM)
             update = orthogonal(parameter.grad.lerp(momentum, MOMENTUM).reshape(len(parameter), -1))
             rows, columns = update.shape
-            parameter.mul_(1 - rate * self._decay)
-            parameter.add_(update.view_as(parameter), alpha=-rate * max(1.0, rows / columns) ** 0.5)
+            parameter.mul_(kept).add_(update.view_as(parameter) * (rate * max(1.0, rows / columns) ** 0.5))
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self._matrices:
             parameter.grad = None
-        self.adam.zero_grad(set_to_none=True)
+        self.adam.zero_grad(set_to_none=set_to_none)
 
     def state(self) -> dict[str, torch.Tensor]:
         """The momenta by number, to be saved beside AdamW's state."""

@@ -185,7 +185,7 @@ class Training:
 
 
 def update(
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     parameters: Sequence[nn.Parameter],
     loss_of_batch: Callable[[], Tensor],
     *,
@@ -304,7 +304,18 @@ def autoencoder(args: argparse.Namespace) -> None:
 def teacher(args: argparse.Namespace) -> None:
     """The UNet on the latents of all scenes, its running mean kept; then the guidance that follows captions best."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
-    from train_teacher import CONFIG, DROPOUT, LEARNING_RATE, SCHEDULER, Text, make_unet, velocity_loss
+    from muon import Muon
+    from train_teacher import (
+        CONFIG,
+        DECAY,
+        DROPOUT,
+        LEARNING_RATE,
+        MUON_RATE,
+        SCHEDULER,
+        Text,
+        make_unet,
+        velocity_loss,
+    )
 
     begin(args)
     device, count = args.device, args.batch or 512
@@ -318,7 +329,7 @@ def teacher(args: argparse.Namespace) -> None:
     mean = UNet2DConditionModel(**CONFIG).to(device).requires_grad_(False)
     mean.load_state_dict(unet.state_dict())
     parameters, means = list(unet.parameters()), list(mean.parameters())
-    optimizer = training.optimizer(parameters, weight_decay=0.01)
+    optimizer = Muon(parameters, rate=MUON_RATE, adam_rate=LEARNING_RATE, decay=DECAY)
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
     share = torch.tensor(0.1, device=device)  # of the new weights in the mean
 
@@ -340,6 +351,7 @@ def teacher(args: argparse.Namespace) -> None:
         return loss
 
     def follow(progress: float) -> None:
+        optimizer.follow(trapezoid(progress, warmup=0.02, decay=0.6))
         share.fill_(max(1 - args.ema, min(0.1, 1 / (1 + training.steps))))
 
     faster_format(unet, loss_of_batch, device)
