@@ -1,6 +1,6 @@
 """Many students of one teacher at once on one GPU: the runs of papercut's tables, in their order of worth.
 
-    python fleet.py --seconds 270 --parallel 14        # needs work/teacher and work/guidance.txt
+    python fleet.py --seconds 270 --parallel 14        # needs work/teacher, work/prompts.txt and work/guidance.txt
 
 Each run is `tiue distill` (or train_lcm.py) in a process of its own: alone it leaves most of the GPU idle. Pairs are
 made once a seed, beforehand. A run that would not end in time makes room: the last of the list goes first. What is
@@ -79,7 +79,7 @@ class Entry:
         config = FLEET / f"{self.name}.yaml"
         config.write_text(yaml.safe_dump(self.values(), sort_keys=False))
         if self.lcm:
-            script = [str(HERE / "train_lcm.py"), "--prompts", "papercut"]
+            script = [str(HERE / "train_lcm.py"), "--prompts", str(WORK / "prompts.txt")]
             counts = ["--pairs", str(LCM_PAIRS), "--steps", str(LCM_STEPS)]
             return [sys.executable, *script, "--config", str(config), *counts, "--out", str(self.out)]
         return [sys.executable, "-m", "tiue_cli", "distill", "--config", str(config), "--out", str(self.out)]
@@ -89,7 +89,7 @@ def base(seed: int) -> dict[str, Any]:
     """The recipe `papercut`, shaped for a GPU: twice the batch, at rates that go with it."""
     guidance = float((WORK / "guidance.txt").read_text())
     return {
-        "teacher": str(WORK / "teacher"), "prompts": "papercut", "cache": str(WORK / "cache"),
+        "teacher": str(WORK / "teacher"), "prompts": str(WORK / "prompts.txt"), "cache": str(WORK / "cache"),
         "seed": seed, "max_steps": WARM + PROPER, "batch_size": BATCH, "ema": 0.99, "precision": "fp32",
         "student": {"steps": 4, "spacing": "trailing"},
         "warm_start": {

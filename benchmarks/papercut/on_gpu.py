@@ -185,7 +185,7 @@ class Training:
 
 
 def update(
-    optimizer: Any,
+    optimizer: torch.optim.Optimizer,
     parameters: Sequence[nn.Parameter],
     loss_of_batch: Callable[[], Tensor],
     *,
@@ -304,18 +304,9 @@ def autoencoder(args: argparse.Namespace) -> None:
 def teacher(args: argparse.Namespace) -> None:
     """The UNet on the latents of all scenes, its running mean kept; then the guidance that follows captions best."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
-    from muon import Muon
-    from train_teacher import (
-        CONFIG,
-        DECAY,
-        DROPOUT,
-        LEARNING_RATE,
-        MUON_RATE,
-        SCHEDULER,
-        Text,
-        make_unet,
-        velocity_loss,
-    )
+    from train_teacher import CONFIG, DECAY, DROPOUT, LEARNING_RATE, SCHEDULER, Text, make_unet, velocity_loss
+
+    from tiue_cli.distill.muon import Muon
 
     begin(args)
     device, count = args.device, args.batch or 512
@@ -329,7 +320,9 @@ def teacher(args: argparse.Namespace) -> None:
     mean = UNet2DConditionModel(**CONFIG).to(device).requires_grad_(False)
     mean.load_state_dict(unet.state_dict())
     parameters, means = list(unet.parameters()), list(mean.parameters())
-    optimizer = Muon(parameters, rate=MUON_RATE, adam_rate=LEARNING_RATE, decay=DECAY)
+    optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=DECAY, capturable=device != "cpu")
+    for group in optimizer.param_groups:
+        group["lr"] = training.rate
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
     share = torch.tensor(0.1, device=device)  # of the new weights in the mean
 
@@ -351,7 +344,6 @@ def teacher(args: argparse.Namespace) -> None:
         return loss
 
     def follow(progress: float) -> None:
-        optimizer.follow(trapezoid(progress, warmup=0.02, decay=0.6))
         share.fill_(max(1 - args.ema, min(0.1, 1 / (1 + training.steps))))
 
     faster_format(unet, loss_of_batch, device)

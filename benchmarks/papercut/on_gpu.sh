@@ -26,7 +26,7 @@ train_teacher() {
     wait $teacher
     say "teacher ended with $?"
     tail -30 "$work/teacher.txt"
-    "$python" -W ignore package.py --out "$work/teacher"
+    "$python" -W ignore package.py --out "$work/teacher" && "$python" -W ignore make_prompts.py --world
     tar -C "$work" -cf "$out/teacher.tar" teacher vae guidance.txt teacher.png autoencoder.log.jsonl teacher.log.jsonl
 }
 

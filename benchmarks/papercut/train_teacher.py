@@ -33,10 +33,10 @@ from common import (
     trapezoid,
 )
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from muon import Muon
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tiue_cli.distill.muon import Muon
 from tiue_cli.papercut.world.captions import rough_phrase
 from tiue_cli.papercut.world.evaluation import balanced_specs, shares
 
@@ -63,8 +63,7 @@ SCHEDULER: dict[str, Any] = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "leading",
 }
-BATCH, LEARNING_RATE, EMA, DROPOUT, GAMMA, FLOOR = 64, 1.5e-3, 0.998, 0.1, 5.0, 1.0
-MUON_RATE, DECAY = 0.02, 0.01
+BATCH, LEARNING_RATE, DECAY, EMA, DROPOUT, GAMMA, FLOOR = 64, 2e-3, 0.01, 0.998, 0.1, 5.0, 1.0
 PHRASINGS = 2
 """How many captions each scene has."""
 
@@ -215,26 +214,25 @@ def train(rank: int, args: argparse.Namespace) -> None:
     ema = UNet2DConditionModel(**config).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     ema.load_state_dict(unet.state_dict())
     parameters = list(unet.parameters())
-    optimizer = Muon(parameters, rate=MUON_RATE, adam_rate=LEARNING_RATE, decay=DECAY)
+    optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=DECAY)
     name = args.name or "teacher"
     run = Run(name, minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (saved := run.load()) is not None:
         unet.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
-        if "muon" in saved:
-            restore_optimizer(optimizer.adam, saved["adam"])
-            optimizer.restore(saved["muon"])
+        if "optimizer" in saved:
+            restore_optimizer(optimizer, saved["optimizer"])
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + run.step) * 16 + rank)
     progress, losses = run.progress, []
 
     def save() -> None:
-        moments = {"adam": optimizer_state(optimizer.adam), "muon": optimizer.state()}
-        run.save(model=unet.state_dict(), ema=ema.state_dict(), **moments)
+        run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
 
     next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
     while progress < 1:
-        optimizer.follow(trapezoid(progress, decay=0.5))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * trapezoid(progress, decay=0.5)
         rows = torch.randint(len(latents), (BATCH // args.workers,), generator=generator)
         captions = rows + len(latents) * torch.randint(PHRASINGS, rows.shape, generator=generator)
         said = torch.from_numpy(states[captions.numpy()]).float().to(args.device)
@@ -247,7 +245,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         losses.append(mean)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
         decay = min(EMA, (1 + run.step) / (10 + run.step))
         torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
         run.step += 1

@@ -82,7 +82,8 @@ class StudentSettings(_Section):
 class OptimizerSettings(_Section):
     """The student's optimiser in the distillation proper; the warm start has its own learning rate and decay."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """muon makes the updates of matrices orthogonal, at learning rates of AdamW's size; the rest is AdamW's."""
     learning_rate: _Rate = 2e-5
     betas: tuple[_Share, _Share] = (0.9, 0.999)
     epsilon: _Rate = 1e-8

@@ -73,7 +73,7 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     unet, lora, trained, step = fake.unet_parameters, fake.lora_parameters, fake.trained_parameters, fake.step
     others = sum(info.component(name).parameters for name in ("text_encoder", "vae"))
     frozen = _HALF if half else _FLOAT32
-    moments = 1 if config.optimizer.name == "adamw8bit" else _FLOAT32
+    optimizer, moments = _moments(config)
     # The running mean is moved by a copy of all weights, when nothing else of the step is left.
     moving = 0 if config.ema is None else _FLOAT32 * trained
     if trained == unet:
@@ -83,7 +83,7 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
     memory = {
         # An adapter's frozen weights are the teacher's, which are counted there.
         "student": _FLOAT32 * trained,
-        "student, Adam": _ADAM_MOMENTS * moments * trained,
+        f"student, {optimizer}": moments * trained,
         "student, running mean": 0 if config.ema is None else _FLOAT32 * trained,
         "teacher's UNet": frozen * unet,
         "LoRA, with Adam": (1 + _ADAM_MOMENTS) * _FLOAT32 * lora,
@@ -94,7 +94,7 @@ def estimate_run(config: DistillConfig, *, prompts: int, half: bool) -> Estimate
         memory["CLIP loss, its networks"] = _FLOAT32 * clip.parameters
         memory["CLIP loss, activations"] = max(0, step.forward + clip.activation_bytes - working)
     weights = _FLOAT32 * (trained + lora + (0 if config.ema is None else trained))
-    checkpoint = weights + _ADAM_MOMENTS * (moments * trained + _FLOAT32 * lora)
+    checkpoint = weights + moments * trained + _ADAM_MOMENTS * _FLOAT32 * lora
     text = info.text_tokens * info.text_width * prompts * frozen if config.text_cache else 0
     pairs = config.warm_start.pairs if config.warm_start.needs_pairs else 0
     return Estimate(
@@ -136,17 +136,17 @@ def _estimate_quantized(config: DistillConfig, *, prompts: int, half: bool) -> E
         working = peak_bytes(step, half=kind)
     parameters = _count(unet)
     others = sum(info.component(name).parameters for name in ("text_encoder", "vae"))
-    moments = 1 if config.optimizer.name == "adamw8bit" else _FLOAT32
+    optimizer, moments = _moments(config)
     mean = 0 if config.ema is None else _FLOAT32 * parameters
     memory = {
         "student": _FLOAT32 * parameters,
-        "student, Adam": _ADAM_MOMENTS * moments * parameters,
+        f"student, {optimizer}": moments * parameters,
         "student, running mean": mean,
         "student as it was": _FLOAT32 * parameters,
         "text encoder and autoencoder": _FLOAT32 * others,
         "gradients and activations, at their most": working,
     }
-    checkpoint = (_FLOAT32 + _ADAM_MOMENTS * moments) * parameters + mean
+    checkpoint = (_FLOAT32 + moments) * parameters + mean
     text = info.text_tokens * info.text_width * prompts * (_HALF if half else _FLOAT32) if config.text_cache else 0
     return Estimate(
         timesteps=timesteps,
@@ -282,6 +282,13 @@ def lora_parameter_count(unet: nn.Module, settings: LoraSettings) -> int:
         assert isinstance(weight, Tensor)
         count += settings.rank * (weight[0].numel() + weight.shape[0])
     return count
+
+
+def _moments(config: DistillConfig) -> tuple[str, int]:
+    """The optimiser's name, and the bytes that it keeps for a parameter."""
+    if config.optimizer.name == "muon":  # the momentum; AdamW has two for the few that are no matrix
+        return "Muon", _FLOAT32
+    return "Adam", _ADAM_MOMENTS * (1 if config.optimizer.name == "adamw8bit" else _FLOAT32)
 
 
 def _count(module: nn.Module) -> int:

@@ -24,6 +24,7 @@ from tiue_cli.distill.checkpoint import Checkpoint, TrainingState
 from tiue_cli.distill.config import Decay, DistillConfig, LoraSettings, OptimizerSettings
 from tiue_cli.distill.data.order import EndlessOrder, Stream, generator, normal
 from tiue_cli.distill.data.text_states import TextStates
+from tiue_cli.distill.muon import Muon
 from tiue_cli.distill.networks import StudentGenerator
 from tiue_cli.errors import MissingDependencyError, TiueError
 from tiue_cli.model.schedule import LinearCombine
@@ -266,7 +267,7 @@ class StudentTrainer(ABC):
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettings | LoraSettings) -> Any:
-    """AdamW over the parameters. Raises MissingDependencyError for the 8-bit one without bitsandbytes."""
+    """AdamW or Muon over the parameters. Raises MissingDependencyError for 8-bit AdamW without bitsandbytes."""
     values = list(parameters)
     if isinstance(settings, LoraSettings):
         return torch.optim.AdamW(values, lr=settings.learning_rate, betas=settings.betas, weight_decay=0.0, fused=True)
@@ -278,6 +279,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: OptimizerSettin
     }
     if settings.name == "adamw":
         return torch.optim.AdamW(values, fused=True, **arguments)  # type: ignore[arg-type]
+    if settings.name == "muon":
+        return Muon(values, **arguments)  # type: ignore[arg-type]
     try:
         import bitsandbytes
     except ImportError:
