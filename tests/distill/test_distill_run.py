@@ -306,8 +306,10 @@ def test_kept_regression_alone_equals_the_warm_start(make_config: MakeConfig, tm
     assert lines[0]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=1e-4)
 
 
-def test_kept_regression_is_resumed_with_its_pairs(make_config: MakeConfig, tmp_path: Path) -> None:
-    settings = {"warm_start__steps": 1, "warm_start__keep_weight": 0.5, "checkpoint__every": 1}
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_kept_regression_is_resumed_with_its_pairs(make_config: MakeConfig, tmp_path: Path, optimizer: str) -> None:
+    settings = {"warm_start__steps": 1, "warm_start__keep_weight": 0.5, "optimizer__name": optimizer}
+    settings |= {"checkpoint__every": 1}
     run(make_config(max_steps=3, **settings), tmp_path / "whole")
     run(make_config(max_steps=2, **settings), tmp_path / "parts")
     run(make_config(max_steps=3, **settings), tmp_path / "parts", resume=True)
