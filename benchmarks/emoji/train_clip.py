@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "papercut"))
 
 from common import WORK, Run, begin, optimizer_state, parser, restore_optimizer, to_tensor, trapezoid
-from train_text_encoder import LAYERS, TOKENS, WIDTH, make_tokenizer
+from train_text_encoder import WIDTH, make_tokenizer, text_config
 
 BATCH, LEARNING_RATE, SHIFT = 128, 1e-3, 3
 
@@ -69,14 +69,6 @@ def loss_of(similarities: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
     rows = -(wanted / wanted.sum(1, keepdim=True) * similarities.log_softmax(1)).sum(1).mean()
     columns = -(wanted / wanted.sum(0, keepdim=True) * similarities.log_softmax(0)).sum(0).mean()
     return (rows + columns) / 2
-
-
-def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="quick_gelu", projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
 
 
 def main() -> None:

@@ -56,6 +56,14 @@ def make_tokenizer(words: Sequence[str] = WORDS) -> CLIPTokenizer:
     return tokenizer
 
 
+def text_config(tokenizer: CLIPTokenizer) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
+        num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="quick_gelu", projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+
+
 # What a noun's own word must tell: the attributes of its group. A class more than the checker's, for what is left open.
 OWN = {"color": len(COLORS) + 1, "size": 3, "pattern": len(PRINTS) + 1, "count": 4}
 
@@ -84,11 +92,7 @@ def main() -> None:
     args = parser(__doc__, minutes=5).parse_args()
     begin(args)
     tokenizer = make_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=LAYERS,
-        num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="quick_gelu", projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    config = text_config(tokenizer)
     reader = Reader(config).to(args.device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     run = Run(args.name or "text_encoder", minutes=args.minutes, fresh=args.fresh)

@@ -104,7 +104,6 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=True,
             capturable=group["capturable"],
             amsgrad=False,
             beta1=group["betas"][0],
