@@ -60,7 +60,7 @@ def training_images(data: Path | None) -> tuple[np.ndarray, np.ndarray]:
 
 def to_tensor(images: np.ndarray, device: torch.device | str = "cpu") -> torch.Tensor:
     """(N, H, W, 3) uint8 → (N, 3, H, W) float32 in [-1, 1], channels last."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).to(device).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2)
     return pixels.float().div_(127.5).sub_(1)
 
 

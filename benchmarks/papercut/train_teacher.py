@@ -11,6 +11,7 @@ figures on samples. With --workers 2 two processes of one thread each share a ba
 from __future__ import annotations
 
 import argparse
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,25 @@ SCHEDULER: dict[str, Any] = {
     "timestep_spacing": "leading",
 }
 BATCH, LEARNING_RATE, DECAY, EMA, DROPOUT, GAMMA, FLOOR = 64, 2e-3, 0.01, 0.998, 0.1, 5.0, 1.0
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 PHRASINGS = 2
 """How many captions each scene has."""
 
 
+def _digest(*files: Path) -> str:
+    """What these files hold, in eight hexadecimal digits."""
+    digest = hashlib.sha256()
+    for each in files:
+        with each.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:8]
+
+
 def _kept(path: Path, parts: Any) -> np.ndarray:
-    """An array that is computed once, in parts, and then read from disk."""
+    """An array that is computed once, in parts, and then read from disk; those of other sources make room for it."""
     if not path.exists():
+        for stale in path.parent.glob(path.name.rsplit("_", 1)[0] + "_????????.npy"):
+            stale.unlink()
         aside = path.with_suffix(".part.npy")
         np.save(aside, np.concatenate(list(parts())))
         aside.rename(path)
@@ -78,8 +91,14 @@ def _kept(path: Path, parts: Any) -> np.ndarray:
 
 
 def cached_inputs(device: str, data: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Latents (N, C, H, W) and text states (PHRASINGS·N, 24, 160) of the pictures, float16, cached on disk."""
+    """Latents (N, C, H, W) and text states (PHRASINGS·N, 24, 160) of the pictures, float16.
+
+    Cached on disk by what they are made of: another autoencoder, text encoder or folder of pictures gives new ones.
+    """
     step, name = 250, str(SCENES) if data is None else data.name
+    pictures, said = ((), ()) if data is None else ((data / "images.npy",), (data / "captions.txt",))
+    vae = _digest(WORK / "vae" / "config.json", WORK / "vae" / WEIGHTS, *pictures)
+    encoder = _digest(WORK / "tokenizer" / "tokenizer.json", WORK / "text_encoder" / "model.safetensors", *said)
 
     def latents() -> Any:
         images, _ = training_images(data)
@@ -93,7 +112,7 @@ def cached_inputs(device: str, data: Path | None = None) -> tuple[np.ndarray, np
         for i in range(0, len(captions), step):
             yield text(captions[i : i + step]).half().cpu().numpy()
 
-    return _kept(WORK / f"latents_{name}.npy", latents), _kept(WORK / f"states_{name}.npy", states)
+    return _kept(WORK / f"latents_{name}_{vae}.npy", latents), _kept(WORK / f"states_{name}_{encoder}.npy", states)
 
 
 def all_captions(data: Path | None) -> list[str]:

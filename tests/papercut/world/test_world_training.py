@@ -7,6 +7,7 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 import torch
+import train_teacher
 from diffusers import AutoencoderTiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -88,3 +89,35 @@ def test_kept_weights_are_taken_up_again_by_every_training(tmp_path: Path, monke
         assert all(torch.equal(value, tensors["a"]) for value in taken.values())
         with safe_open(elsewhere / f"{name}.pt.safetensors", "pt") as file:
             assert file.metadata() == metadata
+
+
+def test_latents_and_states_are_made_anew_where_what_they_are_made_of_changes(tmp_path: Path, monkeypatch):
+    work, data = tmp_path / "work", tmp_path / "pictures"
+    for folder in (data, work / "tokenizer", work / "text_encoder"):
+        folder.mkdir(parents=True)
+    (work / "tokenizer" / "tokenizer.json").write_text("{}")
+    (work / "text_encoder" / "model.safetensors").write_bytes(b"one")
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(0, 1), num_decoder_blocks=(1, 0),
+    )  # fmt: skip
+    vae.save_pretrained(work / "vae")
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    for name in ("images.npy", "held_out.npy"):
+        np.save(data / name, images)
+    (data / "captions.txt").write_text("a\nbb\nccc\n")
+    monkeypatch.setattr(train_teacher, "WORK", work)
+    monkeypatch.setattr(train_teacher, "Text", lambda device: lambda said: torch.tensor([len(each) for each in said]))
+
+    first, states = (np.array(each) for each in train_teacher.cached_inputs("cpu", data))
+    assert states.tolist() == [1, 2, 3]
+    (data / "captions.txt").write_text("a\nbb\ncccc\n")
+    assert train_teacher.cached_inputs("cpu", data)[1].tolist() == [1, 2, 4]
+    np.save(data / "images.npy", 255 - images)
+    other = np.array(train_teacher.cached_inputs("cpu", data)[0])
+    assert np.abs(other - first).max() > 0
+    with torch.no_grad():
+        vae.encoder.layers[0].weight.mul_(2)
+    vae.save_pretrained(work / "vae")
+    assert np.abs(train_teacher.cached_inputs("cpu", data)[0] - other).max() > 0
+    assert len(list(work.glob("*.npy"))) == 2
