@@ -52,7 +52,7 @@ def read_lines(path: Path | str) -> Iterator[tuple[str, str]]:
         with open_file(path, error=PromptError) as file:
             yield from _lines(file, str(path), path)
     except FileNotFoundError:
-        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts") from None
+        raise PromptError(f"{path} does not exist", hint="check its path") from None
     except OSError as error:
         raise access_error(path, error, error=PromptError) from error
 

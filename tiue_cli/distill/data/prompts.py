@@ -138,7 +138,7 @@ def _prompt_file(source: str) -> Path:
             hint=f"one prompt a line in .txt, or a hub dataset: {DATASETS_PREFIX}OWNER/NAME",
         )
     if not has_file(path, error=PromptError):
-        raise PromptError(f"{path} does not exist", hint="check the path given to --prompts")
+        raise PromptError(f"{path} does not exist", hint="check its path")
     return path
 
 
