@@ -47,10 +47,13 @@ WAIT_S = 600.0
 
 def arrays(seed: int, count: int) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shape and type of what is kept of a seed's scenes."""
+    from layout_head import CHANNELS, SIDE
+
     return {
         "images": ((count, SIZE, SIZE, 3), np.uint8),
         "heads": ((count, len(HEADS)), np.int8),
         "cells": ((count, CELLS**2, len(CELL)), np.int8),
+        "layouts": ((count, CHANNELS, SIDE, SIDE), np.uint8),
     }
 
 
@@ -84,6 +87,7 @@ def drawn(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 
 def _draw_part(specs: list[Any], seed: int, count: int, start: int) -> None:
+    from layout_head import layout_map
     from train_checker import cell_targets
 
     torch.set_num_threads(1)
@@ -94,6 +98,7 @@ def _draw_part(specs: list[Any], seed: int, count: int, start: int) -> None:
         "images": render(specs, chunk_seed),
         "heads": torch.stack(list(targets([piece.scene for piece in pieces]).values()), 1).numpy(),
         "cells": torch.stack([cells[name] for name in CELL], 2).numpy(),
+        "layouts": np.stack([layout_map(each) for each in pieces]),
     }
     for name, value in values.items():
         array = np.load(place(name, seed, count).with_suffix(".part"), mmap_mode="r+")
@@ -304,6 +309,7 @@ def autoencoder(args: argparse.Namespace) -> None:
 def teacher(args: argparse.Namespace) -> None:
     """The UNet on the latents of all scenes, its running mean kept; then the guidance that follows captions best."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
+    from layout_head import LayoutHead
     from train_teacher import CONFIG, DECAY, DROPOUT, LEARNING_RATE, SCHEDULER, Text, make_unet, velocity_loss
 
     from tiue_cli.distill.muon import Muon
@@ -315,12 +321,15 @@ def teacher(args: argparse.Namespace) -> None:
     states, empty = caption_states(args, text), text([""])
     waited(WORK / "vae_done")
     latents = scene_latents(args)
+    layouts = torch.cat([to_device(scenes_of(args, seed, "layouts"), device) for seed in TRAINED_ON])
     training.log(scenes=len(latents), captions=len(states))
     unet = make_unet().to(device)
+    head = LayoutHead(unet).to(device)
     mean = UNet2DConditionModel(**CONFIG).to(device).requires_grad_(False)
     mean.load_state_dict(unet.state_dict())
     parameters, means = list(unet.parameters()), list(mean.parameters())
-    optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=DECAY, capturable=device != "cpu")
+    trained = [*parameters, *head.parameters()]
+    optimizer = Muon(trained, lr=LEARNING_RATE, weight_decay=DECAY, capturable=device != "cpu")
     for group in optimizer.param_groups:
         group["lr"] = training.rate
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
@@ -333,10 +342,11 @@ def teacher(args: argparse.Namespace) -> None:
         clean = latents[rows].float()
         spread = (torch.arange(count, device=device) + torch.rand(count, device=device)) / count
         timesteps = (spread * len(alphas)).long().clamp(max=len(alphas) - 1)
-        return velocity_loss(unet, clean, torch.randn_like(clean), timesteps, said, alphas)
+        loss = velocity_loss(unet, clean, torch.randn_like(clean), timesteps, said, alphas)
+        return loss + training.rate / LEARNING_RATE * head.loss(layouts[rows].float() / 255)
 
     def step() -> Tensor:
-        loss = update(optimizer, parameters, loss_of_batch, most=1.0)
+        loss = update(optimizer, trained, loss_of_batch, most=1.0)
         with torch.no_grad():
             ahead = torch._foreach_sub(parameters, means)
             torch._foreach_mul_(ahead, share)

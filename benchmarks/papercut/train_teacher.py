@@ -4,8 +4,9 @@
 
 Needs the autoencoder, tokenizer and text encoder of the other scripts (both frozen here). v prediction with Stable
 Diffusion's noise schedule; the loss is clipped in signal-to-noise ratio (Hang et al. 2023, min-SNR) so that layout and
-colour, decided at high noise, get their share. The optimizer is Muon. Every few minutes the log gets the checker's
-figures on samples. With --workers 2 two processes of one thread each share a batch and average their gradients.
+colour, decided at high noise, get their share. The optimizer is Muon, and beside the noise the UNet's features have to
+say what stands where (`layout_head.py`). Every few minutes the log gets the checker's figures on samples. With
+--workers 2 two processes of one thread each share a batch and average their gradients.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from common import (
     trapezoid,
 )
 from diffusers import AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from layout_head import LayoutHead, layout_maps
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -113,6 +115,11 @@ def cached_inputs(device: str, data: Path | None = None) -> tuple[np.ndarray, np
             yield text(captions[i : i + step]).half().cpu().numpy()
 
     return _kept(WORK / f"latents_{name}_{vae}.npy", latents), _kept(WORK / f"states_{name}_{encoder}.npy", states)
+
+
+def cached_layouts() -> np.ndarray:
+    """What stands where in the pictures (N, CHANNELS, 16, 16) uint8, cached on disk."""
+    return _kept(WORK / f"layouts_{SCENES}.npy", lambda: layout_maps(scenes(SCENES, seed=10)[0], 10))
 
 
 def all_captions(data: Path | None) -> list[str]:
@@ -219,6 +226,8 @@ def main() -> None:
     args = options.parse_args()
     if args.workers > 1:
         cached_inputs(args.device, args.data)
+        if args.data is None:
+            cached_layouts()
     Workers.run(train, args)
 
 
@@ -232,13 +241,18 @@ def train(rank: int, args: argparse.Namespace) -> None:
     unet = make_unet(config).to(args.device, memory_format=torch.channels_last)
     ema = UNet2DConditionModel(**config).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
     ema.load_state_dict(unet.state_dict())
-    parameters = list(unet.parameters())
+    # Of pictures that nobody rendered here it is not known what stands where.
+    head = LayoutHead(unet).to(args.device) if args.data is None else None
+    layouts = None if head is None else cached_layouts()
+    parameters = [*unet.parameters(), *(() if head is None else head.parameters())]
     optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=DECAY)
     name = args.name or "teacher"
     run = Run(name, minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (saved := run.load()) is not None:
         unet.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
+        if head is not None and "head" in saved:
+            head.load_state_dict(saved["head"])
         if "optimizer" in saved:
             restore_optimizer(optimizer, saved["optimizer"])
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
@@ -246,12 +260,14 @@ def train(rank: int, args: argparse.Namespace) -> None:
     progress, losses = run.progress, []
 
     def save() -> None:
-        run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer))
+        parts = {} if head is None else {"head": head.state_dict()}
+        run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer), **parts)
 
     next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
     while progress < 1:
+        rate = trapezoid(progress, decay=0.5)
         for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * trapezoid(progress, decay=0.5)
+            group["lr"] = LEARNING_RATE * rate
         rows = torch.randint(len(latents), (BATCH // args.workers,), generator=generator)
         captions = rows + len(latents) * torch.randint(PHRASINGS, rows.shape, generator=generator)
         said = torch.from_numpy(states[captions.numpy()]).float().to(args.device)
@@ -259,14 +275,16 @@ def train(rank: int, args: argparse.Namespace) -> None:
         said = torch.where(dropped[:, None, None].to(args.device), empty, said)
         clean = torch.from_numpy(latents[rows.numpy()]).float()
         loss = training_loss(unet, clean, said, alphas, generator)
-        loss.backward()
+        # The layout is of most use early on: it fades with the learning rate.
+        whole = loss if head is None else loss + rate * head.loss(_shares(layouts[rows.numpy()], args.device))
+        whole.backward()
         mean, progress = workers.average(parameters, loss.item(), run.progress)
         losses.append(mean)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(EMA, (1 + run.step) / (10 + run.step))
-        torch._foreach_lerp_(list(ema.parameters()), parameters, 1 - decay)
+        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
         run.step += 1
         if rank == 0 and run.step % 200 == 0:
             run.log(
@@ -281,6 +299,10 @@ def train(rank: int, args: argparse.Namespace) -> None:
         ema.save_pretrained(WORK / "unet")
         figures = evaluate(ema.eval(), text, name, count=500) if args.data is None else {}
         run.log(final=True, **figures)
+
+
+def _shares(maps: np.ndarray, device: str) -> torch.Tensor:
+    return torch.from_numpy(maps).to(device).float() / 255
 
 
 def training_loss(

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 import train_teacher
 from diffusers import AutoencoderTiny
+from layout_head import CHANNELS, LayoutHead, layout_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from silhouettes import plain_things, silhouette_score
 from train_autoencoder import revive
 from train_checker import cell_targets
 
-from tiue_cli.papercut.world.captions import OBJECTS, random_specs
+from tiue_cli.papercut.world.captions import COLORS, OBJECTS, random_specs
 from tiue_cli.papercut.world.scenes import compositions, render
 
 
@@ -121,3 +122,49 @@ def test_latents_and_states_are_made_anew_where_what_they_are_made_of_changes(tm
     vae.save_pretrained(work / "vae")
     assert np.abs(train_teacher.cached_inputs("cpu", data)[0] - other).max() > 0
     assert len(list(work.glob("*.npy"))) == 2
+
+
+def test_layouts_say_what_the_picture_shows():
+    specs = [spec for spec in random_specs(300, 6) if spec.things == 1 and spec.groups[0].pattern is None][:20]
+    pictures, drawn = render(specs, 9), compositions(specs, 9)
+    for picture, composition in zip(pictures, drawn, strict=True):
+        group = composition.scene.slots[0]
+        layout = layout_map(composition).astype(int)
+        said = {OBJECTS.index(group.object), len(OBJECTS) + tuple(COLORS).index(group.color)}
+        assert set(np.flatnonzero(layout.max((1, 2)))) == said
+        covered = layout[OBJECTS.index(group.object)].repeat(8, 0).repeat(8, 1)
+        # Most of the paper has the group's colour, and it lies where the thing was laid, in its size.
+        paper = picture[covered == 255].astype(int)
+        shade = 255 * np.asarray(composition.groups[0][0].color).reshape(3)
+        assert (np.abs(paper - shade).max(1) < 60).mean() > 0.45, group
+        piece = composition.groups[0][0]
+        rows, columns = np.nonzero(covered)
+        assert abs(rows.mean() - 2 * piece.y) < piece.radius and abs(columns.mean() - 2 * piece.x) < piece.radius
+        assert 0.2 < covered.sum() / 255 / (np.pi * (2 * piece.radius) ** 2) < 1.1
+
+
+def test_the_layout_head_teaches_the_unet_and_leaves_nothing_in_it():
+    torch.manual_seed(0)
+    unet = train_teacher.make_unet(train_teacher.CONFIG | {"block_out_channels": (8, 16, 16)})
+    names = list(unet.state_dict())
+    head = LayoutHead(unet)
+    latents, states = torch.randn(2, 12, 16, 16), torch.randn(2, 24, 160)
+    truth = torch.zeros(2, CHANNELS, 16, 16)
+    truth[:, 3, 4:12, 4:12] = 1
+    optimizer = torch.optim.Adam([*unet.parameters(), *head.parameters()], 3e-3)
+    losses = []
+    for _ in range(12):
+        unet(latents, 500, states)
+        loss = head.loss(truth)
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.8 * losses[0]
+    unet(latents, 500, states)
+    head.loss(truth).backward()
+    assert unet.down_blocks[0].resnets[0].conv1.weight.grad.abs().max() > 0
+    assert list(unet.state_dict()) == names
+    head.eval()
+    unet(latents, 500, states)
+    assert head._features is None  # drawing keeps no features
