@@ -253,7 +253,7 @@ def train(rank: int, args: argparse.Namespace) -> None:
         ema.load_state_dict(saved["ema"])
         if head is not None and "head" in saved:
             head.load_state_dict(saved["head"])
-        if "optimizer" in saved:
+        if "optimizer" in saved and ("head" in saved) == (head is not None):  # else its moments are of other parameters
             restore_optimizer(optimizer, saved["optimizer"])
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + run.step) * 16 + rank)
