@@ -231,78 +231,94 @@ def main() -> None:
     Workers.run(train, args)
 
 
+class Teacher:
+    """The UNet in training, its running mean, and the head that its features have to satisfy beside the noise."""
+
+    def __init__(self, config: dict[str, Any], args: argparse.Namespace) -> None:
+        self.device = args.device
+        self.unet = make_unet(config).to(self.device, memory_format=torch.channels_last)
+        self.ema = UNet2DConditionModel(**config).to(self.device, memory_format=torch.channels_last)
+        self.ema.requires_grad_(False).load_state_dict(self.unet.state_dict())
+        # Of pictures that nobody rendered here it is not known what stands where.
+        self.head = LayoutHead(self.unet).to(self.device) if args.data is None else None
+        self.layouts = None if self.head is None else cached_layouts()
+        self.parameters = [*self.unet.parameters(), *(() if self.head is None else self.head.parameters())]
+        self.optimizer = Muon(self.parameters, lr=LEARNING_RATE, weight_decay=DECAY)
+
+    def states(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds."""
+        parts = {} if self.head is None else {"head": self.head.state_dict()}
+        networks = {"model": self.unet.state_dict(), "ema": self.ema.state_dict(), **parts}
+        return networks | {"optimizer": optimizer_state(self.optimizer)}
+
+    def resume(self, saved: dict[str, dict[str, torch.Tensor]]) -> None:
+        self.unet.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
+        if self.head is not None and "head" in saved:
+            self.head.load_state_dict(saved["head"])
+        # The moments of a training without the head are of other parameters.
+        if "optimizer" in saved and ("head" in saved) == (self.head is not None):
+            restore_optimizer(self.optimizer, saved["optimizer"])
+
+    def layout_loss(self, rows: torch.Tensor) -> torch.Tensor | float:
+        """How wrong the features of the UNet's last pass, on these rows' pictures, are about what stands where."""
+        if self.head is None or self.layouts is None:
+            return 0.0
+        return self.head.loss(torch.from_numpy(self.layouts[rows.numpy()]).to(self.device).float() / 255)
+
+    def update(self, rate: float, step: int) -> None:
+        """One step of the optimizer at this share of the learning rate, by the gradients that are there."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * rate
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        decay = min(EMA, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.unet.parameters()), 1 - decay)
+
+
 def train(rank: int, args: argparse.Namespace) -> None:
     begin(args)
     workers = Workers(rank, args.workers)
     latents, states = cached_inputs(args.device, args.data)
     text = Text(args.device)
     empty = text([""])
-    config = unet_config(latents, args.widths)
-    unet = make_unet(config).to(args.device, memory_format=torch.channels_last)
-    ema = UNet2DConditionModel(**config).to(args.device, memory_format=torch.channels_last).requires_grad_(False)
-    ema.load_state_dict(unet.state_dict())
-    # Of pictures that nobody rendered here it is not known what stands where.
-    head = LayoutHead(unet).to(args.device) if args.data is None else None
-    layouts = None if head is None else cached_layouts()
-    parameters = [*unet.parameters(), *(() if head is None else head.parameters())]
-    optimizer = Muon(parameters, lr=LEARNING_RATE, weight_decay=DECAY)
+    teacher = Teacher(unet_config(latents, args.widths), args)
     name = args.name or "teacher"
     run = Run(name, minutes=args.minutes, fresh=args.fresh and rank == 0)
     if not args.fresh and (saved := run.load()) is not None:
-        unet.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        if head is not None and "head" in saved:
-            head.load_state_dict(saved["head"])
-        if "optimizer" in saved and ("head" in saved) == (head is not None):  # else its moments are of other parameters
-            restore_optimizer(optimizer, saved["optimizer"])
+        teacher.resume(saved)
     alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(args.device)
     generator = torch.Generator().manual_seed((args.seed * 1_000_003 + run.step) * 16 + rank)
     progress, losses = run.progress, []
-
-    def save() -> None:
-        parts = {} if head is None else {"head": head.state_dict()}
-        run.save(model=unet.state_dict(), ema=ema.state_dict(), optimizer=optimizer_state(optimizer), **parts)
-
     next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
     while progress < 1:
-        rate = trapezoid(progress, decay=0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * rate
         rows = torch.randint(len(latents), (BATCH // args.workers,), generator=generator)
         captions = rows + len(latents) * torch.randint(PHRASINGS, rows.shape, generator=generator)
         said = torch.from_numpy(states[captions.numpy()]).float().to(args.device)
         dropped = torch.rand(len(rows), generator=generator) < DROPOUT
         said = torch.where(dropped[:, None, None].to(args.device), empty, said)
         clean = torch.from_numpy(latents[rows.numpy()]).float()
-        loss = training_loss(unet, clean, said, alphas, generator)
+        rate = trapezoid(progress, decay=0.5)
+        loss = training_loss(teacher.unet, clean, said, alphas, generator)
         # The layout is of most use early on: it fades with the learning rate.
-        whole = loss if head is None else loss + rate * head.loss(_shares(layouts[rows.numpy()], args.device))
-        whole.backward()
-        mean, progress = workers.average(parameters, loss.item(), run.progress)
+        (loss + rate * teacher.layout_loss(rows)).backward()
+        mean, progress = workers.average(teacher.parameters, loss.item(), run.progress)
         losses.append(mean)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(EMA, (1 + run.step) / (10 + run.step))
-        torch._foreach_lerp_(list(ema.parameters()), list(unet.parameters()), 1 - decay)
+        teacher.update(rate, run.step)
         run.step += 1
         if rank == 0 and run.step % 200 == 0:
-            run.log(
-                loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(run.step * BATCH / run.elapsed_s, 1)
-            )
-            save()
+            speed = run.step * BATCH / run.elapsed_s
+            run.log(loss=round(float(np.mean(losses[-200:])), 4), images_per_s=round(speed, 1))
+            run.save(**teacher.states())
         if rank == 0 and args.data is None and run.elapsed_s > next_evaluation:
             next_evaluation = run.elapsed_s + 60 * args.evaluate_minutes
-            run.log(**evaluate(ema.eval(), text, name, count=100))
+            run.log(**evaluate(teacher.ema.eval(), text, name, count=100))
     if rank == 0:
-        save()
-        ema.save_pretrained(WORK / "unet")
-        figures = evaluate(ema.eval(), text, name, count=500) if args.data is None else {}
+        run.save(**teacher.states())
+        teacher.ema.save_pretrained(WORK / "unet")
+        figures = evaluate(teacher.ema.eval(), text, name, count=500) if args.data is None else {}
         run.log(final=True, **figures)
-
-
-def _shares(maps: np.ndarray, device: str) -> torch.Tensor:
-    return torch.from_numpy(maps).to(device).float() / 255
 
 
 def training_loss(
