@@ -38,16 +38,21 @@ def scenes(count: int, seed: int, *, processes: int | None = None) -> tuple[list
         part = path.with_suffix(".part")
         np.lib.format.open_memmap(part, "w+", np.uint8, (count, SIZE, SIZE, 3)).flush()
         with ProcessPoolExecutor(processes or os.cpu_count()) as pool:
-            starts = range(0, count, RENDER_CHUNK)
-            list(pool.map(_render_part, [part] * len(starts), [specs[s : s + RENDER_CHUNK] for s in starts],
-                          [seed] * len(starts), starts))  # fmt: skip
+            starts, parts, seeds = zip(*chunks(specs, seed), strict=True)
+            list(pool.map(_render_part, [part] * len(starts), parts, seeds, starts))
         part.rename(path)
     return specs, np.load(path, mmap_mode="r")
 
 
+def chunks(specs: Sequence[SceneSpec], seed: int) -> list[tuple[int, Sequence[SceneSpec], int]]:
+    """Where each part of `scenes` starts, its specs, and the seed that its pictures are drawn from."""
+    starts = range(0, len(specs), RENDER_CHUNK)
+    return [(start, specs[start : start + RENDER_CHUNK], seed * 1_000_003 + start) for start in starts]
+
+
 def _render_part(path: Path, specs: list[SceneSpec], seed: int, start: int) -> None:
     images = np.load(path, mmap_mode="r+")
-    images[start : start + len(specs)] = render(specs, seed * 1_000_003 + start)
+    images[start : start + len(specs)] = render(specs, seed)
     images.flush()
 
 

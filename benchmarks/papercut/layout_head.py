@@ -14,14 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
-from common import RENDER_CHUNK
+from common import chunks
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tiue_cli.papercut.world.captions import COLORS, OBJECTS, PATTERNS, SceneSpec
-from tiue_cli.papercut.world.paper import UNITS, Brush
-from tiue_cli.papercut.world.scenes import Composition, compositions
-from tiue_cli.papercut.world.shapes import DRAWERS, Stock
+from tiue_cli.papercut.world.scenes import Composition, compositions, lay_piece
+from tiue_cli.papercut.world.shapes import Stock
 
 CHANNELS = len(OBJECTS) + len(COLORS) + len(PATTERNS)
 SIDE = 16
@@ -43,9 +42,7 @@ def layout_map(composition: Composition) -> NDArray[np.uint8]:
         for piece in pieces:
             # White paper on black: shadows stay black, and all that is cut or printed is brighter.
             canvas = np.zeros((3, _FINE, _FINE), np.float32)
-            place = (piece.x, piece.y)
-            brush = Brush(canvas, place, piece.radius, angle=piece.angle, flip=piece.flip, scale=_FINE / UNITS)
-            DRAWERS[piece.object](brush, Stock(_WHITE, None))
+            lay_piece(canvas, piece, Stock(_WHITE, None))
             covered = (8 * canvas.max(0)).clip(0, 1)
             fine *= 1 - covered  # what lies behind
             fine[channels] += covered
@@ -56,11 +53,9 @@ def layout_map(composition: Composition) -> NDArray[np.uint8]:
 
 def layout_maps(specs: Sequence[SceneSpec], seed: int) -> Iterator[NDArray[np.uint8]]:
     """Parts of (N, CHANNELS, SIDE, SIDE): the pictures of `scenes(len(specs), seed)`, in their order."""
-    starts = range(0, len(specs), RENDER_CHUNK)
+    _, parts, seeds = zip(*chunks(specs, seed), strict=True)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(
-            _part, [specs[s : s + RENDER_CHUNK] for s in starts], [seed * 1_000_003 + s for s in starts]
-        )
+        yield from pool.map(_part, parts, seeds)
 
 
 def _part(specs: list[SceneSpec], seed: int) -> NDArray[np.uint8]:
@@ -81,9 +76,9 @@ class LayoutHead(nn.Module):
         self._features: Tensor | None = None
         unet.down_blocks[1].attentions[0].register_forward_hook(self._keep)
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, module: nn.Module, inputs: Any, output: tuple[Tensor]) -> None:
         if self.training:
-            self._features = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+            self._features = output[0]
 
     def loss(self, maps: Tensor) -> Tensor:
         """Cross-entropy of the last forward pass with the truth (B, CHANNELS, SIDE, SIDE) in 0..1, weighted."""

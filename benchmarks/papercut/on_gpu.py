@@ -27,7 +27,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import RENDER_CHUNK, WORK, Run, trapezoid
+from common import WORK, Run, chunks, trapezoid
+from layout_head import CHANNELS, SIDE, LayoutHead, layout_map
 from torch import Tensor, nn
 
 from tiue_cli.papercut.world.captions import random_specs, rough_phrase
@@ -47,8 +48,6 @@ WAIT_S = 600.0
 
 def arrays(seed: int, count: int) -> dict[str, tuple[tuple[int, ...], type]]:
     """Shape and type of what is kept of a seed's scenes."""
-    from layout_head import CHANNELS, SIDE
-
     return {
         "images": ((count, SIZE, SIZE, 3), np.uint8),
         "heads": ((count, len(HEADS)), np.int8),
@@ -72,9 +71,8 @@ def draw(args: argparse.Namespace) -> None:
             specs = random_specs(count, seed)
             for name, (shape, kind) in arrays(seed, count).items():
                 np.lib.format.open_memmap(place(name, seed, count).with_suffix(".part"), "w+", kind, shape).flush()
-            starts = range(0, count, RENDER_CHUNK)
-            parts = [specs[start : start + RENDER_CHUNK] for start in starts]
-            list(pool.map(_draw_part, parts, [seed] * len(parts), [count] * len(parts), starts))
+            starts, parts, seeds = zip(*chunks(specs, seed), strict=True)
+            list(pool.map(_draw_part, parts, seeds, [seed] * len(parts), [count] * len(parts), starts))
             for name in arrays(seed, count):
                 place(name, seed, count).with_suffix(".part").rename(place(name, seed, count))
             seconds = time.perf_counter() - started
@@ -86,12 +84,10 @@ def drawn(args: argparse.Namespace) -> list[tuple[int, int]]:
     return [(seed, max(200, int(count * args.scale))) for seed, count in DRAWN]
 
 
-def _draw_part(specs: list[Any], seed: int, count: int, start: int) -> None:
-    from layout_head import layout_map
+def _draw_part(specs: list[Any], chunk_seed: int, seed: int, count: int, start: int) -> None:
     from train_checker import cell_targets
 
     torch.set_num_threads(1)
-    chunk_seed = seed * 1_000_003 + start  # as common.scenes has it
     pieces = compositions(specs, chunk_seed)
     cells = cell_targets(pieces)
     values = {
@@ -309,7 +305,6 @@ def autoencoder(args: argparse.Namespace) -> None:
 def teacher(args: argparse.Namespace) -> None:
     """The UNet on the latents of all scenes, its running mean kept; then the guidance that follows captions best."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
-    from layout_head import LayoutHead
     from train_teacher import CONFIG, DECAY, DROPOUT, LEARNING_RATE, SCHEDULER, Text, make_unet, velocity_loss
 
     from tiue_cli.distill.muon import Muon

@@ -15,12 +15,12 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from common import (
-    RENDER_CHUNK,
     SCENES,
     WORK,
     Run,
     Workers,
     begin,
+    chunks,
     optimizer_state,
     parser,
     restore_optimizer,
@@ -41,9 +41,7 @@ BATCH, LEARNING_RATE = 64, 1.5e-3
 
 def what_was_drawn(specs: list[SceneSpec], seed: int) -> list[Composition]:
     """The compositions of `scenes(..., seed)`: what was left open as it was drawn, and where."""
-    starts = range(0, len(specs), RENDER_CHUNK)
-    parts = (compositions(specs[s : s + RENDER_CHUNK], seed * 1_000_003 + s) for s in starts)
-    return [composition for part in parts for composition in part]
+    return [composition for _, part, its_seed in chunks(specs, seed) for composition in compositions(part, its_seed)]
 
 
 def cell_targets(drawn: list[Composition]) -> dict[str, torch.Tensor]:

@@ -79,14 +79,18 @@ def compose(spec: SceneSpec, rng: np.random.Generator) -> Composition:
 
 def paint_picture(composition: Composition, rng: np.random.Generator, *, size: int = SIZE) -> NDArray[np.uint8]:
     """The picture (size, size, 3) uint8 of a composition; `rng` draws the grain."""
-    canvas, scale = np.empty((3, size, size), np.float32), size / UNITS
-    paint_background(canvas, composition.weather, scale)
+    canvas = np.empty((3, size, size), np.float32)
+    paint_background(canvas, composition.weather, size / UNITS)
     for piece in (piece for group in composition.groups for piece in group):
-        place = (piece.x, piece.y)
-        brush = Brush(canvas, place, piece.radius, angle=piece.angle, flip=piece.flip, scale=scale)
-        DRAWERS[piece.object](brush, Stock(piece.color, piece.pattern))
+        lay_piece(canvas, piece, Stock(piece.color, piece.pattern))
     canvas += fibre(rng, size)
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+
+
+def lay_piece(canvas: Array, piece: Piece, stock: Stock) -> None:
+    """Lay one thing, cut from this paper, on a square canvas (3, H, H), in place."""
+    place, scale = (piece.x, piece.y), canvas.shape[-1] / UNITS
+    DRAWERS[piece.object](Brush(canvas, place, piece.radius, angle=piece.angle, flip=piece.flip, scale=scale), stock)
 
 
 def render(specs: Sequence[SceneSpec], seed: int, *, size: int = SIZE) -> NDArray[np.uint8]:
